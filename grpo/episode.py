@@ -1,0 +1,54 @@
+"""One sampled conversation, as plain lists: what the rollout hands to the learner.
+
+An episode is the prompt, the completion after it, and for every completion token the role it plays, so that
+roles and never token values decide which tokens carry gradient (the paper, arXiv 2505.24726, trains the
+reflection only). Left out: tensors. They are made late, in batch.py, when all lengths are known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+# train_on -> the roles whose tokens are in the loss. "context" (what the program fed in between) never is.
+ROLES_TRAINED: dict[str, frozenset[str]] = {
+    "reflection": frozenset({"reflection"}),
+    "all": frozenset({"reflection", "retry"}),
+    "retry": frozenset({"retry"}),
+    "attempt": frozenset({"attempt"}),
+}
+
+
+@dataclass
+class Episode:
+    """A prompt and one sampled completion, with verdicts, reward and (once the learner set it) advantage.
+
+    `completion_ids`, `roles` and `logprobs` have one entry per completion token. A token that was fed, not
+    sampled, has role "context" and log-prob 0.0.
+    """
+
+    example_id: str
+    group_id: int  # episodes of one group share `prompt_ids`, and their rewards are centred together
+    generation: int  # which of the group's completions, from 0
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    roles: list[str]  # "reflection" | "context" | "retry" | "attempt"
+    logprobs: list[float]  # the sampler's, nats, at the sampling temperature
+    finish_reason: str  # of the trained turn: "stop" | "length"
+    reward: float
+    advantage: float = 0.0
+    reasons: list[str] = field(default_factory=list)  # the verdicts' reasons, in the order they were given
+    texts: dict[str, str] = field(default_factory=dict)  # decoded turns by role, for people
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError("prompt_ids must hold at least one token, got none")
+        lengths = (len(self.completion_ids), len(self.roles), len(self.logprobs))
+        if len(set(lengths)) != 1:
+            raise ValueError(f"completion_ids, roles and logprobs must be equally long, got {lengths}")
+
+    def loss_mask(self, train_on: str) -> list[bool]:
+        """True for each completion token that carries gradient."""
+        if train_on not in ROLES_TRAINED:
+            raise ValueError(f"train_on must be one of {', '.join(ROLES_TRAINED)}, got {train_on!r}")
+        trained = ROLES_TRAINED[train_on]
+        return [role in trained for role in self.roles]

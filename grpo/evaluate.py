@@ -1,0 +1,276 @@
+"""Measures models on held-out problems: first try, reflection, second try, and what else could explain it.
+
+`measure` is the last stage of train.py (once per model), and `python -m grpo.evaluate CHECKPOINT...` compares
+any checkpoints. Every model answers the same problems, and the sampling noise does not depend on the model,
+so all comparisons are paired. Problems are done in fixed blocks, which an interrupted evaluation redoes whole
+or not at all.
+
+Left out: several samples per problem (pass@k), because the paper's table has one; figures are in
+grpo/comparison.py, their rendering in grpo/table.py, the options of the command in grpo/sources.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo import blocks
+from grpo.comparison import CONTROLS, ModelResult, Record, report
+from grpo.episode import Episode
+from grpo.rollout import Attempt, Rollout
+from grpo.table import table
+from grpo.tasks import Example
+
+__all__ = ["BLOCK", "CONTROLS", "ModelResult", "main", "measure", "report", "table"]
+
+BLOCK = 64  # problems sampled together; shuffled reflections move inside a block
+
+Progress = Callable[[int, int], None]
+
+
+def measure(
+    rollout: Rollout,
+    examples: Sequence[Example],
+    *,
+    controls: Iterable[str] = CONTROLS,
+    block: int = BLOCK,
+    stage: str = "evaluation",
+    store: str | os.PathLike[str] | None = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> ModelResult:
+    """Lets the model that `rollout` holds try each example, reflect on its failures and try again.
+
+    One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; and for failures
+    `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both None elsewhere),
+    `controls` {name: {text, reason}} (elsewhere empty).
+
+    Args:
+        rollout: policy and task; its sampler's decoding settings are used as they are.
+        examples: in a fixed order.
+        controls: which of blind, shuffled and blanked are tried on the same failures.
+        block: examples sampled together. A different size pairs other problems in the shuffled control.
+        stage: of the noise key: "evaluation", or "validation" during training.
+        store: JSON lines file for the records. What it already holds is not computed again.
+        identity: says whose weights these are; a store made with another one is refused.
+        progress: called with (examples in whole blocks, examples in all) after each block and, so that the
+            caller can stop between, while a block is sampled.
+    Raises:
+        ValueError: an unknown control, or `store` was made for other examples, settings or weights.
+    """
+    controls = tuple(controls)
+    if unknown := set(controls) - set(CONTROLS):
+        raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(sorted(unknown))}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    settings = _settings(rollout, controls, block, stage)
+    path = None if store is None else Path(store)
+    records = _stored(path, examples, {**settings, "identity": identity}) if path else []
+
+    def report_progress(*_: int) -> None:
+        if progress:
+            progress(len(records), len(examples))
+
+    report_progress()
+    for start in range(len(records), len(examples), block):
+        part = examples[start : start + block]
+        new = _measure_block(rollout, part, controls, stage, report_progress)
+        if path:
+            blocks.append(path, new, _end_line(start // block, part, {**settings, "identity": identity}))
+        records += new
+        report_progress()
+    return ModelResult(records, settings)
+
+
+# --- one block ----------------------------------------------------------------------------------------------
+
+
+def _measure_block(
+    rollout: Rollout, examples: Sequence[Example], controls: Sequence[str], stage: str, progress: Progress
+) -> list[Record]:
+    attempts = rollout.attempts(examples, stage=stage, progress=progress)
+    failures = [attempt for attempt in attempts if not attempt.verdict.ok]
+    episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress)
+    verdicts: list[dict[str, Any]] = [{} for _ in failures]
+    for control in controls:
+        progress(0, len(failures))
+        for verdict, one in zip(verdicts, _control(rollout, control, failures, episodes, stage), strict=True):
+            verdict[control] = None if one is None else {"text": one.text, "reason": one.verdict.reason}
+    reflected = iter(zip(episodes, verdicts, strict=True))
+    return [
+        _record(rollout, attempt, *((None, {}) if attempt.verdict.ok else next(reflected)))
+        for attempt in attempts
+    ]
+
+
+def _control(
+    rollout: Rollout, control: str, failures: Sequence[Attempt], episodes: Sequence[Episode], stage: str
+) -> Sequence[Attempt | None]:
+    """The retries of one control; None where there is none (shuffled, with one failure in the block)."""
+    reflections: list[list[int] | None]
+    if control == "blind":
+        reflections = [None] * len(failures)
+    elif control == "blanked":
+        reflections = [rollout.chat.encode_turn("")] * len(failures)
+    elif len(failures) < 2:
+        return [None] * len(failures)
+    else:
+        closed = [_closed_reflection(rollout, episode) for episode in episodes]
+        reflections = [*closed[1:], closed[0]]  # the next failure's: nobody keeps their own
+    return rollout.retry_after(failures, reflections, stage=stage)
+
+
+def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:
+    """The sampled ids, with the end of turn that a reflection cut at its limit has not sampled.
+
+    In the model's own retry the chat's glue closes such a turn; in another conversation it must come closed.
+    """
+    ids = _ids(episode, "reflection")
+    return ids if episode.finish_reason == "stop" else [*ids, *rollout.chat.encode_turn("")]
+
+
+def _ids(episode: Episode, role: str) -> list[int]:
+    return [token for token, its in zip(episode.completion_ids, episode.roles, strict=True) if its == role]
+
+
+def _record(rollout: Rollout, attempt: Attempt, episode: Episode | None, controls: dict[str, Any]) -> Record:
+    example, turn = attempt.example, attempt.turn
+    first = {"text": attempt.text, "reason": attempt.verdict.reason, "tokens": len(turn.ids)}
+    record: Record = {
+        "id": example.id,
+        "prompt": example.prompt,
+        "first": {**first, "finish_reason": turn.finish_reason},
+        "reflection": None,
+        "retry": None,
+        "controls": controls,
+    }
+    if episode is not None:
+        text = episode.texts["reflection"]
+        record["reflection"] = {
+            "text": text,
+            "tokens": len(_ids(episode, "reflection")),
+            "finish_reason": episode.finish_reason,
+            "leaks": rollout.task.leaks(example, text),
+        }
+        retry = {"text": episode.texts["retry"], "reason": episode.reasons[0]}
+        record["retry"] = {**retry, "tokens": len(_ids(episode, "retry"))}
+    return record
+
+
+# --- the stored blocks --------------------------------------------------------------------------------------
+
+
+def _settings(rollout: Rollout, controls: Sequence[str], block: int, stage: str) -> dict[str, Any]:
+    """What the records depend on beside the weights and the examples."""
+    sampler = rollout.sampler
+    return {
+        "task": rollout.task.name,
+        "seed": rollout.seed,
+        "stage": stage,
+        "block": block,
+        "controls": list(controls),
+        "max_completion_length": rollout.max_completion_length,
+        "max_reflection_length": rollout.max_reflection_length,
+        "temperature": sampler.temperature,
+        "greedy": sampler.greedy,
+        "top_p": sampler.top_p,
+        "top_k": sampler.top_k,
+    }
+
+
+def _end_line(number: int, part: Sequence[Example], settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "block": number,
+        "first": part[0].id,
+        "last": part[-1].id,
+        "examples": len(part),
+        "settings": settings,
+    }
+
+
+def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> list[Record]:
+    """Records of the whole blocks in `path`, after a check that they belong to this evaluation."""
+    if not blocks.keep_whole(path):
+        return []
+    lines = list(blocks.read(path))
+    ends = [line for line in lines if "block" in line]
+    for end in ends:
+        if end["settings"] != settings:
+            changed = [key for key in settings if end["settings"].get(key) != settings[key]]
+            raise ValueError(
+                f"{path} was made with another {', '.join(changed)}: write to a new file, or delete it"
+            )
+        size = settings["block"]
+        part = examples[end["block"] * size :][:size]
+        if not part or end != _end_line(end["block"], part, settings):
+            raise ValueError(f"{path} was made for other problems: write to a new file, or delete it")
+    return [line for line in lines if "block" not in line]
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m grpo.evaluate CHECKPOINT... [--KEY VALUE ...]`."""
+    from grpo import sources
+    from grpo.checkpoint import CheckpointError
+
+    own, rest = sources.parser().parse_known_args(argv)
+    try:
+        found = sources.resolve(own.checkpoints)
+        config = sources.settings(found, own, rest)
+        if own.output and Path(own.output).is_dir():
+            raise ValueError(f"output must be a file, got the folder {own.output}")
+        results = {source.label: _measure_source(source, config, own) for source in found}
+        figures = report(results)
+        if own.output:
+            Path(own.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; the same command goes on after the last whole block" if own.output else ""
+        print(f"interrupted{hint}", file=sys.stderr)
+        return 130
+    print(table(figures))
+    return 0
+
+
+def _measure_source(source: Any, config: Any, own: argparse.Namespace) -> ModelResult:
+    """Loads one model and measures it. The next is loaded when this one is gone: one model in memory."""
+    from tqdm import tqdm
+
+    from grpo import parts
+
+    built = parts.build(config, model_source=source.path)
+    built.sampler.top_p, built.sampler.top_k = own.top_p, own.top_k
+    store = None
+    if own.output:
+        output = Path(own.output)
+        store = output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', source.label)}.jsonl")
+    examples = built.task.examples(own.split, config.num_eval)
+    with (
+        parts.evaluation_sampling(built),
+        tqdm(total=len(examples), desc=source.label, unit="problem") as bar,
+    ):
+        return measure(
+            built.rollout,
+            examples,
+            controls=own.controls,
+            store=store,
+            identity=source.identity(),
+            progress=lambda done, _: bar.update(done - bar.n),
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""The dataset of failures: what the starting policy gets wrong, kept with its ids ("Reflect, Retry, Reward", section 4).
+
+Before training, every example is attempted `attempts_per_example` times with the weights that RL starts from; each wrong
+attempt becomes a pair (example, failed attempt) to reflect on. Examples that are right every time are dropped: they
+have nothing to teach. The file is JSON lines in fixed blocks of examples; each block ends in a summary line, so a build
+that is killed goes on after its last whole block and gives the same file as one that was not.
+
+Left out: refreshing the failures as the policy improves. The paper trains on one fixed set, and so does this.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from grpo import blocks
+from grpo.rollout import Attempt, Rollout
+from grpo.sampler import Turn
+from grpo.tasks import Example, Verdict
+
+BLOCK = 64  # examples sampled together, and redone together after a kill
+
+
+class NoSignalError(RuntimeError):
+    """The failures leave nothing to train on: the task is too easy or too hard for the starting policy."""
+
+
+def build(
+    path: str | os.PathLike[str],
+    rollout: Rollout,
+    examples: Sequence[Example],
+    *,
+    attempts_per_example: int = 1,
+    failures_per_example: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Attempt]:
+    """Samples, verifies and stores the failures of `examples`; goes on with what `path` already holds.
+
+    Args:
+        path: JSON lines file, created or continued.
+        rollout: the starting policy with its task.
+        examples: in a fixed order; a continued build must be given the same ones.
+        attempts_per_example: first answers sampled per example (the paper's k).
+        failures_per_example: wrong answers kept per example at the most, the first ones sampled.
+        progress: called with (examples done, examples in all) after each block.
+    Raises:
+        ValueError: `path` holds blocks of other examples.
+    """
+    path = Path(path)
+    done = blocks.keep_whole(path)
+    for start in range(done * BLOCK, len(examples), BLOCK):
+        block = examples[start : start + BLOCK]
+        attempts = rollout.attempts(block, stage="failures", count=attempts_per_example)
+        per_example = [
+            attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(block))
+        ]
+        kept = [
+            a for group in per_example for a in [a for a in group if not a.verdict.ok][:failures_per_example]
+        ]
+        blocks.append(
+            path, [_to_json(attempt) for attempt in kept], _summary(start // BLOCK, block, per_example)
+        )
+        if progress:
+            progress(min(start + BLOCK, len(examples)), len(examples))
+    _check_same_examples(path, examples)
+    return load(path)
+
+
+def load(path: str | os.PathLike[str]) -> list[Attempt]:
+    """The failures of a finished or unfinished build, in the order of their examples."""
+    return [_from_json(line) for line in blocks.read(Path(path)) if "block" not in line]
+
+
+def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Counts over all blocks: examples tried, solved (right every time, dropped), failed, and reasons of the attempts."""
+    total: dict[str, Any] = {"examples": 0, "solved": 0, "failed": 0, "attempts": 0, "right": 0}
+    reasons: Counter[str] = Counter()
+    for line in blocks.read(Path(path)):
+        if "block" in line:
+            for name in total:
+                total[name] += line[name]
+            reasons.update(line["reasons"])
+    return {**total, "reasons": dict(reasons.most_common())}
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """One paragraph for the console."""
+    wrong = {reason: n for reason, n in counts["reasons"].items() if reason != "ok"}
+    why = ", ".join(f"{reason} {n}" for reason, n in wrong.items()) or "none"
+    return (
+        f"{counts['examples']} examples, {counts['attempts']} attempts, {counts['right']} of them right; "
+        f"{counts['solved']} examples solved every time and dropped, {counts['failed']} with a failure. Why wrong: {why}."
+    )
+
+
+def check_trainable(counts: dict[str, Any]) -> None:
+    """Raises `NoSignalError` when no example failed: there is nothing to reflect on."""
+    if counts["failed"] == 0:
+        raise NoSignalError(
+            f"no failures found in {counts['examples']} examples: the task is too easy for this model. Make the task "
+            "harder (task_options), raise attempts_per_example, or train on first answers with train_on: attempt"
+        )
+
+
+def _summary(number: int, block: Sequence[Example], per_example: list[list[Attempt]]) -> dict[str, Any]:
+    attempts = [attempt for group in per_example for attempt in group]
+    solved = sum(all(attempt.verdict.ok for attempt in group) for group in per_example)
+    return {
+        "block": number,
+        "first": block[0].id,
+        "last": block[-1].id,
+        "examples": len(block),
+        "solved": solved,
+        "failed": len(block) - solved,
+        "attempts": len(attempts),
+        "right": sum(attempt.verdict.ok for attempt in attempts),
+        "reasons": dict(Counter(attempt.verdict.reason for attempt in attempts)),
+    }
+
+
+def _to_json(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "example": asdict(attempt.example),
+        "generation": attempt.generation,
+        "prompt_ids": attempt.prompt_ids,
+        "attempt_ids": attempt.turn.ids,
+        "finish_reason": attempt.turn.finish_reason,
+        "text": attempt.text,
+        "reason": attempt.verdict.reason,
+    }
+
+
+def _from_json(line: dict[str, Any]) -> Attempt:
+    turn = Turn(line["attempt_ids"], [0.0] * len(line["attempt_ids"]), line["finish_reason"])
+    verdict = Verdict(line["reason"])
+    return Attempt(
+        Example(**line["example"]), line["prompt_ids"], turn, line["text"], verdict, line["generation"]
+    )
+
+
+def _check_same_examples(path: Path, examples: Sequence[Example]) -> None:
+    for line in blocks.read(path):
+        if "block" in line:
+            block = examples[line["block"] * BLOCK :][:BLOCK]
+            if not block or [block[0].id, block[-1].id, len(block)] != [
+                line["first"],
+                line["last"],
+                line["examples"],
+            ]:
+                raise ValueError(
+                    f"{path} was built from other examples (block {line['block']}: {line['first']} to {line['last']}): "
+                    "build into a new file, or use the task, seed and num_examples of that build"
+                )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m grpo.failures --output FILE [--KEY VALUE ...]`: the first stage of train.py on its own."""
+    import argparse
+
+    from tqdm import tqdm
+
+    from grpo import config as configuration
+    from grpo import parts
+
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo.failures",
+        description="Samples first answers of a model, verifies them, and stores the wrong ones. Takes every option of "
+        "train.py (see `python train.py --help`); num_examples, attempts_per_example and failures_per_example matter here.",
+    )
+    parser.add_argument(
+        "--output", required=True, help="JSON lines file to create, or to continue after a kill"
+    )
+    own, rest = parser.parse_known_args(argv)
+    try:
+        config = configuration.parse(rest)
+        built = parts.build(config)
+        examples = built.task.examples("train", config.num_examples)
+        with tqdm(total=len(examples), desc="failures", unit="example") as bar:
+            build(
+                own.output,
+                built.rollout,
+                examples,
+                attempts_per_example=config.attempts_per_example,
+                failures_per_example=config.failures_per_example,
+                progress=lambda done, _: bar.update(done - bar.n),
+            )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(describe(summary(own.output)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

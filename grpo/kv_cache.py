@@ -1,0 +1,268 @@
+"""Key/value caches of the sampler, and attention over them.
+
+softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1) for rows that share prompts. The keys and values of a
+prompt lie in the cache once; each of its rows has a private cache for what follows. One forward takes a
+*ragged* batch, packed flat into T tokens in this order:
+
+    last new token of each row (B) | earlier new tokens of rows that have several | tokens of new prompts
+
+The first part is all there is in most steps and goes through batched matrix products:
+scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The
+others are rare and use it, one run of tokens at a time.
+
+A prompt is cached without its last token. Each row starts with that token as its first private one, so every
+row always has a new token whose hidden state predicts the next.
+
+Shapes: B rows, g prompts, m rows of a prompt at most, K key/value heads, r = N / K query heads for each, D
+head size, P and L the longest cached prompt and private part.
+
+Left out: paging (a slot has a fixed capacity; schedule.py moves rows between slots), quantised caches.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from grpo.model import ModelConfig
+
+
+class SlotCache:
+    """Keys and values of `slots` sequences of up to `capacity` tokens: per layer (slots, K, capacity, D).
+
+    Memory is kept from run to run, as faulting in fresh pages costs more than filling them. What lies beyond
+    a sequence's length is zero or stale, and finite as long as the model's weights were.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.release()
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self.slots = self.capacity = 0
+        self._memory = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
+        self._views = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the memory held now has room for."""
+        return self._memory[0][0].numel() // (self.config.num_kv_heads * self.config.head_dim)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each (slots, K, capacity, D)."""
+        return self._views[layer][0], self._views[layer][1]
+
+    def allocate(self, slots: int, capacity: int, *, keep_slots: int = 0, keep_length: int = 0) -> None:
+        """Makes room for `slots` sequences of `capacity` tokens, in the memory held when it is large enough.
+
+        Kept are the first `keep_length` tokens of the first `keep_slots` sequences.
+        """
+        shape = (slots, self.config.num_kv_heads, capacity, self.config.head_dim)
+        size = slots * self.config.num_kv_heads * capacity * self.config.head_dim
+        for memory, views in zip(self._memory, self._views, strict=True):
+            for i in range(2):
+                kept = views[i][:keep_slots, :, :keep_length].clone() if keep_slots else None
+                # The old tensor goes before the new one comes: never two full caches side by side.
+                views[i] = torch.empty(0)
+                if memory[i].numel() < size:
+                    memory[i] = torch.empty(0)
+                    memory[i] = torch.zeros(size, dtype=self.dtype, device=self.device)
+                views[i] = memory[i][:size].view(shape)
+                if kept is not None:
+                    views[i][:keep_slots, :, :keep_length] = kept
+        self.slots, self.capacity = slots, capacity
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of slot `source` to slot `target`."""
+        for view in chain.from_iterable(self._views):
+            view[target, :, :length] = view[source, :, :length]
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values (T, K, D) at (slots[t], positions[t]), both (T,) int64."""
+        for view, new in zip(self._views[layer], (keys, values), strict=True):
+            view[slots, :, positions] = new
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """A row's part in one forward: tokens [start, start + length) of its private sequence are new.
+
+    Private token i stands at position `prefix_length` + i; `prefix_slot` is where the row's prompt lies.
+    """
+
+    prefix_slot: int
+    prefix_length: int
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive tokens [first, first + length) of the flat input that belong to one sequence.
+
+    They see `prefix_length` tokens of prompt `prefix_slot`, then the first `own_length` tokens of row `slot`,
+    the run itself at their end; a new prompt (slot None) sees nothing but itself.
+    """
+
+    first: int
+    length: int
+    slot: int | None = None
+    prefix_slot: int = 0
+    prefix_length: int = 0
+    own_length: int = 0
+
+
+class CachedAttention:
+    """The `attend` of one forward: stores new keys and values, then attends to prompts and private caches.
+
+    Args:
+        prefixes, own: caches of the prompts and of the rows.
+        rows: one per row, in slot order, at least one.
+        prompts: (slot, number of tokens) of each new prompt.
+    Attributes:
+        position_ids: (1, T) int64, in the order given at the top of this file.
+    """
+
+    def __init__(
+        self, prefixes: SlotCache, own: SlotCache, rows: list[RowSpan], prompts: list[tuple[int, int]]
+    ) -> None:
+        self.prefixes, self.own, self.config = prefixes, own, own.config
+        self.batch = len(rows)
+        slots = list(range(self.batch))
+        places = [row.start + row.length - 1 for row in rows]
+        positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
+        self.runs: list[_Run] = []
+        for slot, row in enumerate(rows):
+            if row.length > 1:
+                last = row.start + row.length - 1  # the last token is in the first part already
+                self.runs.append(
+                    _Run(len(slots), row.length - 1, slot, row.prefix_slot, row.prefix_length, last)
+                )
+                slots += [slot] * (row.length - 1)
+                places += range(row.start, last)
+                positions += range(row.prefix_length + row.start, row.prefix_length + last)
+        self.own_tokens = len(slots)
+        for slot, length in prompts:
+            if length:
+                self.runs.append(_Run(len(slots), length))
+                slots += [slot] * length
+                places += range(length)
+                positions += range(length)
+        # One transfer to the device for everything whose length is the number of tokens.
+        table = torch.tensor([slots, places, positions]).to(own.device, non_blocking=True)
+        self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
+        self._arrange(rows)
+        self._biases = {window: self._bias(rows, window) for window in set(self.config.windows)}
+        self._masks = {
+            (run, window): self._mask(run, window) for run in self.runs for window in set(self.config.windows)
+        }
+
+    def _arrange(self, rows: list[RowSpan]) -> None:
+        """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
+        self.prefix_length = max(row.prefix_length for row in rows)
+        self.own_length = max(row.start + row.length for row in rows)
+        members: list[list[int]] = [[] for _ in range(max(row.prefix_slot for row in rows) + 1)]
+        place = []
+        for slot, row in enumerate(rows):
+            place.append(len(members[row.prefix_slot]))
+            members[row.prefix_slot].append(slot)
+        width = max(map(len, members))
+        # Prompts with fewer rows are filled up with row 0, whose result there is never read.
+        padded = [ids + [0] * (width - len(ids)) for ids in members]
+        self.members = torch.tensor(padded).to(self.own.device, non_blocking=True)  # (g, m)
+        table = torch.tensor([[row.prefix_slot for row in rows], place])
+        self.group, self.place = table.to(self.own.device, non_blocking=True)  # (B,) each
+
+    def _bias(self, rows: list[RowSpan], window: int | None) -> Tensor:
+        """(B, 1, 1, P + L) float32: 0 where the row's last token sees a key, -inf elsewhere."""
+        table = torch.tensor([[row.prefix_length, row.start + row.length] for row in rows])
+        prefix_lengths, own_lengths = table.to(self.own.device, non_blocking=True)[:, :, None].unbind(1)
+        index = torch.arange(max(self.prefix_length, self.own_length), device=self.own.device)
+        prefix, own = index[: self.prefix_length], index[: self.own_length]
+        seen = [prefix < prefix_lengths, own < own_lengths]
+        if window is not None:
+            # Private token i is own_lengths - 1 - i back, prompt token j prefix_lengths - j before the first.
+            seen[0] &= own_lengths - 1 + prefix_lengths - prefix < window
+            seen[1] &= own_lengths - 1 - own < window
+        visible = torch.cat(seen, dim=1)
+        bias = torch.zeros(visible.shape, device=self.own.device).masked_fill_(~visible, float("-inf"))
+        return bias[:, None, None]
+
+    def _mask(self, run: _Run, window: int | None) -> Tensor | None:
+        """(length, keys) bool, True where a token sees a key; None for plain causal attention to the run."""
+        keys = run.length if run.slot is None else run.prefix_length + run.own_length
+        if run.slot is None and (window is None or run.length <= window):
+            return None
+        key = torch.arange(keys, device=self.own.device)
+        distance = key[-run.length :, None] - key  # keys are consecutive positions, the run's own at the end
+        return (distance >= 0) & (distance < (window or keys + 1))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, N, T, D), k and v (1, K, T, D), rotated -> (1, N, T, D)."""
+        q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, D)
+        n = self.own_tokens
+        self.own.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
+        if n < len(k):
+            self.prefixes.write(layer, self.slots[n:], self.places[n:], k[n:], v[n:])
+        out = [self._attend_rows(layer, q[: self.batch])]
+        out += [self._attend_run(layer, run, q, k, v) for run in self.runs]
+        return (torch.cat(out) if self.runs else out[0]).transpose(0, 1)[None]
+
+    def _attend_rows(self, layer: int, q: Tensor) -> Tensor:
+        """One query per row, (B, N, D) -> (B, N, D)."""
+        batch, heads, size = q.shape
+        q = q.reshape(batch, -1, heads // self.config.num_kv_heads, size)  # (B, K, r, D)
+        own_keys, own_values = (x[:batch, :, : self.own_length].flatten(0, 1) for x in self.own.layer(layer))
+        scores = torch.bmm(q.flatten(0, 1), own_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
+        if self.prefix_length:
+            scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
+        bias = self._biases[self.config.windows[layer]]
+        # Scaled, masked and normalised in float32 whatever the model's type.
+        weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
+        own_weights = weights[..., self.prefix_length :].flatten(0, 1)
+        out = torch.bmm(own_weights, own_values).view(q.shape)
+        if self.prefix_length:
+            out += self._against_prefix(layer, weights[..., : self.prefix_length], values=True)
+        return out.view(batch, heads, size)
+
+    def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
+        """(B, K, r, D) against the prompts' keys -> (B, K, r, P), or that against values -> (B, K, r, D)."""
+        groups, width = self.members.shape
+        keys_or_values = self.prefixes.layer(layer)[1 if values else 0]
+        other = keys_or_values[:groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
+        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .)
+        x = x[self.members].transpose(1, 2)  # (g, K, m, r, .)
+        shape = x.shape
+        out = torch.bmm(x.reshape(other.shape[0], -1, shape[-1]), other if values else other.transpose(1, 2))
+        return out.view(*shape[:-1], -1)[self.group, :, self.place]  # (B, K, r, .)
+
+    def _attend_run(self, layer: int, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Several tokens of one sequence: q (T, N, D) -> (run.length, N, D)."""
+        tokens = slice(run.first, run.first + run.length)
+        if run.slot is None:
+            keys, values = k[tokens].transpose(0, 1), v[tokens].transpose(0, 1)
+        else:
+            slot, n, m = run.slot, run.prefix_length, run.own_length
+            keys, values = (
+                torch.cat([prefix[run.prefix_slot, :, :n], own[slot, :, :m]], dim=1)
+                for prefix, own in zip(self.prefixes.layer(layer), self.own.layer(layer), strict=True)
+            )
+        mask = self._masks[run, self.config.windows[layer]]
+        out = F.scaled_dot_product_attention(
+            q[tokens].transpose(0, 1)[None],
+            keys[None],
+            values[None],
+            attn_mask=mask,
+            is_causal=mask is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out[0].transpose(0, 1)

@@ -1,0 +1,154 @@
+"""The GRPO loss: clipped surrogate plus KL penalty, over the selected tokens of a micro-batch.
+
+For a token of a completion with advantage A, log-prob l under the policy, o under the policy that sampled
+it and f under the reference:
+
+    ratio        r = exp(l - o)                                   importance_sampling_level "token"
+                 r = exp(mean of l - o over the completion)       "sequence" (GSPO, arXiv 2507.18071)
+    surrogate    -min(min(r, delta) A, clip(r, 1 - epsilon, 1 + epsilon_high) A)
+                 -stopgrad(min(r, epsilon_high)) A l              loss_type "cispo" (arXiv 2506.13585)
+    KL           k = exp(x) - x - 1 with x = f - l  (k3), times r with use_bias_correction_kl
+    token loss   surrogate + beta k
+
+On-policy the expected gradient of r k is that of KL(policy || reference), that of k alone the one of
+KL(reference || policy). Token losses are added up by `loss_type`:
+
+    grpo           mean over completions of the mean over their tokens           arXiv 2402.03300
+    dapo, cispo    sum / tokens of the optimiser step                            arXiv 2503.14476
+    bnpo           the same as dapo here
+    dr_grpo        sum / (completions * max_completion_length)                   arXiv 2503.20783
+
+The denominators are those of the whole optimiser step, so the losses of its micro-batches add up however it
+is split, as long as a completion's tokens stay together. Left out: entropy bonus, value loss.
+
+M tokens, B completions of the optimiser step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
+LEVELS = ("token", "sequence")
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    sequence_ids: Tensor,
+    *,
+    mask: Tensor | None = None,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.001,
+    loss_type: str = "dapo",
+    importance_sampling_level: str = "token",
+    use_bias_correction_kl: bool = True,
+    num_loss_tokens: int | None = None,
+    num_sequences: int | None = None,
+    max_completion_length: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of one micro-batch, and its metrics.
+
+    Args:
+        logprobs, old_logprobs, ref_logprobs: (M,) float32, nats. None: logprobs.detach(); no reference.
+        advantages: (B,) float32.
+        sequence_ids: (M,) int64, the index into `advantages` of each token's completion.
+        mask: (M,) bool; tokens where it is False count nowhere, whatever their entries hold.
+        epsilon, epsilon_high: the clip range; None: epsilon. With cispo epsilon_high is the bound itself.
+        delta: bound of the unclipped ratio, which keeps a large ratio with A < 0 finite; None: no bound.
+        num_loss_tokens, num_sequences: of the whole step, over all ranks. None: `mask.sum()` and B.
+        max_completion_length: tokens, for dr_grpo.
+    Returns:
+        () loss, and detached metrics, each a sum over tokens / num_loss_tokens: `kl` (given a reference),
+        `ratio/mean`, `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean`.
+    Raises:
+        ValueError: arguments that do not fit together; the message names them.
+    """
+    _check_tensors(logprobs, old_logprobs, ref_logprobs, sequence_ids, mask)
+    _check_options(loss_type, importance_sampling_level, epsilon, delta, max_completion_length)
+    if beta != 0 and ref_logprobs is None:
+        raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta {beta}")
+    high = epsilon if epsilon_high is None else epsilon_high
+    old, ref = (logprobs if other is None else other for other in (old_logprobs, ref_logprobs))
+    if mask is not None:  # selected, not multiplied by 0: so a masked NaN reaches no loss or gradient
+        logprobs, old, ref, sequence_ids = (x[mask] for x in (logprobs, old, ref, sequence_ids))
+    A = advantages[sequence_ids]  # (M,)
+    length = sequence_ids.bincount(minlength=len(advantages))[sequence_ids]  # (M,) of the token's completion
+
+    log_ratio = logprobs - old.detach()
+    if importance_sampling_level == "sequence":
+        sums = log_ratio.new_zeros(len(advantages)).index_add(0, sequence_ids, log_ratio)
+        log_ratio = sums[sequence_ids] / length
+    ratio = log_ratio.exp()
+
+    if loss_type == "cispo":
+        token_loss = -ratio.detach().clamp(max=high) * A * logprobs
+        low_clipped, high_clipped = ratio < 0, ratio > high  # there is no lower bound
+    else:
+        bounded = ratio if delta is None else ratio.clamp(max=delta)
+        token_loss = -torch.minimum(bounded * A, ratio.clamp(1 - epsilon, 1 + high) * A)
+        low_clipped, high_clipped = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
+    kl = _k3(ref.detach() - logprobs) * (ratio if use_bias_correction_kl else 1)
+    if beta != 0:
+        token_loss = token_loss + beta * kl
+
+    num_loss_tokens = max(1, len(logprobs) if num_loss_tokens is None else num_loss_tokens)
+    num_sequences = max(1, len(advantages) if num_sequences is None else num_sequences)
+    if loss_type == "grpo":
+        loss = (token_loss / length).sum() / num_sequences
+    elif loss_type == "dr_grpo":
+        loss = token_loss.sum() / (num_sequences * (max_completion_length or 1))
+    else:
+        loss = token_loss.sum() / num_loss_tokens
+    per_token = {
+        "ratio/mean": ratio,
+        "clip_ratio/low_mean": low_clipped,
+        "clip_ratio/high_mean": high_clipped,
+        "clip_ratio/region_mean": low_clipped | high_clipped,
+    }
+    if ref_logprobs is not None:
+        per_token["kl"] = kl
+    return loss, {name: values.detach().sum() / num_loss_tokens for name, values in per_token.items()}
+
+
+def _k3(x: Tensor) -> Tensor:
+    """exp(x) - x - 1; near 0, where float32 would be left with rounding only, by its series."""
+    series = x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+    return torch.where(x.abs() < 0.03, series, x.expm1() - x)
+
+
+def _check_tensors(
+    logprobs: Tensor, old: Tensor | None, ref: Tensor | None, sequence_ids: Tensor, mask: Tensor | None
+) -> None:
+    if logprobs.ndim != 1:
+        raise ValueError(f"logprobs must be (M,), got {tuple(logprobs.shape)}")
+    others = {"old_logprobs": old, "ref_logprobs": ref, "sequence_ids": sequence_ids, "mask": mask}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.shape != logprobs.shape:
+            raise ValueError(
+                f"{name} must be {tuple(logprobs.shape)}, as logprobs, got {tuple(tensor.shape)}"
+            )
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+
+
+def _check_options(
+    loss_type: str, level: str, epsilon: float, delta: float | None, max_length: int | None
+) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    if level not in LEVELS:
+        raise ValueError(f"importance_sampling_level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if not 0 <= epsilon < 1:
+        raise ValueError(f"epsilon must be in [0, 1), got {epsilon}")
+    if delta is not None and loss_type == "cispo":
+        raise ValueError(f"delta must be None with loss_type cispo, whose bound is epsilon_high, got {delta}")
+    if delta is not None and not delta > 0:
+        raise ValueError(f"delta must be positive or None, got {delta}")
+    if loss_type == "dr_grpo" and (max_length is None or max_length < 1):
+        raise ValueError(f"max_completion_length must be at least 1 with loss_type dr_grpo, got {max_length}")

@@ -1,0 +1,189 @@
+"""AdamW on float32 master weights, and the learning-rate schedules.
+
+AdamW is Loshchilov and Hutter, arXiv 1711.05101; the arithmetic is torch.optim.AdamW (fused where the device
+has it). A learning rate of 5e-7 is far below the spacing of bfloat16 numbers, so 16-bit parameters are never
+stepped: each has a float32 master and a float32 gradient buffer, and is overwritten with the rounded master
+after every update. Parameters that are float32 already are their own masters.
+
+Left out: loss scaling (float16 compute), 8-bit moments, parameter groups with their own learning rates.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("cosine", "linear", "constant")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def scheduled_learning_rate(
+    step: int, *, peak: float, total_steps: int, warmup_steps: float, schedule: str
+) -> float:
+    """Learning rate of one step: linear warmup to `peak`, then the schedule's way down to 0 at `total_steps`.
+
+    The curves of transformers, but the warmup starts at peak / warmup instead of 0: the paper's 3% of a short
+    run is one step, and a step at learning rate 0 is a rollout thrown away.
+
+    Args:
+        step: from 0.
+        warmup_steps: a number of steps, or below 1 a ratio of `total_steps` (rounded up).
+        schedule: cosine | linear | constant.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"lr_scheduler_type must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+    warmup = math.ceil(warmup_steps * total_steps) if warmup_steps < 1 else int(warmup_steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    if schedule == "linear":
+        return peak * (1 - progress)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class MasterAdamW:
+    """The trainable parameters of a model, their float32 masters and gradients, and AdamW's moments.
+
+    The gradient buffers live as long as this object, so a step allocates nothing of the model's size.
+    """
+
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> None:
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters = {name: _master(p) for name, p in self.parameters.items()}
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        # Gains and biases are not decayed, as in transformers.
+        decayed = [m for m in self.masters.values() if m.ndim >= 2]
+        others = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.fused = all(m.device.type in ("cpu", "cuda") for m in self.masters.values())
+        self.adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=self.fused
+        )
+        self.num_updates = 0
+
+    @property
+    def gradients(self) -> dict[str, Tensor]:
+        """The float32 gradient buffer of each parameter, by name."""
+        return {name: m.grad for name, m in self.masters.items() if m.grad is not None}
+
+    def zero_grad(self) -> None:
+        for gradient in self.gradients.values():
+            gradient.zero_()  # in place: fresh pages cost more than writing zeros
+
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Inside it `backward()` adds to the float32 buffers, also the gradients of 16-bit parameters.
+
+        Summed in bfloat16 the micro-batches would lose digits. Each hook fires when its parameter's gradient
+        is complete, so few 16-bit gradients exist at a time; they are removed, or a later optimiser of the
+        model starves.
+        """
+        handles = [
+            parameter.register_post_accumulate_grad_hook(_move_gradient_to(self.masters[name]))
+            for name, parameter in self.parameters.items()
+            if self.masters[name] is not parameter
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def grad_norm(self) -> Tensor:
+        """() float32: Euclidean norm of the gradient accumulated so far; no device synchronisation."""
+        # Row by row: one float32 sum over an embedding's 28 million squares can be wrong in the third digit.
+        norm = torch.linalg.vector_norm
+        return norm(torch.stack([norm(norm(g, dim=-1)) for g in self.gradients.values()]))
+
+    def first_non_finite(self) -> str | None:
+        """Name of the first parameter, in the model's order, whose gradient holds a NaN or an infinity."""
+        return next((name for name, g in self.gradients.items() if not torch.isfinite(g).all()), None)
+
+    @torch.no_grad()
+    def step(self, learning_rate: float, *, scale: float = 1.0) -> None:
+        """One AdamW update with the accumulated gradient times `scale` (the clipping factor)."""
+        if scale != 1.0:
+            for gradient in self.gradients.values():
+                gradient.mul_(scale)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self.num_updates += 1
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
+
+    def reset_moments(self) -> None:
+        """Back to the moments of a new optimiser; the weights stay."""
+        self.adamw.state.clear()
+        self.num_updates = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Masters and moments by name, float32: the live tensors, to be written before the next step."""
+        tensors = {f"master.{name}": m.detach() for name, m in self.masters.items()}
+        for name, master in self.masters.items():
+            for moment in MOMENTS if self.num_updates else ():
+                tensors[f"{moment}.{name}"] = self.adamw.state[master][moment]
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
+        """Restores what `state()` gave, bit by bit.
+
+        Raises:
+            ValueError: a tensor is missing, unknown or has another shape; nothing was changed then.
+        """
+        expected = {f"master.{name}": m for name, m in self.masters.items()}
+        if num_updates:
+            expected |= {f"{moment}.{name}": m for moment in MOMENTS for name, m in self.masters.items()}
+        if wrong := sorted(expected.keys() ^ tensors.keys()):
+            what = "misses" if wrong[0] in expected else "holds the unknown"
+            raise ValueError(f"the optimiser state {what} tensor {wrong[0]} ({len(wrong)} such names in all)")
+        for key, like in expected.items():
+            if tensors[key].shape != like.shape:
+                shapes = f"{tuple(like.shape)}, got {tuple(tensors[key].shape)}"
+                raise ValueError(f"{key} must have shape {shapes}")
+        self.adamw.state.clear()
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            if num_updates:
+                state = {moment: torch.empty_like(master) for moment in MOMENTS}
+                for moment, tensor in state.items():
+                    tensor.copy_(tensors[f"{moment}.{name}"])
+                # A float32 tensor, and on the device if fused, is how AdamW itself keeps its count.
+                state["step"] = torch.tensor(
+                    float(num_updates), device=master.device if self.fused else "cpu"
+                )
+                self.adamw.state[master] = state
+        self.num_updates = num_updates
+        self._publish()
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """The parameter itself, or for a 16-bit one a float32 copy."""
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        return parameter.detach().to(torch.float32)
+    return parameter
+
+
+def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        if master.grad is not None and parameter.grad is not None:
+            master.grad.add_(parameter.grad)
+        parameter.grad = None
+
+    return hook

@@ -1,0 +1,169 @@
+"""The sampler: runs many scripts of "sample until stop, feed these tokens, sample until stop" side by side.
+
+There is no barrier between the phases of an episode: at any step some rows sample an attempt, some take in
+the tokens that ask for a reflection, some sample the retry, and all share the same forward. Every row has new
+tokens (the last one sampled and what was fed after it or, on entering, its prompt's last token); all of them,
+and the prompts of new groups, go through the model as one flat sequence, and each row samples from its last
+token's hidden state.
+
+    script.py    rows and their scripts            schedule.py  who is in the batch, and in which slot
+    sampling.py  noise and the choice of tokens    kv_cache.py  caches, and attention over them
+
+`Sampler.run` and `Sampler.load_weights` are all that the rest of the trainer knows of generation. Log-probs
+are those of the whole distribution at the sampling temperature, as the learner takes them.
+
+Left out: speculative decoding, prompts run in chunks, several devices.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from grpo.kv_cache import SlotCache
+from grpo.model import Decoder
+from grpo.sampling import choose
+from grpo.schedule import Schedule
+from grpo.script import Feed, Finished, Row, RowState, Sample, Turn
+
+__all__ = ["Feed", "Finished", "Row", "Sample", "Sampler", "Turn"]
+
+
+class Sampler:
+    """Generates with `model`. Settings are plain attributes that may be changed between runs.
+
+    Args:
+        model: the decoder; the learner's own, or a copy that `load_weights` keeps up to date.
+        stop_token_ids: any of them ends a turn.
+        temperature: of the samples and of the log-probs, above 0.
+        greedy: take the most likely token; log-probs still at `temperature`.
+        top_p, top_k: restrict the tokens sampled (1.0 and 0: all). For evaluation: log-probs leave them out.
+        max_rows: rows in one forward.
+        cache_gb: bound on the key/value caches, in 10^9 bytes. Fewer rows run at a time where it is short.
+    Attributes:
+        stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        stop_token_ids: Sequence[int],
+        temperature: float = 1.0,
+        greedy: bool = False,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_rows: int = 64,
+        cache_gb: float = 2.0,
+    ) -> None:
+        self.model = model
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.temperature, self.greedy, self.top_p, self.top_k = temperature, greedy, top_p, top_k
+        self.max_rows, self.cache_gb = max_rows, cache_gb
+        self.stats: dict[str, float] = {}
+        weight = model.output_weight
+        self._own = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
+        self._prefixes = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._check_settings()
+
+    @torch.inference_mode()
+    def run(
+        self, rows: Sequence[Row], *, progress: Callable[[int, int], None] | None = None
+    ) -> list[Finished]:
+        """Runs every row's script to its end.
+
+        Args:
+            rows: any number. They enter in this order, so rows with equal prefixes should be neighbours.
+            progress: called with (rows done, rows) whenever rows are done.
+        Returns:
+            one Finished per row, in the order of `rows`.
+        Raises:
+            ValueError: a setting or a script that cannot run; a row longer than the model's positions, or too
+                large for `cache_gb`.
+            FloatingPointError: the model's logits are NaN or infinite.
+        """
+        start = time.perf_counter()
+        self._check_settings()
+        stop, positions = frozenset(self.stop_token_ids), self.model.config.max_position_embeddings
+        states = [RowState(row, f"rows[{i}]", stop, positions, self.greedy) for i, row in enumerate(rows)]
+        self.stats = {}
+        if not states:
+            return []
+        schedule = Schedule(
+            states, self._own, self._prefixes, max_rows=self.max_rows, cache_bytes=self.cache_gb * 1e9
+        )
+        done = 0
+        while schedule.busy:
+            input_ids, attend, active = schedule.next()
+            hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : len(active)]
+            noise = None if self.greedy else [row.noise for row in active]
+            left = schedule.take(*self._choose(hidden, noise))
+            done += left
+            if left and progress is not None:
+                progress(done, len(states))
+        self.stats = {**schedule.stats, "seconds": time.perf_counter() - start}
+        return [Finished(state.row, state.turns, state.fed) for state in states]
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copies the learner's weights in; tensors that are the model's own already cost nothing.
+
+        Raises:
+            ValueError: names or shapes are not the model's; nothing is copied then.
+        """
+        own = self.model.state_dict()
+        if own.keys() != state_dict.keys():
+            raise ValueError(
+                f"state_dict must have the model's names; missing: {sorted(own.keys() - state_dict.keys())}, "
+                f"unknown: {sorted(state_dict.keys() - own.keys())}"
+            )
+        for name, tensor in own.items():
+            shape, new = tuple(tensor.shape), tuple(state_dict[name].shape)
+            if shape != new:
+                raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {new}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.data_ptr() != state_dict[name].data_ptr():
+                    tensor.copy_(state_dict[name])
+
+    def _choose(self, hidden: Tensor, noise: list[float] | None) -> tuple[list[int], list[float]]:
+        """hidden (B, H), a uniform per row (None: greedy) -> tokens and log-probs. The step's only wait."""
+        weight = self.model.output_weight
+        logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
+        if logits.dtype != torch.float32:
+            logits = self._buffer(torch.float32, len(hidden)).copy_(logits)
+        device_noise = None
+        if noise is not None:
+            device_noise = torch.tensor(noise, dtype=torch.float64).to(logits.device, non_blocking=True)
+        tokens, logprobs = choose(
+            logits, device_noise, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
+        )
+        ids, values = torch.stack([tokens.double(), logprobs]).tolist()
+        if not all(map(math.isfinite, values)):
+            # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
+            self._own.release()
+            self._prefixes.release()
+            raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
+        return [int(token) for token in ids], values
+
+    def _buffer(self, dtype: torch.dtype, batch: int) -> Tensor:
+        """(V, B), the same memory at every step: fresh pages for logits cost more than sampling from them."""
+        weight = self.model.output_weight
+        size = len(weight) * batch
+        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
+            self._buffers[dtype] = torch.empty(size, dtype=dtype, device=weight.device)
+        return self._buffers[dtype][:size].view(len(weight), batch)
+
+    def _check_settings(self) -> None:
+        if not self.stop_token_ids:
+            raise ValueError("stop_token_ids must hold at least one token, got none")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 (greedy=True for argmax), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")

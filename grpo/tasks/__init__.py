@@ -1,0 +1,183 @@
+"""What a task is, and where tasks are found by name.
+
+A task gives examples, says whether an answer is right and, for models that need a warm start, writes a
+worked conversation. It knows nothing of tokens, models or training: so a new one fits in one file
+(docs/tasks.md). Left out on purpose: partial rewards. The reward of the paper (arXiv 2505.24726) is 1 or 0,
+and so is ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import pkgutil
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+SPLITS = ("train", "validation", "heldout")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier found: `reason` is "ok" or a short code for the first check that failed."""
+
+    reason: str
+
+    @property
+    def ok(self) -> bool:
+        return self.reason == "ok"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instance of a task.
+
+    Attributes:
+        id: unique within the task and the same in every run and split order.
+        prompt: the user message.
+        data: what the verifier needs; survives JSON unchanged.
+    """
+
+    id: str
+    prompt: str
+    data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> int:
+        """63 bits of sha256(id): names the example in the key of the sampling noise."""
+        return int.from_bytes(hashlib.sha256(self.id.encode()).digest()[:8], "big") >> 1
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """A worked conversation for the warm start; no `reflection` and `retry` where the attempt is right."""
+
+    attempt: str
+    reflection: str | None = None
+    retry: str | None = None
+
+
+class Task(Protocol):
+    """What the trainer asks of a task. `system` None means that there is no system message."""
+
+    name: str
+    system: str | None
+    reflection_instruction: str
+
+    def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
+        """Examples `offset` to `offset + count` of a split, always in the same order; splits are disjoint.
+
+        Raises:
+            ValueError: no such split, or fewer examples exist.
+        """
+        ...
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        """Judges an answer. Never raises, and its work is linear in the length of `text`."""
+        ...
+
+    def leaks(self, example: Example, reflection: str) -> bool:
+        """Whether the reflection already holds an accepted answer."""
+        ...
+
+
+@runtime_checkable
+class WarmStartTask(Task, Protocol):
+    """A task that can also show how its conversations go.
+
+    With `attempt`, the wrong one of an earlier transcript of the same example, another reflection and retry after it.
+    """
+
+    def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript: ...
+
+
+_REGISTRY: dict[str, Callable[..., Any]] = {}
+
+
+def register(name: str) -> Callable[[Any], Any]:
+    """Class decorator: makes the task known as `--task name`."""
+
+    def add(factory: Any) -> Any:
+        if _REGISTRY.get(name, factory) is not factory:
+            raise ValueError(f"task name {name!r} is already taken by {_REGISTRY[name]!r}")
+        _REGISTRY[name] = factory
+        return factory
+
+    return add
+
+
+def task_names() -> list[str]:
+    """Registered names, sorted; every module of this package is imported first."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return sorted(_REGISTRY)
+
+
+def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
+    """Builds a task from `--task` and `--task_options`.
+
+    Args:
+        spec: a registered name, or `package.module:Name` for a class or function anywhere on the import
+        path. options: keyword arguments of that class or function.
+    Raises:
+        ValueError: unknown task or option (the message gives the nearest known ones), or what it
+            builds is no task.
+    """
+    options = options or {}
+    factory = _import_factory(spec) if ":" in spec else _registered_factory(spec)
+    _check_options(spec, factory, options)
+    task = factory(**options)
+    needed = ("name", "system", "reflection_instruction", "examples", "verify", "leaks")
+    missing = [attribute for attribute in needed if not hasattr(task, attribute)]
+    if missing:
+        raise ValueError(f"task {spec!r} must have {', '.join(needed)}; it lacks {', '.join(missing)}")
+    return task
+
+
+def check_split(split: str) -> None:
+    """Raises ValueError unless `split` is one of SPLITS."""
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def _registered_factory(name: str) -> Callable[..., Any]:
+    known = task_names()
+    if name not in _REGISTRY:
+        hint = _nearest(name, known)
+        raise ValueError(f"task must be one of {', '.join(known)} or package.module:Name, got {name!r}{hint}")
+    return _REGISTRY[name]
+
+
+def _import_factory(spec: str) -> Callable[..., Any]:
+    module_name, _, attribute = spec.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the user's module is the user's to see, with its own traceback.
+        if error.name is None or not (module_name + ".").startswith(error.name + "."):
+            raise
+        raise ValueError(f"task {spec!r}: no module {error.name!r} on the import path") from error
+    if not hasattr(module, attribute):
+        names = [name for name in dir(module) if not name.startswith("_")]
+        raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{_nearest(attribute, names)}")
+    return getattr(module, attribute)
+
+
+def _check_options(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:
+    parameters = inspect.signature(factory).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            known = ", ".join(parameters) or "none"
+            hint = _nearest(option, list(parameters))
+            raise ValueError(f"task_options of {spec!r} must be among: {known}; got {option!r}{hint}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,265 @@
+"""Countdown: combine all the given numbers, each once, into an expression that equals the target.
+
+The paper (arXiv 2505.24726) plays it with 3 or 4 numbers up to 100 and + - * /; the demo with 3 numbers up
+to 10 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
+downloaded. Left out: partial credit for the right format, and problems whose only solutions pass through
+negative numbers or fractions (the verifier accepts such answers all the same).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import random
+from collections.abc import Iterator
+
+from grpo.tasks import SPLITS, Example, Transcript, Verdict, check_split, register
+from grpo.tasks.expression import contains, evaluate, literals, parse, reachable
+
+MAX_ANSWER_CHARACTERS = 200
+_SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
+_ALLOWED = frozenset("0123456789+-*/()")
+
+HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.1
+WANTED_HELDOUT, MAX_HELDOUT_SHARE = 512, 0.7  # a small space gives more of itself to held-out problems
+ENUMERABLE = 2_000  # number sets; up to this many, all problems are listed, above it they are drawn
+PATIENCE = 10_000  # draws without a new problem after which a space counts as exhausted
+RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
+
+Problem = tuple[tuple[int, ...], int]  # sorted numbers, target
+
+
+def verify(text: str, numbers: list[int], target: int) -> Verdict:
+    """Judges the expression in the last <answer>...</answer> of a text.
+
+    The checks run in this order, the first that fails names the verdict: no_answer, empty, too_long (over
+    200 characters), illegal_char, syntax, wrong_numbers (not exactly `numbers`, each once), div_zero,
+    wrong_value. Arithmetic is exact, fractions in between are allowed. Never raises; linear in the text.
+    """
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start < 0:
+        return Verdict("no_answer")
+    answer = text[start + len("<answer>") : end].strip()
+    if not answer:
+        return Verdict("empty")
+    if len(answer) > MAX_ANSWER_CHARACTERS:
+        return Verdict("too_long")
+    answer = answer.translate(_SIGNS)
+    if not all(character in _ALLOWED or character.isspace() for character in answer):
+        return Verdict("illegal_char")
+    postfix = parse(answer)
+    if postfix is None:
+        return Verdict("syntax")
+    if sorted(literals(postfix)) != sorted(numbers):
+        return Verdict("wrong_numbers")
+    value = evaluate(postfix)
+    if value is None:
+        return Verdict("div_zero")
+    return Verdict("ok" if value == target else "wrong_value")
+
+
+@register("countdown")
+class Countdown:
+    """Generated Countdown problems in three disjoint splits.
+
+    Args:
+        numbers: how many numbers a problem has: 3, or a range "3-4".
+        low: smallest number.
+        high: largest number.
+        operators: any of "+-*/".
+        seed: order of the problems within each split. Which split a problem is in never depends on it.
+        reflection_stop: in transcripts, probability of giving up after a combination that failed.
+        max_tries: in transcripts, most combinations that a reflection tries.
+        max_target: largest target; None for no limit. (With * four numbers up to 100 make eight digits.)
+    """
+
+    name = "countdown"
+    reflection_instruction = (
+        "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a "
+        "short explanation that will help you do better next time."
+    )
+
+    def __init__(
+        self,
+        numbers: int | str = 3,
+        low: int = 1,
+        high: int = 10,
+        operators: str = "+-",
+        seed: int = 0,
+        reflection_stop: float = 0.5,
+        max_tries: int = 6,
+        max_target: int | None = None,
+    ) -> None:
+        self.counts = _parse_counts(numbers)
+        if not 0 <= low <= high:
+            raise ValueError(f"low and high must satisfy 0 <= low <= high, got {low} and {high}")
+        if not operators or set(operators) - set("+-*/") or len(set(operators)) < len(operators):
+            raise ValueError(f'operators must be different characters of "+-*/", got {operators!r}')
+        if not 0.0 <= reflection_stop <= 1.0:
+            raise ValueError(f"reflection_stop must be a probability, got {reflection_stop}")
+        if max_tries < 1:
+            raise ValueError(f"max_tries must be at least 1, got {max_tries}")
+        if max_target is not None and max_target < 1:
+            raise ValueError(f"max_target must be at least 1 or None, got {max_target}")
+        self.system: str | None = _rules(operators)
+        self.low, self.high, self.operators, self.seed = low, high, operators, seed
+        self.reflection_stop, self.max_tries, self.max_target = reflection_stop, max_tries, max_target
+        self._splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+        small = sum(math.comb(high - low + count, count) for count in self.counts) <= ENUMERABLE
+        self._source = self._listed() if small else self._drawn()
+
+    def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
+        """Examples `offset` to `offset + count` of train, validation or heldout.
+
+        No problem (the numbers in any order, and the target) is in two splits, and none comes twice, with
+        one exception: train goes on, where the space is small, with its problems in other orders of the
+        numbers.
+
+        Raises:
+            ValueError: no such split, or fewer examples exist.
+        """
+        check_split(split)
+        if count < 0 or offset < 0:
+            raise ValueError(f"count and offset must be at least 0, got {count} and {offset}")
+        ready = self._splits[split]
+        while len(ready) < offset + count:
+            # All splits fill from one stream, so what a split holds does not depend on who asked first.
+            produced = next(self._source, None)
+            if produced is None:
+                raise ValueError(
+                    f"split {split!r} has {len(ready)} examples, but offset {offset} plus count {count} were "
+                    "asked for; raise high or numbers, or add operators"
+                )
+            self._splits[produced[0]].append(produced[1])
+        return ready[offset : offset + count]
+
+    def verify(self, example: Example, text: str) -> Verdict:
+        return verify(text, example.data["numbers"], example.data["target"])
+
+    def leaks(self, example: Example, reflection: str) -> bool:
+        """Whether a part of the reflection is an expression of exactly the numbers that equals the target."""
+        return contains(reflection.translate(_SIGNS), example.data["numbers"], example.data["target"])
+
+    def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
+        """A conversation whose reflection tries other combinations and checks each: "3+8-1=10, not 12."
+
+        The number of tries is random (reflection_stop, max_tries) and it may end without a solution: one
+        fixed text would leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start from.
+        """
+        target: int = example.data["target"]
+        terms = reachable(tuple(example.data["numbers"]), self.operators)
+        # With * almost all values are far off the target, and nobody would try them.
+        near = sorted((value for value in terms if value != target), key=lambda value: abs(value - target))
+        near = near[: 4 * self.max_tries]
+        if attempt is None and (not near or rng.random() < RIGHT_ATTEMPTS):
+            return Transcript(attempt=_answer(terms[target].text))
+        failed = rng.choice([value for value in near if attempt in (None, _answer(terms[value].text))])
+        others = [value for value in near if value != failed]
+        candidates = rng.sample(others, min(len(others), self.max_tries - 1)) + [target]
+        rng.shuffle(candidates)
+        tries = [failed] if self.max_tries > 1 and rng.random() < 0.5 else []
+        for value in candidates:
+            tries.append(value)
+            if value == target or len(tries) == self.max_tries or rng.random() < self.reflection_stop:
+                break
+        checks = [
+            f"{terms[value].text}={value}, {'that works' if value == target else f'not {target}'}."
+            for value in tries
+        ]
+        untried = [value for value in candidates if value not in tries]
+        final = target if tries[-1] == target else rng.choice(untried)
+        return Transcript(_answer(terms[failed].text), " ".join(checks), _answer(terms[final].text))
+
+    def _targets(self, numbers: tuple[int, ...]) -> list[int]:
+        limit = self.max_target or math.inf
+        return sorted(value for value in reachable(numbers, self.operators) if 1 <= value <= limit)
+
+    def _listed(self) -> Iterator[tuple[str, Example]]:
+        """All problems of a small space; WANTED_HELDOUT are held out if that leaves some to train on."""
+        span = range(self.low, self.high + 1)
+        sets = (numbers for n in self.counts for numbers in itertools.combinations_with_replacement(span, n))
+        problems: list[Problem] = [(numbers, target) for numbers in sets for target in self._targets(numbers)]
+        problems.sort(key=_fraction)
+        size = len(problems)
+        heldout = round(max(HELDOUT_SHARE * size, min(WANTED_HELDOUT, MAX_HELDOUT_SHARE * size)))
+        validation = heldout + round(VALIDATION_SHARE * size)
+        parts = dict(
+            heldout=problems[:heldout], validation=problems[heldout:validation], train=problems[validation:]
+        )
+        rng = random.Random(f"countdown order {self.seed}")
+        for split, part in parts.items():
+            rng.shuffle(part)
+            yield from ((split, _example(problem)) for problem in part)
+        for turn in range(1, math.factorial(max(self.counts))):
+            for problem in parts["train"]:
+                if turn < len(_orders(problem)):
+                    yield "train", _example(problem, turn)
+
+    def _drawn(self) -> Iterator[tuple[str, Example]]:
+        """Random problems of a large space, each once; ends when no new ones turn up."""
+        rng = random.Random(f"countdown draw {self.seed}")
+        seen: set[Problem] = set()
+        misses = 0
+        while misses < PATIENCE:
+            count = rng.choice(self.counts)
+            numbers = tuple(sorted(rng.randint(self.low, self.high) for _ in range(count)))
+            targets = self._targets(numbers)
+            problem = (numbers, rng.choice(targets)) if targets else None
+            if problem is None or problem in seen:
+                misses += 1
+                continue
+            misses = 0
+            seen.add(problem)
+            place = _fraction(problem)
+            split = "validation" if place < HELDOUT_SHARE + VALIDATION_SHARE else "train"
+            yield ("heldout" if place < HELDOUT_SHARE else split), _example(problem)
+
+
+def _rules(operators: str) -> str:
+    """The system message. It is part of every prompt, so it is short."""
+    signs = f"{', '.join(operators[:-1])} and {operators[-1]}" if len(operators) > 1 else operators
+    sample = f"3{operators[0]}5{operators[1 % len(operators)]}2"
+    return (
+        f"Combine all the numbers, each once, with {signs} to reach the target. "
+        f"Answer as <answer>{sample}</answer>."
+    )
+
+
+def _parse_counts(numbers: int | str) -> range:
+    """3 or "3" -> range(3, 4); "3-4" -> range(3, 5)."""
+    first, _, last = str(numbers).partition("-")
+    last = last or first
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 6):
+        raise ValueError(f'numbers must be a count from 1 to 6 or a range such as "3-4", got {numbers!r}')
+    return range(int(first), int(last) + 1)
+
+
+def _digest(problem: Problem) -> bytes:
+    return hashlib.sha256(repr(problem).encode()).digest()
+
+
+def _fraction(problem: Problem) -> float:
+    """Where the problem lies in [0, 1): the same in every setting, so it decides the split."""
+    return int.from_bytes(_digest(problem)[:6], "big") / 2.0**48
+
+
+def _orders(problem: Problem) -> list[tuple[int, ...]]:
+    """The different orders in which the numbers can be shown, in an order of the problem's own."""
+    orders = sorted(set(itertools.permutations(problem[0])))
+    random.Random(_digest(problem)).shuffle(orders)
+    return orders
+
+
+def _example(problem: Problem, turn: int = 0) -> Example:
+    order = _orders(problem)[turn]
+    return Example(
+        id=f"countdown:{','.join(map(str, order))}={problem[1]}",
+        prompt=f"Numbers: {', '.join(map(str, order))}. Target: {problem[1]}.",
+        data={"numbers": list(order), "target": problem[1]},
+    )
+
+
+def _answer(expression: str) -> str:
+    return f"<answer>{expression}</answer>"

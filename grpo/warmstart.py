@@ -1,0 +1,74 @@
+"""Warm start: a short supervised stage for models below the task's threshold.
+
+A model that never gets a retry right gives every group the reward 0, and GRPO learns nothing (the paper's models were
+capable enough; a 135M one is not). The task writes transcripts (`Task.transcript`): an attempt, a reflection that
+leaves room to learn, a retry. The loss is the mean negative log-likelihood of the assistant tokens worth imitating:
+
+- of a transcript whose attempt is right, the attempt;
+- of one whose attempt is wrong, the reflection, and the retry if it is right. Wrong answers are never imitated.
+
+Left out: mixing in general chat data. The stage is a few dozen steps; grpo.evaluate says what it gave.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+from grpo.chat import Chat
+from grpo.tasks import Example, Task, Transcript, WarmStartTask
+
+TrainingSequence = tuple[
+    list[int], list[tuple[list[int], list[bool]]]
+]  # prompt, [(completion, loss mask)]: batch.py
+
+
+def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> float:
+    """Linear warm-up over the first steps, then a cosine down to a tenth of the peak. `step` counts from 0."""
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def sequences(
+    task: WarmStartTask, chat: Chat, examples: list[Example], *, step: int, batch_size: int, reflections: int, seed: int
+) -> list[TrainingSequence]:
+    """The transcripts of one step, a function of (seed, step) alone, so that a redone step sees the same ones.
+
+    Args:
+        examples: each step takes the next `batch_size` of them, round and round.
+        step: counts from 0.
+        reflections: how many reflections, each with its retry, follow a wrong attempt. They share its cost: the prompt
+            goes through the model once (batch.py), and stands for most of the tokens.
+    Returns:
+        `batch_size` pairs (prompt ids, [(completion ids, loss mask)]).
+    """
+    rng = random.Random(f"warm start {seed} {step}")
+    chosen = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]
+    return [_sequence(task, chat, example, reflections, rng) for example in chosen]
+
+
+def _sequence(
+    task: WarmStartTask, chat: Chat, example: Example, reflections: int, rng: random.Random
+) -> TrainingSequence:
+    first = task.transcript(example, rng)
+    system = [{"role": "system", "content": task.system}] if task.system else []
+    prompt = chat.prompt([*system, {"role": "user", "content": example.prompt}])
+    attempt = chat.encode_turn(first.attempt)
+    if first.reflection is None:
+        return prompt, [(attempt, [True] * len(attempt))]
+    more = [task.transcript(example, rng, first.attempt) for _ in range(reflections - 1)]
+    prompt = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
+    return prompt, [_completion(task, chat, example, transcript) for transcript in [first, *more]]
+
+
+def _completion(task: Task, chat: Chat, example: Example, transcript: Transcript) -> tuple[list[int], list[bool]]:
+    """Reflection and, if it is right, retry, with a mask that is True on both and False on the user's turn between."""
+    reflection = chat.encode_turn(transcript.reflection or "")
+    if transcript.retry is None or not task.verify(example, transcript.retry).ok:
+        return reflection, [True] * len(reflection)
+    again = chat.glue(reflection, "stop", example.prompt)
+    retry = chat.encode_turn(transcript.retry)
+    mask = [True] * len(reflection) + [False] * len(again) + [True] * len(retry)
+    return reflection + again + retry, mask

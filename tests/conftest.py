@@ -1,0 +1,8 @@
+"""The package under test is the installed one (`pip install -e .`): nothing here touches sys.path."""
+
+import os
+
+# Small tests on small tensors: more threads only fight each other. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests read local files only; a name that is looked up on the Hub by mistake fails at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")

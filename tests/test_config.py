@@ -1,0 +1,328 @@
+"""Settings: where they come from, which layer wins, and what is said about the ones that do not fit."""
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from grpo.config import TYPES, Config, TaskOptions, differences, from_yaml, load, parse, to_yaml, validate
+from grpo.fields import coerce
+
+ROOT = Path(__file__).parent.parent
+# Read by config.py itself: where settings come from, and what training refuses.
+READ_BY_CONFIG = {"config", "preset", "resume", "top_p", "top_k"}
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+def test_command_line_wins_over_yaml_over_preset(tmp_path):
+    path = write(tmp_path / "c.yaml", "max_steps: 7\nseed: 5\n")
+    config = parse(["--config", path, "--seed", "6"])
+    assert (config.seed, config.max_steps, config.warm_start_steps) == (6, 7, 40)
+    assert config.preset == "demo" and config.config == path
+
+
+def test_a_value_equal_to_the_default_still_wins(tmp_path):
+    path = write(tmp_path / "c.yaml", "num_generations: 4\ntensorboard: true\n")
+    config = parse(["--config", path, "--num_generations", "8", "--tensorboard", "false"])
+    assert config.num_generations == 8 and config.tensorboard is False
+
+
+def test_yaml_may_choose_the_preset_and_the_command_line_another(tmp_path):
+    path = write(tmp_path / "c.yaml", "preset: paper\n")
+    assert parse(["--config", path]).max_steps == 1750
+    assert parse(["--config", path, "--preset", "demo"]).preset == "demo"
+
+
+def test_the_paper_preset_holds_the_figures_of_the_paper():
+    c = parse(["--preset", "paper"])
+    assert (c.num_generations, c.temperature, c.beta, c.learning_rate) == (8, 0.9, 0.001, 5e-7)
+    assert (c.lr_scheduler_type, c.warmup_steps, c.max_steps) == ("cosine", 0.03, 1750)
+    assert c.groups_per_step * c.num_generations == 256
+    assert c.train_on == "reflection" and c.use_bias_correction_kl is False and c.warm_start_steps == 0
+
+
+@pytest.mark.parametrize("preset", ["demo", "paper"])
+def test_task_options_of_presets_fit_the_task(preset):
+    from grpo.tasks import get_task
+
+    config = parse(["--preset", preset])
+    task = get_task(config.task, config.task_options)
+    assert len(task.examples("heldout", 2)) == 2
+
+
+def test_the_demo_asks_for_no_more_problems_than_there_are():
+    from grpo.tasks import get_task
+
+    config = parse([])
+    task = get_task(config.task, config.task_options)
+    task.examples("train", config.num_examples + config.warm_start_examples)
+    task.examples("validation", config.num_validation)
+    task.examples("heldout", config.num_eval)
+
+
+def test_task_options_merge_within_a_task_and_not_across_tasks():
+    merged = parse(["--task_options", '{"numbers": 4}']).task_options
+    assert merged == {"numbers": 4, "high": 10, "operators": "+-"}
+    assert parse(["--task", "function_calling"]).task_options == {}
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("numbers=3,high=10", {"numbers": 3, "high": 10}),
+        ("operators=+-*/,low=0.5", {"operators": "+-*/", "low": 0.5}),
+        ("numbers=3-4", {"numbers": "3-4"}),
+        ('{"numbers": 3, "names": ["a"]}', {"numbers": 3, "names": ["a"]}),
+        ("", {}),
+    ],
+)
+def test_task_options_on_the_command_line(text, expected):
+    assert TaskOptions(text) == expected
+
+
+# --- types ------------------------------------------------------------------------------------------------
+
+
+def test_yaml_values_take_the_type_of_their_field(tmp_path):
+    path = write(tmp_path / "c.yaml", "learning_rate: 5e-7\nbeta: 0\nmax_steps: '12'\ndelta: null\n")
+    settings = from_yaml(path)  # YAML 1.1 reads 5e-7 as a string
+    assert settings == {"learning_rate": 5e-7, "beta": 0.0, "max_steps": 12, "delta": None}
+    assert type(settings["learning_rate"]) is type(settings["beta"]) is float
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("num_generations", 4.5, "an integer"),
+        ("num_generations", True, "an integer"),
+        ("num_generations", "four", "an integer"),
+        ("num_generations", None, "an integer"),
+        ("learning_rate", "fast", "a number"),
+        ("learning_rate", True, "a number"),
+        ("learning_rate", [1e-5], "a number"),
+        ("tensorboard", "yes", "true or false"),
+        ("tensorboard", 1, "true or false"),
+        ("task", 3, "a text"),
+        ("task_options", [1], "a mapping"),
+        ("task_options", "numbers", "a mapping"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_named(name, value, expected):
+    with pytest.raises(ValueError) as error:
+        coerce(name, value, TYPES[name])
+    assert str(error.value) == f"{name} must be {expected}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--num_generations", "4.5"], ["num_generations", "int", "'4.5'"]),
+        (["--learning_rate", "fast"], ["learning_rate", "float", "'fast'"]),
+        (["--learning-rate"], ["learning_rate", "expected one argument"]),
+        (["--tensorboard", "maybe"], ["tensorboard", "maybe"]),
+        (["--task_options", "{"], ["task_options", "'{'"]),
+        (["--loss_type", "ppo"], ["loss_type", "dapo", "'ppo'"]),
+        (["stray"], ["--KEY VALUE", "'stray'"]),
+    ],
+)
+def test_wrong_command_lines_are_one_line_that_names_the_argument(argv, said, capsys):
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    assert all(part in str(error.value) for part in said) and "\n" not in str(error.value)
+    assert capsys.readouterr() == ("", "")  # argparse's own usage text stays out
+
+
+@pytest.mark.parametrize("option", ["--lerning_rate", "--lerning-rate", "--lerning_rate=1"])
+def test_unknown_option_names_the_nearest(option):
+    with pytest.raises(ValueError, match=r"unknown option --lerning.*did you mean --learning_rate\?"):
+        parse([option, "1"])
+
+
+def test_an_abbreviated_option_is_unknown():
+    with pytest.raises(ValueError, match=r"did you mean --warm_start_steps\?"):
+        parse(["--warm_start_step", "3"])
+
+
+def test_unknown_yaml_key_names_the_file_and_the_nearest(tmp_path):
+    path = write(tmp_path / "mine.yaml", "num_generation: 4\n")
+    with pytest.raises(ValueError, match=r"mine.yaml: unknown key num_generation; did you mean num_gen"):
+        parse(["--config", path])
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [("a: [", "not valid YAML"), ("- 1", "KEY: VALUE"), ("5", "KEY: VALUE"), ("resume: x", "command line")],
+)
+def test_unusable_yaml_names_the_file(tmp_path, text, said):
+    path = write(tmp_path / "mine.yaml", text)
+    with pytest.raises(ValueError, match=said) as error:
+        from_yaml(path)
+    assert path in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_empty_yaml_file_sets_nothing(tmp_path):
+    assert from_yaml(write(tmp_path / "c.yaml", "# nothing yet\n")) == {}
+
+
+def test_missing_files_and_unknown_presets():
+    with pytest.raises(ValueError, match="cannot read nowhere.yaml"):
+        parse(["--config", "nowhere.yaml"])
+    with pytest.raises(ValueError, match=r"preset must be one of .*, got 'papers'; did you mean paper\?"):
+        parse(["--preset", "papers"])
+
+
+# --- ranges and combinations ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ({"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0, got 0.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be finite, got nan"),
+        ({"delta": float("inf")}, "delta must be finite, got inf"),
+        ({"beta": -0.1}, "beta must be at least 0, got -0.1"),
+        ({"epsilon": -0.1}, "epsilon must be at least 0, got -0.1"),
+        ({"epsilon": 1.0}, "epsilon must be below 1, got 1.0"),
+        ({"epsilon_high": -0.1}, "epsilon_high must be above 0, got -0.1"),
+        ({"adam_beta1": 1.0}, "adam_beta1 must be below 1, got 1.0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm must be above 0, got 0.0"),
+        ({"loss_type": "dr-grpo"}, "loss_type must be one of .*, got 'dr-grpo'; did you mean dr_grpo?"),
+        ({"top_p": 0.9}, "top_p must be 1.0 and top_k 0 in training, got 0.9 and 0.*ratio"),
+        ({"top_k": 50}, "top_p must be 1.0 and top_k 0 in training, got 1.0 and 50.*ratio"),
+        (
+            {"train_on": "all", "retries_per_reflection": 2},
+            "per_reflection must be 1 with train_on=all, got 2",
+        ),
+        ({"train_on": "retry", "retries_per_reflection": 3}, "must be 1 with train_on=retry, got 3"),
+        (
+            {"loss_type": "cispo", "epsilon_high": 5.0, "delta": 2.0},
+            "delta must be None with loss_type=cispo",
+        ),
+        ({"loss_type": "cispo"}, "epsilon_high must be given with loss_type=cispo"),
+        ({"delta": 1.1}, "delta must be above the clip range's end 1.2, got 1.1"),
+        ({"overlong_buffer": 120}, "overlong_buffer must be below the length limit 120, got 120"),
+    ],
+)
+def test_validate_names_argument_expectation_and_value(changes, message):
+    with pytest.raises(ValueError, match=message):
+        validate(Config(**changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train_on": "reflection", "retries_per_reflection": 4},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "dr_grpo", "scale_rewards": "none"},
+        {"delta": 2.0, "epsilon_high": 0.28},
+        {"eval_temperature": 0.0, "beta": 0.0, "num_eval": 0, "warmup_steps": 10.0},
+        {"overlong_buffer": 119},
+    ],
+)
+def test_validate_lets_sensible_settings_pass(changes):
+    validate(Config(**changes))
+
+
+# --- files and resuming -----------------------------------------------------------------------------------
+
+
+def test_yaml_round_trip_keeps_every_setting(tmp_path):
+    options = '{"operators": "a: #b", "x": 1e-7, "list": [1e-7, null, true]}'
+    config = parse(["--learning_rate", "5e-7", "--delta", "2", "--task_options", options, "--seed", "7"])
+    to_yaml(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml") == config
+    assert set(from_yaml(tmp_path / "config.yaml")) == set(TYPES) - {"config", "resume"}
+
+
+def test_other_yaml_readers_see_numbers(tmp_path):
+    yaml = pytest.importorskip("yaml")
+    to_yaml(Config(learning_rate=5e-7), tmp_path / "config.yaml")
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["learning_rate"] == 5e-7
+
+
+def test_differences_list_what_a_continued_run_may_not_change():
+    old = Config()
+    new = Config(max_steps=20, learning_rate=1e-6, tensorboard=True, output_dir="other", resume="x")
+    assert differences(old, new) == ["max_steps: 100 -> 20", "learning_rate: 5e-07 -> 1e-06"]
+    assert differences(old, Config()) == []
+
+
+def start_run(folder: Path, **settings) -> Path:
+    folder.mkdir(parents=True)
+    to_yaml(Config(**settings), folder / "config.yaml")
+    return folder
+
+
+def test_resume_takes_the_settings_of_the_run(tmp_path):
+    run = start_run(tmp_path / "runs/x-001", max_steps=33, preset="paper")
+    config = parse(["--resume", str(run), "--tensorboard"])
+    assert (config.max_steps, config.preset, config.tensorboard, config.resume) == (
+        33,
+        "paper",
+        True,
+        str(run),
+    )
+    assert differences(load(run / "config.yaml"), config) == []
+    changed = parse(["--resume", str(run), "--max_steps", "34"])
+    assert differences(load(run / "config.yaml"), changed) == ["max_steps: 33 -> 34"]
+
+
+def test_resume_without_a_directory_takes_the_newest_run(tmp_path):
+    import os
+
+    for age, name in enumerate(["b-001", "a-002", "c-001"]):
+        run = start_run(tmp_path / name, seed=age)
+        os.utime(run / "config.yaml", (1000 - age, 1000 - age))
+    config = parse(["--output_dir", str(tmp_path), "--resume"])
+    assert config.resume == str(tmp_path / "b-001") and config.seed == 0
+
+
+def test_resume_says_what_is_missing(tmp_path):
+    with pytest.raises(ValueError, match="no run in .* to continue"):
+        parse(["--resume", "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="resume must be a run directory with a config.yaml"):
+        parse(["--resume", str(tmp_path)])
+
+
+# --- the options themselves -------------------------------------------------------------------------------
+
+
+def test_help_lists_every_field_with_the_values_of_the_preset(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(["--preset", "paper", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert all(f"--{name}" in text for name in TYPES)
+    assert "(default: 1750)" in text
+
+
+def test_every_field_has_a_help():
+    assert [field.name for field in fields(Config) if not field.metadata.get("help")] == []
+
+
+def test_every_field_is_read_somewhere():
+    """`config.NAME` (or `self.config.NAME`) in grpo/ or train.py: no option that does nothing."""
+    read: set[str] = set(READ_BY_CONFIG)
+    for path in [*(ROOT / "grpo").rglob("*.py"), ROOT / "train.py"]:
+        if path.name == "config.py":
+            continue  # validate() reads nearly everything
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Attribute):
+                if "config" in (getattr(node.value, "attr", ""), getattr(node.value, "id", "")):
+                    read.add(node.attr)
+            elif isinstance(node, ast.Constant) and "getattr(config, " in text:
+                read.add(node.value)  # a list of names that are read in a loop
+    assert sorted(set(TYPES) - read) == []
