@@ -78,7 +78,7 @@ class Config:
         512, "train examples after the first num_examples that transcripts are written for"
     )
     warm_start_batch_size: Count = field(16, "transcripts per supervised step")
-    warm_start_reflections: Count = field(3, "reflections, each with a retry, per transcript with a wrong attempt")
+    warm_start_reflections: Count = field(3, "reflections, each with a retry, per wrong attempt")
     warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
 
     # Optimiser

@@ -133,7 +133,7 @@ def test_shuffled_reflections_stay_in_their_block_and_never_with_their_owner():
         if "mind" in context:
             owner = int(context.split("<user>")[1].removeprefix("problem ").partition("<")[0])
             given.setdefault(owner, []).append(int(context.partition("mind ")[2].partition("\0")[0]))
-    # First the model's own retry, then the control: 1 -> 3 -> 5 -> 1 in one block, 7 -> 9 -> 11 -> 7 in the next.
+    # First the own retry, then the control: 1 -> 3 -> 5 -> 1 in one block, 7 -> 9 -> 11 -> 7 in the next.
     assert given == {1: [1, 3], 3: [3, 5], 5: [5, 1], 7: [7, 9], 9: [9, 11], 11: [11, 7]}
 
 

@@ -16,10 +16,19 @@ STOPS = tuple(range(0, VOCABULARY, 13))  # about one token in thirteen ends a tu
 def make_model(**changes):
     """A tiny decoder with weights large enough that the tokens depend on everything before them."""
     config = dict(
-        model_type="llama", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, max_position_embeddings=256,
-        rope_theta=10000.0, tie_word_embeddings=True,
-    )  # fmt: skip
+        model_type="llama",
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+        rope_theta=10000.0,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = Decoder(ModelConfig.from_hf({**config, **changes}))
     for parameter in model.parameters():
@@ -137,9 +146,15 @@ def test_members_of_a_group_differ_and_a_rerun_is_equal(model):
 def test_equals_transformers_generate():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     theirs = transformers.LlamaForCausalLM(config).eval()
     for parameter in theirs.parameters():
@@ -252,7 +267,7 @@ def test_cache_gb_bounds_the_caches_and_changes_no_text(model):
 
 @pytest.mark.parametrize("cache_gb", [2.0, 6e-5])
 def test_feeds_longer_than_foreseen(model, cache_gb):
-    """The caches grow; where memory is short, rows lose their slot and run again later, with the same texts."""
+    """The caches grow; where memory is short, rows lose their slot and run again later: same texts."""
 
     def rows():
         feed = Feed(lambda turn: [turn.ids[0]] * (90 + 3 * len(turn.ids)))

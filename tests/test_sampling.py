@@ -29,7 +29,7 @@ def test_matches_the_full_running_sum(vocabulary, temperature):
     expected, log_softmax, running = reference(logits, noise, temperature)
     tokens, logprobs = choose(logits.clone(), noise, temperature=temperature)
     torch.testing.assert_close(logprobs, log_softmax.gather(0, tokens[None])[0], atol=2e-6, rtol=0)
-    # Where the token is another one, the uniform lies within float32 rounding of a boundary of the float64 sums.
+    # Where the token is another one, the uniform is within float32 rounding of a boundary of the sums.
     differs = tokens != expected
     assert differs.float().mean() < 0.002
     gap = (running / running[-1] - noise).abs().amin(0)
