@@ -15,6 +15,7 @@ paired bootstrap over problems for a difference. Left out: comparing models on d
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,24 @@ class ModelResult:
     def failures(self) -> list[Record]:
         """Records of the problems whose first try was wrong: those with a reflection and a retry."""
         return [record for record in self.records if record["retry"] is not None]
+
+    def validation_metrics(self) -> dict[str, float]:
+        """For metrics.jsonl: means over all problems for the tries, over the failures for what follows them.
+
+        The latter are NaN where nothing failed. The blind control must have been measured.
+        """
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values) if values else math.nan
+
+        failed = self.failures
+        return {
+            "validation/first_try": mean(self.first_try),
+            "validation/second_try": mean(self.second_try),
+            "validation/retry": mean([_right(record["retry"]) for record in failed]),
+            "validation/retry_blind": mean([_right(record["controls"]["blind"]) for record in failed]),
+            "validation/reflection_length": mean([record["reflection"]["tokens"] for record in failed]),
+        }
 
 
 def report(results: Mapping[str, ModelResult]) -> Figures:

@@ -1,9 +1,10 @@
-"""The dataset of failures: what the starting policy gets wrong, kept with its ids ("Reflect, Retry, Reward", section 4).
+"""The dataset of failures: what the starting policy gets wrong ("Reflect, Retry, Reward", section 4).
 
-Before training, every example is attempted `attempts_per_example` times with the weights that RL starts from; each wrong
-attempt becomes a pair (example, failed attempt) to reflect on. Examples that are right every time are dropped: they
-have nothing to teach. The file is JSON lines in fixed blocks of examples; each block ends in a summary line, so a build
-that is killed goes on after its last whole block and gives the same file as one that was not.
+Before training, every example is attempted `attempts_per_example` times with the weights that RL starts from;
+each wrong attempt becomes a pair (example, failed attempt) to reflect on. Examples that are right every time
+are dropped: they have nothing to teach. The file is JSON lines in fixed blocks of examples; each block ends
+in a summary line, so a build that is killed goes on after its last whole block and gives the same file as one
+that was not.
 
 Left out: refreshing the failures as the policy improves. The paper trains on one fixed set, and so does this.
 """
@@ -77,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> list[Attempt]:
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts over all blocks: examples tried, solved (right every time, dropped), failed, and reasons of the attempts."""
+    """Counts over all blocks: examples tried, solved (right every time, hence dropped), failed; reasons."""
     total: dict[str, Any] = {"examples": 0, "solved": 0, "failed": 0, "attempts": 0, "right": 0}
     reasons: Counter[str] = Counter()
     for line in blocks.read(Path(path)):
@@ -94,7 +95,8 @@ def describe(counts: dict[str, Any]) -> str:
     why = ", ".join(f"{reason} {n}" for reason, n in wrong.items()) or "none"
     return (
         f"{counts['examples']} examples, {counts['attempts']} attempts, {counts['right']} of them right; "
-        f"{counts['solved']} examples solved every time and dropped, {counts['failed']} with a failure. Why wrong: {why}."
+        f"{counts['solved']} examples solved every time and dropped, {counts['failed']} with a failure. "
+        f"Why wrong: {why}."
     )
 
 
@@ -102,8 +104,8 @@ def check_trainable(counts: dict[str, Any]) -> None:
     """Raises `NoSignalError` when no example failed: there is nothing to reflect on."""
     if counts["failed"] == 0:
         raise NoSignalError(
-            f"no failures found in {counts['examples']} examples: the task is too easy for this model. Make the task "
-            "harder (task_options), raise attempts_per_example, or train on first answers with train_on: attempt"
+            f"no failures found in {counts['examples']} examples: the task is too easy for this model. Make the "
+            "task harder (task_options), or raise attempts_per_example or num_examples"
         )
 
 
@@ -169,8 +171,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m grpo.failures",
-        description="Samples first answers of a model, verifies them, and stores the wrong ones. Takes every option of "
-        "train.py (see `python train.py --help`); num_examples, attempts_per_example and failures_per_example matter here.",
+        description="Samples first answers of a model, verifies them, and stores the wrong ones. Takes every "
+        "option of train.py (see `python train.py --help`); num_examples, attempts_per_example and "
+        "failures_per_example matter here.",
     )
     parser.add_argument(
         "--output", required=True, help="JSON lines file to create, or to continue after a kill"

@@ -1,14 +1,20 @@
-"""Ctrl-C and SIGTERM without losing work: a signal is noted, and answered at the next point where that is safe.
+"""Ctrl-C and SIGTERM without losing work: a signal is noted, and answered at the next safe point.
 
-Rollouts can be left at any moment, since a step that is not finished is redone as a whole; an update of the weights
-cannot, so nothing checks inside one. Left out: saving in the middle of a step.
+Rollouts can be left at any moment, since a step that is not finished is redone as a whole; an update of the
+weights cannot, so nothing checks inside one. Before there is anything to lose, a signal ends the program at
+once. Left out: saving in the middle of a step.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any
+
+EXIT_INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
@@ -16,20 +22,43 @@ class Interrupted(BaseException):
 
 
 class Interrupts:
-    """Turns the first SIGINT or SIGTERM into `Interrupted` at the next safe point; a second one stops at once."""
+    """Inside `with`, a SIGINT or SIGTERM raises KeyboardInterrupt at once, until `defer` is called.
+
+    From then on the first one makes `check` raise `Interrupted`, and a second one stops at once.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self.received = False
+        self._deferred = False
+        self._before: dict[int, Any] = {}
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt
-        self.received = number
-        print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr, flush=True)
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From here on there is work to save."""
+        self._deferred = True
 
     def check(self, *_: object) -> None:
         """Called between and inside rollouts, never inside an update: raises `Interrupted` after a signal."""
-        if self.received is not None:
+        if self.received:
             raise Interrupted
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received or not self._deferred:
+            raise KeyboardInterrupt
+        self.received = True
+        print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr, flush=True)
+
+
+def leave_quietly() -> None:
+    """Until `Interrupts` takes over, while modules are imported: a signal ends the process, no traceback."""
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))

@@ -171,16 +171,18 @@ class CachedAttention:
         self.prefix_length = max(row.prefix_length for row in rows)
         self.own_length = max(row.start + row.length for row in rows)
         members: list[list[int]] = [[] for _ in range(max(row.prefix_slot for row in rows) + 1)]
-        place = []
+        rank = []
         for slot, row in enumerate(rows):
-            place.append(len(members[row.prefix_slot]))
+            rank.append(len(members[row.prefix_slot]))
             members[row.prefix_slot].append(slot)
         width = max(map(len, members))
         # Prompts with fewer rows are filled up with row 0, whose result there is never read.
         padded = [ids + [0] * (width - len(ids)) for ids in members]
-        self.members = torch.tensor(padded).to(self.own.device, non_blocking=True)  # (g, m)
-        table = torch.tensor([[row.prefix_slot for row in rows], place])
-        self.group, self.place = table.to(self.own.device, non_blocking=True)  # (B,) each
+        place = [row.prefix_slot * width + r for row, r in zip(rows, rank, strict=True)]
+        self.num_groups = len(members)
+        # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
+        self.members = torch.tensor(list(chain.from_iterable(padded))).to(self.own.device, non_blocking=True)
+        self.place = torch.tensor(place).to(self.own.device, non_blocking=True)
 
     def _bias(self, rows: list[RowSpan], window: int | None) -> Tensor:
         """(B, 1, 1, P + L) float32: 0 where the row's last token sees a key, -inf elsewhere."""
@@ -236,14 +238,17 @@ class CachedAttention:
 
     def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
         """(B, K, r, D) against the prompts' keys -> (B, K, r, P), or that against values -> (B, K, r, D)."""
-        groups, width = self.members.shape
+        batch, kv_heads, repeats, size = x.shape
         keys_or_values = self.prefixes.layer(layer)[1 if values else 0]
-        other = keys_or_values[:groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
-        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .)
-        x = x[self.members].transpose(1, 2)  # (g, K, m, r, .)
-        shape = x.shape
-        out = torch.bmm(x.reshape(other.shape[0], -1, shape[-1]), other if values else other.transpose(1, 2))
-        return out.view(*shape[:-1], -1)[self.group, :, self.place]  # (B, K, r, .)
+        other = keys_or_values[: self.num_groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
+        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). Rows are picked as flat ones, as
+        # that copies them whole.
+        x = x.reshape(batch, -1).index_select(0, self.members)
+        x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
+        out = torch.bmm(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
+        out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
+        out = out.reshape(len(self.members), -1).index_select(0, self.place)
+        return out.view(batch, kv_heads, repeats, -1)
 
     def _attend_run(self, layer: int, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Several tokens of one sequence: q (T, N, D) -> (run.length, N, D)."""

@@ -1,8 +1,9 @@
 """Builds what a run needs from its configuration: device, dtype, model, tokenizer, task, sampler, rollout.
 
-Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same thing by the
-same settings. On a CPU `dtype: auto` is measured and not guessed: with the same flags in /proc/cpuinfo, bfloat16 matrix
-products ran 6 times faster than float32 on one 2-core machine, 2 times slower on another and 7 times slower on a third.
+Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same
+thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: with the same flags in
+/proc/cpuinfo, bfloat16 matrix products ran 6 times faster than float32 on one 2-core machine, 2 times slower
+on another and 7 times slower on a third.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class Parts:
 
 
 def build(config: Config, *, model_source: str | None = None) -> Parts:
-    """Loads the model (from `model_source` instead of the configured one, if given) and puts the parts together.
+    """Loads the model (from `model_source` if given, not the configured one) and puts the parts together.
 
     `config.device` and `config.dtype` are resolved in place, so that config.yaml names what was really used.
     """
@@ -120,12 +121,13 @@ def choose_dtype(name: str, device: str) -> str:
     if device != "cpu":
         return "bfloat16"
     times = {dtype: _matmul_seconds(DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
-    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to some hundredths.
+    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to
+    # some hundredths.
     return "bfloat16" if times["bfloat16"] < 0.8 * times["float32"] else "float32"
 
 
 def _matmul_seconds(dtype: torch.dtype, rounds: int = 5) -> float:
-    """Median time of a product of the size of a decode step of a small model, in seconds; some 20 ms in all."""
+    """Median seconds of a matrix product as in a decode step of a small model; some 20 ms in all."""
     x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
     times = []
     for _ in range(rounds + 1):
@@ -136,9 +138,10 @@ def _matmul_seconds(dtype: torch.dtype, rounds: int = 5) -> float:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory instead of giving it back: else each step faults its activations in again.
+    """Tells glibc to keep freed memory: else each step faults its activations in again.
 
-    mallopt: no mmap for large blocks (M_MMAP_MAX = -4), never trim the heap (M_TRIM_THRESHOLD = -1). Elsewhere a no-op.
+    mallopt: no mmap for large blocks (M_MMAP_MAX = -4), never trim the heap (M_TRIM_THRESHOLD = -1).
+    Elsewhere a no-op.
     """
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

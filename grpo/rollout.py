@@ -4,12 +4,13 @@ One conversation is
 
     task prompt | failed attempt | reflection instruction | reflection | task prompt again | retry
 
-Everything up to the instruction is the *prompt* of a group: its G reflections share one prefix cache. Each row then
-runs a script (sample the reflection, feed the next user turn, sample the retry), so a row that has finished reflecting
-retries at once, on the cache that it already holds. Sampled ids are never decoded and encoded again: text exists only
-for the verifier and for people.
+Everything up to the instruction is the *prompt* of a group: its G reflections share one prefix cache. Each
+row then runs a script (sample the reflection, feed the next user turn, sample the retry), so a row that has
+finished reflecting retries at once, on the cache that it already holds. Sampled ids are never decoded and
+encoded again: text exists only for the verifier and for people.
 
-Left out on purpose: any notion of advantage or gradient (grpo/learner.py) and any reward model: the verdict is the reward.
+Left out on purpose: any notion of advantage or gradient (grpo/learner.py) and any reward model: the verdict
+is the reward.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Rollout:
         seed: first part of the key of every random number.
         max_completion_length: limit of an attempt and of a retry, in tokens, its stop token included.
         max_reflection_length: limit of a reflection, likewise.
-        overlong_buffer: tokens before the reflection's limit over which the soft overlong penalty rises (0: no penalty).
+        overlong_buffer: tokens before the reflection's limit over which the soft overlong penalty rises (0:
+            no penalty).
         soft_overlong_penalty: what a reflection that fills its limit loses of its reward.
     """
 
@@ -75,10 +77,10 @@ class Rollout:
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
 
-    # --- ids of the contexts -------------------------------------------------------------------------------------
+    # --- ids of the contexts --------------------------------------------------------------------------------
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Ids of the first prompt: the system message if the task has one, the user message, the generation prompt."""
+        """Ids of system message (if the task has one), user message and generation prompt."""
         system = [{"role": "system", "content": self.task.system}] if self.task.system else []
         return self.chat.prompt([*system, {"role": "user", "content": example.prompt}])
 
@@ -89,7 +91,7 @@ class Rollout:
     def _after(self, context: Sequence[int], turn: Turn, user: str) -> list[int]:
         return [*context, *turn.ids, *self.chat.glue(turn.ids, turn.finish_reason, user)]
 
-    # --- the three turns -----------------------------------------------------------------------------------------
+    # --- the three turns ------------------------------------------------------------------------------------
 
     def attempts(
         self,
@@ -100,7 +102,7 @@ class Rollout:
         count: int = 1,
         progress: Progress | None = None,
     ) -> list[Attempt]:
-        """`count` first answers to each example, example by example. The rows of an example share its prompt's cache."""
+        """`count` first answers to each example, example by example; they share its prompt's cache."""
         rows = []
         for example in examples:
             prompt = tuple(self.prompt_ids(example))
@@ -119,7 +121,7 @@ class Rollout:
         retries: int = 1,
         progress: Progress | None = None,
     ) -> list[Episode]:
-        """Groups of `num_generations` reflections, each with `retries` retries; episodes of a group are neighbours.
+        """Groups of `num_generations` reflections, each with `retries` retries, group by group.
 
         The reward of an episode is the share of its retries that verify, less the soft overlong penalty.
         The first retry goes on from the reflection's own cache; further ones are a second run.
@@ -151,9 +153,9 @@ class Rollout:
     ) -> list[Attempt]:
         """One retry per failure after a *given* reflection: the controls of grpo/evaluate.py.
 
-        `reflections[i]` are the ids of a closed assistant turn; None leaves out instruction and reflection altogether, so
-        that the task prompt follows the failed attempt (the blind retry). The noise is that of the real retry, so that
-        a control differs from it in nothing but its context.
+        `reflections[i]` are the ids of a closed assistant turn; None leaves out instruction and reflection
+        altogether, so that the task prompt follows the failed attempt (the blind retry). The noise is that of
+        the real retry, so that a control differs from it in nothing but its context.
         """
         rows = []
         for failure, reflection in zip(failures, reflections, strict=True):
@@ -168,7 +170,7 @@ class Rollout:
             )
         return [self._verified(done, *done.row.tag) for done in self.sampler.run(rows)]
 
-    # --- rows and episodes ---------------------------------------------------------------------------------------
+    # --- rows and episodes ----------------------------------------------------------------------------------
 
     def _key(
         self, stage: str, step: int, example: Example, generation: int, turn: int, retry: int = 0
@@ -178,7 +180,8 @@ class Rollout:
     def _reflect_row(
         self, failure: Attempt, prompt: tuple[int, ...], tag: tuple[int, int], stage: str, step: int
     ) -> Row:
-        # Groups of one step may repeat an example (two failed attempts of it): the attempt's number keeps them apart.
+        # Groups of one step may repeat an example (two failed attempts of it): the attempt's number keeps
+        # them apart.
         generation = failure.generation * 1_000_003 + tag[1]
         reflect = Sample(
             self.max_reflection_length, self._key(stage, step, failure.example, generation, REFLECTION)
@@ -234,7 +237,8 @@ class Rollout:
     def overlong_cost(self, length: int) -> float:
         """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), scaled by `soft_overlong_penalty`.
 
-        0 up to `max_reflection_length - overlong_buffer` tokens, then rising linearly to the whole penalty at the limit.
+        0 up to `max_reflection_length - overlong_buffer` tokens, then rising linearly to the whole penalty at
+        the limit.
         """
         if self.overlong_buffer <= 0:
             return 0.0
@@ -243,7 +247,7 @@ class Rollout:
 
 
 def attempt_episodes(attempts: Sequence[Attempt], num_generations: int) -> list[Episode]:
-    """Plain GRPO on the first answer (`train_on: attempt`): groups of neighbouring attempts at the same example."""
+    """Plain GRPO on the first answer (`train_on: attempt`): `num_generations` neighbours are a group."""
     return [
         Episode(
             example_id=attempt.example.id,

@@ -51,7 +51,9 @@ def choose(
     """
     # Not max: with indices it is ten times slower, and only greedy needs them.
     greedy = logits.argmax(dim=0) if noise is None else None
-    weights = logits.sub_(logits.amax(dim=0)).mul_(1.0 / temperature).exp_()  # (V, B), 1 at the most likely token
+    weights = (
+        logits.sub_(logits.amax(dim=0)).mul_(1.0 / temperature).exp_()
+    )  # (V, B), 1 at the most likely token
     sums = _block_sums(weights)
     total = sums.sum(dim=0)
     if greedy is not None:

@@ -9,7 +9,7 @@ own whatever runs beside it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from grpo.sampling import uniforms
 
@@ -53,7 +53,7 @@ class Row:
 
     prefix: tuple[int, ...]
     script: Sequence[Sample | Feed]
-    tag: object = None
+    tag: Any = None
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """Warm start: a short supervised stage for models below the task's threshold.
 
-A model that never gets a retry right gives every group the reward 0, and GRPO learns nothing (the paper's models were
-capable enough; a 135M one is not). The task writes transcripts (`Task.transcript`): an attempt, a reflection that
-leaves room to learn, a retry. The loss is the mean negative log-likelihood of the assistant tokens worth imitating:
+A model that never gets a retry right gives every group the reward 0, and GRPO learns nothing (the paper's
+models were capable enough; a 135M one is not). The task writes transcripts (`Task.transcript`): an attempt, a
+reflection that leaves room to learn, a retry. The loss is the mean negative log-likelihood of the assistant
+tokens worth imitating:
 
 - of a transcript whose attempt is right, the attempt;
-- of one whose attempt is wrong, the reflection, and the retry if it is right. Wrong answers are never imitated.
+- of one whose attempt is wrong, the reflection, and the retry if it is right. Wrong answers are never
+  imitated.
 
 Left out: mixing in general chat data. The stage is a few dozen steps; grpo.evaluate says what it gave.
 """
@@ -24,7 +26,7 @@ TrainingSequence = tuple[
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> float:
-    """Linear warm-up over the first steps, then a cosine down to a tenth of the peak. `step` counts from 0."""
+    """Linear warm-up, then a cosine down to a tenth of the peak. `step` counts from 0."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
@@ -32,15 +34,22 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> flo
 
 
 def sequences(
-    task: WarmStartTask, chat: Chat, examples: list[Example], *, step: int, batch_size: int, reflections: int, seed: int
+    task: WarmStartTask,
+    chat: Chat,
+    examples: list[Example],
+    *,
+    step: int,
+    batch_size: int,
+    reflections: int,
+    seed: int,
 ) -> list[TrainingSequence]:
-    """The transcripts of one step, a function of (seed, step) alone, so that a redone step sees the same ones.
+    """The transcripts of one step: a function of (seed, step) alone, so a redone step sees the same.
 
     Args:
         examples: each step takes the next `batch_size` of them, round and round.
         step: counts from 0.
-        reflections: how many reflections, each with its retry, follow a wrong attempt. They share its cost: the prompt
-            goes through the model once (batch.py), and stands for most of the tokens.
+        reflections: how many reflections, each with its retry, follow a wrong attempt. They share its cost:
+            the prompt goes through the model once (batch.py), and stands for most of the tokens.
     Returns:
         `batch_size` pairs (prompt ids, [(completion ids, loss mask)]).
     """
@@ -63,8 +72,10 @@ def _sequence(
     return prompt, [_completion(task, chat, example, transcript) for transcript in [first, *more]]
 
 
-def _completion(task: Task, chat: Chat, example: Example, transcript: Transcript) -> tuple[list[int], list[bool]]:
-    """Reflection and, if it is right, retry, with a mask that is True on both and False on the user's turn between."""
+def _completion(
+    task: Task, chat: Chat, example: Example, transcript: Transcript
+) -> tuple[list[int], list[bool]]:
+    """Reflection and, if it is right, retry; the mask is False on the user's turn between them."""
     reflection = chat.encode_turn(transcript.reflection or "")
     if transcript.retry is None or not task.verify(example, transcript.retry).ok:
         return reflection, [True] * len(reflection)

@@ -1,17 +1,12 @@
 """Chat: five families of templates, glue between turns, tokenizers that do not round-trip."""
 
-from collections.abc import Sequence
-
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tiny import CHATML, byte_tokenizer, with_special_tokens
+from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from grpo.chat import Chat
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 SMOLLM2 = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\nYou are SmolLM.<|im_end|>\n{% endif %}" + CHATML
 )
@@ -43,24 +38,7 @@ QWEN3 = (
 DROPS_SYSTEM = CHATML.replace("in messages", "in messages if m.role != 'system'")
 NO_END_OF_TURN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|begin_of_text|> <|end_of_text|> <|start_header_id|> "
-    "<|end_header_id|> <|eot_id|> <|end|> <|user|> <|assistant|> <|system|> <s> </s> [INST] [/INST]"
-).split()
 SYSTEM, QUESTION, AGAIN = "Be brief.", "1+1?", "Try again: 2+2?"
-
-
-def byte_tokenizer(
-    merges: Sequence[tuple[str, str]] = (), template: str | None = None
-) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the 256 bytes with the given merges, no training."""
-    vocab = {symbol: i for i, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    for left, right in merges:
-        vocab[left + right] = len(vocab)
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return finish(tokenizer, template)
 
 
 def prefixing_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
@@ -69,14 +47,7 @@ def prefixing_tokenizer(template: str | None = None) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(characters)}, [], unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Replace("▁", " ")
-    return finish(tokenizer, template)
-
-
-def finish(tokenizer: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
-    fast.chat_template = template
-    return fast
+    return with_special_tokens(tokenizer, template)
 
 
 def ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

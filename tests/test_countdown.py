@@ -310,8 +310,15 @@ def test_transcripts(options: dict[str, Any]) -> None:
             continue
         assert transcript.retry is not None
         assert task.verify(example, transcript.attempt).reason == "wrong_value"
-        checks = re.findall(r"(\S+)=(\d+), (not \d+|that works)\.", transcript.reflection)
-        assert " ".join(f"{text}={value}, {end}." for text, value, end in checks) == transcript.reflection
+        found_checks = re.findall(r"(\S+), (not \d+|that works)\.", transcript.reflection)
+        assert " ".join(f"{chain}, {end}." for chain, end in found_checks) == transcript.reflection
+        checks = []
+        for chain, end in found_checks:
+            text, *steps, value = chain.split("=")
+            postfixes = [parse(step) for step in (text, *steps)]
+            assert all(postfix is not None and evaluate(postfix) == int(value) for postfix in postfixes)
+            assert len(steps) == len(numbers) - 2  # one operation at a time
+            checks.append((text, value, end))
         assert len({value for _, value, _ in checks}) == len(checks) <= task.max_tries
         for text, value, end in checks:
             assert verify(wrap(text), numbers, int(value)).ok  # the arithmetic is right

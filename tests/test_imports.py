@@ -12,66 +12,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 320
 
-# Row of the table -> what it may import besides the standard library; a row's name stands for its files.
+# | `grpo/loss.py` | what it does | `torch` |: a path, and the names it may import besides the standard library.
+ROW = re.compile(r"^\| `((?:grpo|kernels)/[^`]*)` \|.*\| ([^|]*) \|$", re.MULTILINE)
 TABLE = {
-    "config": {"transformers"},
-    "tasks": set(),
-    "chat": {"transformers"},
-    "model": {"torch"},
-    "weights": {"torch", "model", "transformers", "safetensors", "gguf"},
-    "sampler": {"torch", "numpy", "model"},
-    "episode": set(),
-    "failures": {"sampler", "tasks", "chat"},
-    "rollout": {"sampler", "tasks", "chat", "episode"},
-    "batch": {"torch", "episode"},
-    "logprob": {"torch"},
-    "advantage": {"torch"},
-    "loss": {"torch"},
-    "learner": {"torch", "model", "batch", "advantage", "episode"},
-    "warmstart": {"torch", "tasks", "chat", "batch"},
-    "checkpoint": {"torch", "numpy", "safetensors"},
-    "evaluate": {"rollout", "weights", "config", "tasks"},
-    "metrics": set(),
-}
-# Rows that the table has no line for: `parts` builds what a command needs, the others are small tools.
-TABLE |= {
-    "parts": {"torch", "config", "weights", "tasks", "chat", "model", "sampler", "rollout"},
-    "blocks": set(),
-    "interrupts": set(),
-}
-# Files that were split off another one: they share its row, and may import each other.
-SPLIT = {
-    "fields": "config",
-    "attention": "model",
-    "rope": "model",
-    "gguf_file": "weights",
-    "locate": "weights",
-    "kv_cache": "sampler",
-    "sampling": "sampler",
-    "schedule": "sampler",
-    "script": "sampler",
-    "optimizer": "learner",
-    "comparison": "evaluate",
-    "sources": "evaluate",
-    "statistics": "evaluate",
-    "table": "evaluate",
-}
-# More than the row allows, each with its reason.
-EXCEPTIONS = {
-    "metrics": {"torch.utils.tensorboard"},  # inside a function, only when TensorBoard is asked for
-    "gguf_file": {"tokenizers", "rope"},  # the tokenizer is in the GGUF file too; RoPE's order of q and k
-    "locate": {"huggingface_hub"},  # downloads
-    "failures": {"blocks", "config", "parts", "rollout", "tqdm"},  # python -m grpo.failures
-    "evaluate": {"blocks", "checkpoint", "episode", "parts", "tqdm"},  # python -m grpo.evaluate
-    "sources": {"checkpoint"},
-    "statistics": {"numpy"},
+    path: set(re.findall(r"`([^`]+)`", names))
+    for path, names in ROW.findall((ROOT / "docs/design.md").read_text(encoding="utf-8"))
 }
 
 
-def name_of(path: Path) -> str:
-    """grpo/loss.py -> loss; every file of grpo/tasks/ -> tasks."""
-    inside = path.relative_to(ROOT / "grpo")
-    return inside.parts[0] if len(inside.parts) > 1 else inside.stem
+def row_of(path: Path) -> str:
+    """grpo/loss.py stands for itself; files of a package that has a row, such as grpo/tasks/, for the package."""
+    relative = path.relative_to(ROOT).as_posix()
+    folder = relative.rpartition("/")[0] + "/"
+    return folder if folder in TABLE else relative
 
 
 def imports(path: Path) -> set[str]:
@@ -98,20 +51,23 @@ FILES = sorted(path for path in (ROOT / "grpo").rglob("*.py") if path != ROOT / 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_only_what_the_table_allows(path):
-    name = name_of(path)
-    row = SPLIT.get(name, name)
-    assert row in TABLE, f"{path.relative_to(ROOT)} has no row in the table"
-    family = {row} | {part for part, whole in SPLIT.items() if whole == row}
-    exceptions = EXCEPTIONS.get(name, set())
-    allowed = TABLE[row] | family | exceptions
-    # an exception may name one submodule, to allow no more than that
-    wrong = {module for module in imports(path) if short(module) not in allowed and module not in exceptions}
+    row = row_of(path)
+    assert row in TABLE, f"{path.relative_to(ROOT)} has no row in the table of docs/design.md"
+    own = {Path(row).name} if row.endswith("/") else set()  # files of a package may import each other
+    allowed = TABLE[row] | own
+    # a row may name one submodule, such as torch.utils.tensorboard, to allow no more than that
+    wrong = {module for module in imports(path) if short(module) not in allowed and module not in allowed}
     assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}, its row allows {sorted(allowed)}"
 
 
-def test_split_and_exceptions_name_files_that_exist():
-    names = {name_of(path) for path in FILES}
-    assert set(SPLIT) <= names and set(EXCEPTIONS) <= names
+def test_every_row_names_something_that_exists_and_no_row_comes_twice():
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    assert len(ROW.findall(text)) == len(TABLE) > 0
+    for path, names in TABLE.items():
+        assert (ROOT / path).exists(), path
+        own = {name for name in names if (ROOT / f"grpo/{name}.py").exists() or (ROOT / f"grpo/{name}").is_dir()}
+        others = {name.split(".")[0] for name in names - own}
+        assert others <= required(), f"{path}: {sorted(others - required())}"
 
 
 def test_grpo_package_is_empty_and_never_imports_the_kernels():
@@ -123,17 +79,21 @@ def test_grpo_package_is_empty_and_never_imports_the_kernels():
 def test_kernels_import_only_their_references():
     for path in (ROOT / "kernels/grpo_kernels").rglob("*.py"):
         own = {module for module in imports(path) if module.split(".")[0] != "grpo_kernels"}
-        assert {short(module) for module in own} <= {"torch", "triton", "logprob", "advantage", "loss"}, path
+        assert {short(module) for module in own} <= TABLE["kernels/grpo_kernels/"], path
     assert not (ROOT / "kernels/__init__.py").exists()  # it would shadow the PyPI package `kernels`
 
 
-def test_every_third_party_import_is_a_requirement():
+def required() -> set[str]:
+    """Packages that setup.cfg asks for, extras included."""
     parser = configparser.ConfigParser()
     parser.read(ROOT / "setup.cfg")
     lists = [parser["options"]["install_requires"], *parser["options.extras_require"].values()]
-    required = {re.split(r"[<>=;\s]", line)[0] for text in lists for line in text.split("\n") if line}
+    return {re.split(r"[<>=;\s]", line)[0] for text in lists for line in text.split("\n") if line}
+
+
+def test_every_third_party_import_is_a_requirement():
     used = {module.split(".")[0] for path in [*FILES, ROOT / "train.py"] for module in imports(path)}
-    assert used - {"grpo", "grpo_kernels"} <= required
+    assert used - {"grpo", "grpo_kernels"} <= required()
 
 
 def test_no_cycles():

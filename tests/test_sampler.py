@@ -240,6 +240,24 @@ def test_a_prompt_is_run_once_while_its_rows_follow_each_other(model):
     assert sampler.stats["decode_steps"] < sampler.stats["sampled_tokens"] / 4 + 17
 
 
+@pytest.mark.parametrize("new_tokens", [1, 40, 4096])
+def test_many_rows_through_few_slots(model, monkeypatch, new_tokens):
+    """Groups come in any order, come back later, and wait for a place for their prompt or for a smaller forward."""
+    monkeypatch.setattr("grpo.schedule.NEW_TOKENS", new_tokens)
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for i, example in enumerate(torch.randint(9, (45,), generator=generator).tolist()):
+        limits = torch.randint(1, 12, (2,), generator=generator).tolist()
+        script = [Sample(limits[0], (i, 0)), Feed(answer), Sample(limits[1], (i, 1))]
+        rows.append(Row(prompt(1 + 4 * example), script, i))
+    alone = Sampler(model, stop_token_ids=STOPS, max_rows=1).run(rows)
+    for max_rows, cache_gb in ((6, 2.0), (20, 1e-4)):
+        sampler = Sampler(model, stop_token_ids=STOPS, max_rows=max_rows, cache_gb=cache_gb)
+        finished = sampler.run(rows)
+        assert [item.row.tag for item in finished] == list(range(45)) and texts(finished) == texts(alone)
+        assert_logprobs(model, finished, 1.0)
+
+
 def test_progress_counts_to_the_end(model):
     calls = []
     Sampler(model, stop_token_ids=STOPS, max_rows=3).run(

@@ -482,7 +482,7 @@ def test_demo_writes_the_same_text_as_transformers(demo):
         )
         with torch.no_grad():
             expected = theirs.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False)
-            # One pass over their text: each token is also our likeliest after the same ones, so the texts agree.
+            # One pass over their text: each token is our likeliest one too, so the texts agree.
             logits = ours.logits(ours(expected))[0, prompt.shape[1] - 1 : -1]
         logits[:, tokenizer.eos_token_id] = -torch.inf  # as min_new_tokens does
         assert logits.argmax(-1).tolist() == expected[0, prompt.shape[1] :].tolist()

@@ -1,14 +1,19 @@
-"""A whole trainer in miniature for tests: byte tokenizer, random two-layer Llama, toy task, and the real parts around them.
+"""A whole trainer in miniature: byte tokenizer, random two-layer Llama, toy task, the real parts around them.
 
-The model is random, but its weights are large and the tokens that end a turn are made likely: turns end for both
-reasons, answers are right (they hold a digit) and wrong, and every token depends on all tokens before it.
+The model is random, but its weights are large and the tokens that end a turn are made likely: turns end for
+both reasons, answers are right (they hold a digit) and wrong, and every token depends on all before it.
 """
 
+import copy
+import math
 import random
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 from grpo.advantage import group_advantage
@@ -46,7 +51,7 @@ HF_CONFIG = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
-# Learning rate large enough that a step shows; no clipping, so that gradient buffers hold the plain gradients.
+# A learning rate large enough to show; no clipping, so that the gradient buffers hold the plain gradients.
 SETTINGS = {
     "task": "tiny:Toy",
     "device": "cpu",
@@ -112,7 +117,7 @@ def token_id(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 
 
 def decoder(vocab_size: int, *, likely: Sequence[int] = (), seed: int = 0, **changes: object) -> Decoder:
-    """A random decoder. The tokens `likely` have longer embeddings, so where they point the right way they win."""
+    """A random decoder. The tokens `likely` have longer embeddings, so that they win more often."""
     config = {**HF_CONFIG, "vocab_size": vocab_size, **changes}
     model = Decoder(ModelConfig.from_hf(config))
     generator = torch.Generator().manual_seed(seed)
@@ -195,3 +200,74 @@ def turn(chat: Chat, text: str, finish_reason: str = "stop") -> Turn:
     ids = chat.encode_turn(text)
     ids = ids if finish_reason == "stop" else ids[:-1]
     return Turn(ids, [-1.0] * len(ids), finish_reason)  # type: ignore[arg-type]
+
+
+def other_model(parts, dtype=torch.float32):
+    """A reference: another random model of the same shape."""
+    return decoder(parts.model.config.vocab_size, seed=1).to(dtype)
+
+
+def update(parts, episodes, *, dtype=torch.float32, functions=None, **settings):
+    """One `Learner.step` on copies of model and episodes: metrics, gradients by name, the episodes."""
+    parts = replace(
+        parts, model=copy.deepcopy(parts.model).to(dtype), config=replace(parts.config, **settings)
+    )
+    reference = other_model(parts, dtype) if parts.config.beta else None
+    subject = learner(parts, reference=reference, **(functions or {}))
+    episodes = copy.deepcopy(episodes)
+    metrics = subject.step(episodes)
+    assert all(math.isfinite(value) for value in metrics.values()), metrics
+    return metrics, subject.optimizer.gradients, episodes
+
+
+def token_logprobs(parts, episodes, **settings):
+    """The learner's log-probs by completion, seen on their way into the loss."""
+    seen = defaultdict(list)
+
+    def spy(logprobs, old, ref, advantages, sequence_ids, **options):
+        for sequence, logprob in zip(sequence_ids.tolist(), logprobs.tolist(), strict=True):
+            seen[sequence].append(logprob)
+        return grpo_loss(logprobs, old, ref, advantages, sequence_ids, **options)
+
+    update(parts, episodes, functions={"grpo_loss": spy}, beta=0.1, **settings)
+    return [seen[i] for i in range(len(episodes))]
+
+
+def padded_logprobs(model, episodes, temperature, *, left=True):
+    """Log-probs of all completion tokens, one padded row per episode."""
+    rows = [e.prompt_ids + e.completion_ids for e in episodes]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    places = [slice(width - len(row), width) if left else slice(0, len(row)) for row in rows]
+    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
+        ids[i, place], mask[i, place] = torch.tensor(row), True
+    logprobs = (model.logits(model(ids, attention_mask=mask)) / temperature).log_softmax(-1)
+    found = []
+    for i, (episode, place) in enumerate(zip(episodes, places, strict=True)):
+        predicting = logprobs[i, place][len(episode.prompt_ids) - 1 : -1]
+        found.append(predicting.gather(1, torch.tensor(episode.completion_ids)[:, None])[:, 0])
+    return found
+
+
+def naive(parts, episodes, *, train_on="reflection", beta=0.0, keep=lambda episode: True):
+    """Gradients of the dapo loss without any of our machinery, in float64."""
+    model, temperature = copy.deepcopy(parts.model).double(), parts.config.temperature
+    rewards, groups = torch.tensor([e.reward for e in episodes]), torch.tensor([e.group_id for e in episodes])
+    with torch.no_grad():
+        references = padded_logprobs(other_model(parts, torch.float64), episodes, temperature)
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    everything = padded_logprobs(model, episodes, temperature), references, group_advantage(rewards, groups)
+    for episode, logprobs, ref, advantage in zip(episodes, *everything, strict=True):
+        if keep(episode):
+            mask = torch.tensor(episode.loss_mask(train_on))
+            x = (ref - logprobs)[mask]
+            ratio = (logprobs - logprobs.detach())[mask].exp()
+            total = total + (-ratio * advantage + beta * ratio * (x.exp() - x - 1)).sum()
+            count += int(mask.sum())
+    (total / count).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(a, b):
+    assert_close(a, b, rtol=0, atol=0)

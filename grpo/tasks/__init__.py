@@ -89,7 +89,8 @@ class Task(Protocol):
 class WarmStartTask(Task, Protocol):
     """A task that can also show how its conversations go.
 
-    With `attempt`, the wrong one of an earlier transcript of the same example, another reflection and retry after it.
+    With `attempt`, the wrong one of an earlier transcript of the same example, another reflection and retry
+    after it.
     """
 
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript: ...

@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterator
 
 from grpo.tasks import SPLITS, Example, Transcript, Verdict, check_split, register
-from grpo.tasks.expression import contains, evaluate, literals, parse, reachable
+from grpo.tasks.expression import contains, evaluate, literals, parse, reachable, worked
 
 MAX_ANSWER_CHARACTERS = 200
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
@@ -143,10 +143,11 @@ class Countdown:
         return contains(reflection.translate(_SIGNS), example.data["numbers"], example.data["target"])
 
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
-        """A conversation whose reflection tries other combinations and checks each: "3+8-1=10, not 12."
+        """A conversation whose reflection tries other combinations and checks each: "3+8-1=11-1=10, not 12."
 
-        The number of tries is random (reflection_stop, max_tries) and it may end without a solution: one
-        fixed text would leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start from.
+        It computes one operation at a time, because a small model cannot add three numbers in one go. The number
+        of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed text would
+        leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start from.
         """
         target: int = example.data["target"]
         terms = reachable(tuple(example.data["numbers"]), self.operators)
@@ -165,7 +166,7 @@ class Countdown:
             if value == target or len(tries) == self.max_tries or rng.random() < self.reflection_stop:
                 break
         checks = [
-            f"{terms[value].text}={value}, {'that works' if value == target else f'not {target}'}."
+            f"{worked(terms[value].text)}, {'that works' if value == target else f'not {target}'}."
             for value in tries
         ]
         untried = [value for value in candidates if value not in tries]

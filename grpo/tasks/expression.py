@@ -162,6 +162,27 @@ def reachable(numbers: tuple[int, ...], operators: str) -> dict[int, Term]:
     return found
 
 
+def worked(text: str) -> str:
+    """An expression and its value, one operation at a time: "10-5+2" -> "10-5+2=5+2=7".
+
+    Innermost parentheses first, then * and /, then from left to right. For expressions of `reachable`: every
+    intermediate value must be a natural number.
+    """
+    steps = [text]
+    while not text.isdigit():
+        inner = re.search(r"\([^()]*\)", text)
+        start, end = inner.span() if inner else (0, len(text))
+        part = text[start:end]
+        step = re.search(r"([0-9]+)([*/])([0-9]+)", part) or re.search(r"([0-9]+)([-+])([0-9]+)", part)
+        assert step is not None, text
+        value = _natural(int(step[1]), step[2], int(step[3]))
+        assert value is not None, text
+        part = f"{part[: step.start()]}{value}{part[step.end() :]}"
+        text = text[:start] + re.sub(r"^\(([0-9]+)\)$", r"\1", part) + text[end:]
+        steps.append(text)
+    return "=".join(steps)
+
+
 def _splits(numbers: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """All ways to deal the numbers to two sides, beginning with the last number alone on the right."""
     positions = range(len(numbers))

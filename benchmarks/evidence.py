@@ -1,0 +1,188 @@
+"""Does the demo really learn to reflect? Seeds, equal-compute controls, and a run of twice the length.
+
+    python benchmarks/evidence.py seeds --seeds 1 2 3   the demo once per seed, 512 held-out problems each
+    python benchmarks/evidence.py shuffled RUN          the RL of RUN again, rewards shuffled
+    python benchmarks/evidence.py supervised RUN        the warm start of RUN continued for as long as its RL
+    python benchmarks/evidence.py longer RUN            the RL of RUN with twice the steps
+    python benchmarks/evidence.py table RUN...          tries and gains of runs, with paired 95% intervals
+
+The three controls begin from the weights in RUN/start and meet the same problems with the same noise as RUN,
+so that they differ in nothing but what is claimed. Further options (`--KEY VALUE`) are those of train.py.
+Each command leaves a run directory, goes on after a kill with `python train.py --resume` (seeds, longer), and
+writes DIR/evidence.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a script beside this folder
+
+import train  # noqa: E402
+from grpo import checkpoint, warmstart  # noqa: E402
+from grpo import config as configuration  # noqa: E402
+from grpo.episode import Episode  # noqa: E402
+from grpo.interrupts import Interrupts  # noqa: E402
+from grpo.rollout import Attempt  # noqa: E402
+from grpo.tasks import WarmStartTask  # noqa: E402
+
+NUM_EVAL = 512
+
+
+class ShuffledRewards(train.Run):
+    """The same RL, but which completion gets which reward is left to chance: what practice and noise alone
+    would give.
+    """
+
+    def _episodes(self, groups: list[Attempt], step: int) -> list[Episode]:
+        episodes = super()._episodes(groups, step)
+        rewards = [episode.reward for episode in episodes]
+        random.Random(f"shuffled rewards {self.config.seed} {step}").shuffle(rewards)
+        return [replace(episode, reward=reward) for episode, reward in zip(episodes, rewards, strict=True)]
+
+
+class MoreSupervision(train.Run):
+    """The warm start, continued for `seconds` at a constant learning rate, in the place of RL."""
+
+    seconds = 0.0
+
+    def train(self, pool: list[Attempt]) -> None:
+        config, task, chat = self.config, self.parts.task, self.parts.chat
+        assert isinstance(task, WarmStartTask)
+        learner = self._learner(replace(config, beta=0.0))
+        examples = task.examples("train", config.warm_start_examples, offset=config.num_examples)
+        start, step = time.perf_counter(), 0
+        with tqdm(total=round(self.seconds), desc="supervised", unit="s") as bar:
+            while time.perf_counter() - start < self.seconds:
+                batch = warmstart.sequences(
+                    task,
+                    chat,
+                    examples,
+                    step=1_000_000 + step,  # transcripts that the warm start has not seen
+                    batch_size=config.warm_start_batch_size,
+                    reflections=config.warm_start_reflections,
+                    seed=config.seed,
+                )
+                result = learner.supervised_step(batch, 0.5 * config.warm_start_learning_rate)
+                step += 1
+                train.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
+                bar.update(round(time.perf_counter() - start) - bar.n)
+        learner.num_steps = step
+        self._save(learner, self.folder, keep=1)
+
+
+def continue_run(kind: type[train.Run], run: Path, name: str, **changes: Any) -> Path:
+    """Runs `kind` from RUN/start with the settings of RUN, in a new run directory beside it."""
+    source = configuration.load(run / "config.yaml")
+    config = replace(
+        source, model_name_or_path=str(run / "start"), warm_start_steps=0, run_name=name, **changes
+    )
+    folder = checkpoint.new_run_dir(run.parent, name)
+    with checkpoint.lock(folder):
+        configuration.to_yaml(config, folder / "config.yaml")
+        one = kind(config, folder, Interrupts())
+        one.warm_start()
+        one.train(one.collect_failures())
+        one.evaluate()
+    return folder
+
+
+def rl_seconds(run: Path) -> float:
+    lines = (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()
+    return sum(json.loads(line)["step_time"] for line in lines)
+
+
+def row(run: Path) -> dict[str, Any]:
+    """The figures of one finished run that the table shows: shares, and differences with their intervals."""
+    figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    config = configuration.load(run / "config.yaml")
+    before, after = figures["models"]["vanilla"], figures["models"]["trained"]
+    gain = next(c for c in figures["comparisons"] if (c["before"], c["after"]) == ("vanilla", "trained"))
+    return {
+        "run": run.name,
+        "seed": config.seed,
+        "steps": config.max_steps,
+        "problems": figures["num_problems"],
+        "before": before,
+        "after": after,
+        "gain": gain,
+    }
+
+
+def percent(share: dict[str, float]) -> str:
+    """A share or a difference with its 95% interval, in percent."""
+    return f"{100 * share['mean']:5.1f} [{100 * share['low']:5.1f}, {100 * share['high']:5.1f}]"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line per run; then, over the runs, the mean gain of the second try."""
+    columns = ["run", "seed", "1st before", "2nd before", "1st after", "2nd after", "gain of 2nd"]
+    columns += ["retry - blind", "retry - shuffled", "retry - blanked", "length", "truncated"]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for one in rows:
+        before, after = one["before"], one["after"]
+        cells = [one["run"], str(one["seed"])]
+        for figures in (before, after):
+            cells += [percent(figures["first_try"]), percent(figures["second_try"])]
+        cells.append(percent(one["gain"]["second_try"]))
+        for name in ("blind", "shuffled", "blanked"):
+            control = after["controls"].get(name)
+            cells.append(percent(control["retry_minus_control"]) if control else "-")
+        for key, scale, unit in (("reflection_mean_length", 1, ""), ("reflection_truncated", 100, "%")):
+            cells.append(f"{scale * before[key]:.0f}{unit} -> {scale * after[key]:.0f}{unit}")
+        lines.append("| " + " | ".join(cells) + " |")
+    mean = sum(one["gain"]["second_try"]["mean"] for one in rows) / len(rows)
+    lines.append(f"\nmean gain of the second try over {len(rows)} runs: {100 * mean:.1f} points")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/evidence.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("what", choices=["seeds", "shuffled", "supervised", "longer", "table"])
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished run directories")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
+    own, rest = parser.parse_known_args(argv)
+    if own.what == "seeds":
+        if rest[:1] == ["--"]:
+            rest = rest[1:]
+        for seed in own.seeds:
+            name = ["--run_name", f"seed{seed}", "--seed", str(seed), "--num_eval", str(NUM_EVAL)]
+            if code := train.main([*name, *rest]):
+                return code
+        return 0
+    if rest or not own.runs:
+        parser.error(f"{own.what} takes run directories and no other options, got {rest or 'none'}")
+    if own.what == "table":
+        rows = [row(run) for run in own.runs]
+        print(table(rows))
+        (own.runs[0].parent / "evidence.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        return 0
+    for run in own.runs:
+        if own.what == "shuffled":
+            folder = continue_run(ShuffledRewards, run, f"{run.name}-shuffled")
+        elif own.what == "supervised":
+            MoreSupervision.seconds = rl_seconds(run)
+            folder = continue_run(MoreSupervision, run, f"{run.name}-supervised")
+        else:
+            steps = configuration.load(run / "config.yaml").max_steps
+            folder = continue_run(train.Run, run, f"{run.name}-longer", max_steps=2 * steps)
+        print(table([row(folder)]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,136 @@
+"""What the stages of a run share: its directory and parts, the way to a learner, and back from a checkpoint.
+
+A checkpoint holds the learner's state and how long each log was. Resuming restores the one and cuts the
+other, so that steps which are redone appear once; all else is a function of the settings and the step.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+from grpo import checkpoint, parts, preflight, run_dir, weights
+from grpo import config as configuration
+from grpo.config import Config
+from grpo.interrupts import Interrupts
+from grpo.learner import Learner
+from grpo.metrics import read_jsonl
+
+LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
+WARM_START_LOG = "warm_start.jsonl"
+
+
+class Session:
+    """One run directory, held by this process.
+
+    Args:
+        kernels: has linear_logprob, grpo_loss and group_advantage.
+    Raises:
+        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine.
+    """
+
+    def __init__(self, config: Config, folder: Path, interrupts: Interrupts, kernels: ModuleType):
+        self.config, self.folder, self.interrupts, self.kernels = config, folder, interrupts, kernels
+        self.start = folder / "start"  # the weights that RL starts from, and the KL's reference
+        self.parts = parts.build(config)
+        preflight.check(config, self.parts)
+
+    def progress(self, bar: tqdm) -> Callable[[int, int], None]:
+        """For long stages: moves the bar, and answers a signal."""
+
+        def update(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+            self.interrupts.check()
+
+        return update
+
+    def learner(self, config: Config) -> Learner:
+        """A new one, with the reference model where `config` asks for a KL penalty."""
+        reference = None
+        if config.beta > 0:
+            reference, _ = weights.load(str(self.start), dtype=self.parts.dtype, device=self.parts.device)
+        return Learner(
+            self.parts.model,
+            config,
+            linear_logprob=self.kernels.linear_logprob,
+            grpo_loss=self.kernels.grpo_loss,
+            group_advantage=self.kernels.group_advantage,
+            total_steps=config.max_steps,
+            reference=reference,
+        )
+
+    def save(self, learner: Learner, folder: Path, step: int) -> None:
+        """A checkpoint in `folder`: the run's own, or that of its unfinished warm start."""
+        of_run = folder == self.folder
+        tensors, counters = learner.state()
+        checkpoint.save(
+            folder,
+            step,
+            write_model=lambda path: weights.save(self.parts.model, self.parts.tokenizer, path),
+            tensors=tensors,
+            state={"counters": counters, "logs": run_dir.log_sizes(self.folder, [*LOGS, WARM_START_LOG])},
+            keep=self.config.save_total_limit if of_run else 1,
+            best_step=self.best_step() if of_run else None,
+        )
+
+    def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
+        """Puts the newest checkpoint into the learner, cuts `logs` back to it; its step, or 0 with none."""
+        step, sizes = 0, {}
+        if (path := checkpoint.latest(folder)) is not None:
+            for difference in checkpoint.environment_differences(path):
+                message = f"warning: {difference}: the run goes on, but not bit for bit as it would have"
+                print(message, file=sys.stderr)
+            tensors, state = checkpoint.load(path, check=False)
+            learner.load_state(tensors, state["counters"])
+            step, sizes = checkpoint.step_of(path), state["logs"]
+        run_dir.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
+        return step
+
+    def best_step(self) -> int | None:
+        """The first of the validated steps with the most right second tries; None before there is one."""
+        shares = {step: share for step, share in validated(self.folder).items() if step > 0}
+        return max(shares, key=shares.__getitem__, default=None)
+
+
+def validated(folder: Path) -> dict[int, float]:
+    """Share of right second tries by step, as far as validated; from the log, so a continued run knows it."""
+    records, name = read_jsonl(folder / "metrics.jsonl"), "validation/second_try"
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def directory(config: Config) -> Path:
+    """The run's directory: a new one, or the one to be continued.
+
+    Raises:
+        ValueError: the run to be continued is finished, or had other settings.
+    """
+    if config.resume is None:
+        return run_dir.new_run_dir(config.output_dir, config.run_name or config.preset)
+    folder = Path(config.resume)
+    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
+        settings = "; ".join(changed)
+        raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
+    if _finished(config, folder):
+        raise ValueError(f"resume: {folder} is finished; python -m grpo.evaluate {folder} measures it again")
+    return folder
+
+
+def _finished(config: Config, folder: Path) -> bool:
+    if config.num_eval:
+        return (folder / "evaluation.json").exists()
+    last = config.max_steps
+    validation_due = config.eval_steps and last % config.eval_steps == 0
+    return last in checkpoint.steps(folder) and (not validation_due or last in validated(folder))
+
+
+def saved_weights(folder: Path | None) -> str:
+    """Where a run that failed left weights: advice for the end of its error message."""
+    steps = checkpoint.steps(folder) if folder else []
+    if folder is None or not (steps or (folder / "start").is_dir()):
+        return "No weights were saved yet"
+    path = folder / "checkpoints" if steps else folder / "start"
+    return f"A new run can begin with the weights in {path} (model_name_or_path)"
