@@ -54,6 +54,8 @@ def build(
     """
     path = Path(path)
     done = blocks.keep_whole(path)
+    if done:
+        _check_same_examples(path, examples)
     for start in range(done * BLOCK, len(examples), BLOCK):
         block = examples[start : start + BLOCK]
         attempts = rollout.attempts(block, stage="failures", count=attempts_per_example)
@@ -68,7 +70,6 @@ def build(
         )
         if progress:
             progress(min(start + BLOCK, len(examples)), len(examples))
-    _check_same_examples(path, examples)
     return load(path)
 
 

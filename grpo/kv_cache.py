@@ -241,8 +241,8 @@ class CachedAttention:
         batch, kv_heads, repeats, size = x.shape
         keys_or_values = self.prefixes.layer(layer)[1 if values else 0]
         other = keys_or_values[: self.num_groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
-        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). Rows are picked as flat ones, as
-        # that copies them whole.
+        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). Rows are flat while they are
+        # picked, so that each is copied in one piece.
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
         out = torch.bmm(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))

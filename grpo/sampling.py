@@ -49,15 +49,14 @@ def choose(
         tokens (B,) int64 and logprobs (B,) float64, nats, under the whole distribution at `temperature`
         (top-p and top-k left out). A column with NaN or +inf gives a NaN log-prob.
     """
-    # Not max: with indices it is ten times slower, and only greedy needs them.
-    greedy = logits.argmax(dim=0) if noise is None else None
-    weights = (
-        logits.sub_(logits.amax(dim=0)).mul_(1.0 / temperature).exp_()
-    )  # (V, B), 1 at the most likely token
+    # Before the weights overwrite the logits, and apart from amax: indices make it ten times slower.
+    best = logits.argmax(dim=0) if noise is None else None
+    weights = logits.sub_(logits.amax(dim=0)).mul_(1.0 / temperature).exp_()  # (V, B), 1 at the largest logit
     sums = _block_sums(weights)
     total = sums.sum(dim=0)
-    if greedy is not None:
-        tokens = greedy
+    if noise is None:
+        assert best is not None
+        tokens = best
     else:
         kept, kept_sums = weights, sums
         if top_k > 0 or top_p < 1.0:

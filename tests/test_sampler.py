@@ -242,7 +242,7 @@ def test_a_prompt_is_run_once_while_its_rows_follow_each_other(model):
 
 @pytest.mark.parametrize("new_tokens", [1, 40, 4096])
 def test_many_rows_through_few_slots(model, monkeypatch, new_tokens):
-    """Groups come in any order, come back later, and wait for a place for their prompt or for a smaller forward."""
+    """Groups come in any order and come back later; rows wait for room for their prompt or in the forward."""
     monkeypatch.setattr("grpo.schedule.NEW_TOKENS", new_tokens)
     generator = torch.Generator().manual_seed(5)
     rows = []

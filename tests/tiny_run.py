@@ -1,10 +1,10 @@
 """Whole runs of train.py on the tiny model of tests/tiny.py: as a call, as a forked process that kills itself."""
 
+import importlib
 import io
 import json
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 import tiny
 import torch
 
-ROOT = Path(__file__).parent.parent
-# A run of all stages in about a second: two supervised steps, 16 examples, four RL steps, 8 problems a table.
+import train
+from grpo import weights
+
+# A run of all stages in about two seconds.
 SETTINGS = {
     "task": "tiny:Toy",
     "device": "cpu",
@@ -54,8 +56,6 @@ class Done(NamedTuple):
 
 def save_model(folder: Path, *, template: str | None = tiny.CHATML, dtype: torch.dtype = torch.float32) -> Path:
     """The tiny model as a Hugging Face folder."""
-    from grpo import weights
-
     tokenizer = tiny.byte_tokenizer(template=template)
     stops = [tiny.token_id(tokenizer, text) for text in tiny.STOPS]
     model = tiny.decoder(len(tokenizer), likely=stops)
@@ -71,8 +71,6 @@ def arguments(model: Path, output_dir: Path, **settings: Any) -> list[str]:
 
 def run(argv: list[str]) -> Done:
     """train.main in this process."""
-    import train
-
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = train.main(argv)
@@ -87,68 +85,82 @@ def _folder(argv: list[str]) -> Path | None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All that the seed determines: the logs, the start, and the last checkpoint with its optimiser state."""
-    files = [folder / name for name in DETERMINED]
+    """All that the seed determines: logs, `start/`, and the last checkpoint with its optimiser state."""
     last = max((folder / "checkpoints").glob("step-*"))
-    files += [path for part in (folder / "start", last) for path in part.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.exists()}
+    files = [path for part in (folder / "start", last) for path in part.rglob("*") if path.is_file()]
+    files += [folder / name for name in DETERMINED if (folder / name).exists()]
+    # state.json holds the size of timings.jsonl, which the machine decides.
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "state.json"
+    }
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
-# --- a process that is killed from inside, at a moment that is the same each time --------------------------
+# --- a process that is stopped from inside, at a moment that is the same each time -------------------------
 
 
-def run_and_die(argv: list[str], target: str, call: int, number: int = signal.SIGKILL) -> tuple[int, str]:
-    """train.main in another process, which sends itself a signal at the `call`-th call of `target`.
+class Moment(NamedTuple):
+    """Right before the `call`-th call of `target` ("module:Class.method"), counted once `after` is in the run.
 
-    Args:
-        target: "package.module:Class.method" or "package.module:function"; the signal comes before the call.
-    Returns:
-        (exit status, negative for a signal; what it wrote on stderr).
+    `after` is text in metrics.jsonl: '"step": 2' is there when step 2 is done.
     """
-    # A server that imports train once and forks from there: no import per run, and nothing of pytest's own state.
+
+    target: str
+    call: int = 1
+    after: str = ""
+
+
+def run_and_stop(argv: list[str], moment: Moment, *numbers: int) -> tuple[int, str]:
+    """train.main in another process, which sends itself the signals `numbers` at that moment.
+
+    Returns:
+        (exit status, negative for a signal that killed it; what it wrote on stderr before).
+    """
+    # A server imports train once and forks from there: no import per run, and no state of pytest's process.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "tiny"])
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(argv, target, call, number, sender))
+    process = context.Process(target=_child, args=(argv, moment, numbers, sender))
     process.start()
     sender.close()
-    process.join()
     try:
         text = receiver.recv()
     except EOFError:  # it was killed
         text = ""
+    process.join()
     assert process.exitcode is not None
     return process.exitcode, text
 
 
-def _child(argv: list[str], target: str, call: int, number: int, sender: Any) -> None:
-    import importlib
-
-    os.chdir(ROOT)
+def _child(argv: list[str], moment: Moment, numbers: tuple[int, ...], sender: Any) -> None:
     torch.set_num_threads(1)
-    module, _, path = target.partition(":")
+    module, _, path = moment.target.partition(":")
     owner: Any = importlib.import_module(module)
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent)
-    setattr(owner, name, _signal_at(getattr(owner, name), call, number))
+    setattr(owner, name, _signal_at(getattr(owner, name), argv, moment, numbers))
     done = run(argv)
     sender.send(done.err)
     sys.exit(done.status)
 
 
-def _signal_at(function: Callable[..., Any], call: int, number: int) -> Callable[..., Any]:
+def _signal_at(
+    function: Callable[..., Any], argv: list[str], moment: Moment, numbers: tuple[int, ...]
+) -> Callable[..., Any]:
     calls = 0
 
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
-        calls += 1
-        if calls == call:
-            os.kill(os.getpid(), number)
+        metrics = (_folder(argv) or Path()) / "metrics.jsonl"
+        if not moment.after or (metrics.exists() and moment.after in metrics.read_text()):
+            calls += 1
+            if calls == moment.call:
+                for number in numbers:
+                    os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
     return wrapped

@@ -1,0 +1,190 @@
+"""The dataset of failures: what is kept, a build that is killed anywhere, counts, and what is refused."""
+
+import json
+import random
+
+import pytest
+import tiny
+
+from grpo import failures
+from grpo.failures import NoSignalError, build, check_trainable, describe, load, summary
+from grpo.rollout import Attempt
+from grpo.tasks import Example, Verdict
+
+EXAMPLES = [Example(f"e{i}", f"Problem {i}", {"i": i}) for i in range(14)]
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(failures, "BLOCK", 4)
+
+
+class Scripted:
+    """A rollout whose answers are a function of the example. Remembers what it is asked."""
+
+    def __init__(self, right=0.5, die_at=None):
+        self.right, self.die_at, self.asked = right, die_at, []
+
+    def attempts(self, examples, *, stage, count):
+        assert stage == "failures"
+        self.asked += [example.id for example in examples]
+        if self.die_at in self.asked:
+            raise KeyboardInterrupt
+        return [self.attempt(example, generation) for example in examples for generation in range(count)]
+
+    def attempt(self, example, generation):
+        rng = random.Random(f"{example.id} {generation}")
+        verdict = Verdict("ok" if rng.random() < self.right else rng.choice(["empty", "wrong"]))
+        ids = [rng.randrange(100) for _ in range(3)]
+        turn = tiny.Turn(ids, [-1.0] * 3, rng.choice(["stop", "length"]))
+        return Attempt(example, [1, 2, example.data["i"]], turn, f"text {ids}", verdict, generation)
+
+
+def without_logprobs(attempts):
+    """An attempt as it is stored: the log-probs of the starting policy are not needed again."""
+    blank = [tiny.Turn(a.turn.ids, [0.0] * len(a.turn.ids), a.turn.finish_reason) for a in attempts]
+    return [
+        Attempt(a.example, a.prompt_ids, turn, a.text, a.verdict, a.generation)
+        for a, turn in zip(attempts, blank, strict=True)
+    ]
+
+
+def test_keeps_the_failed_attempts_with_their_ids(tmp_path):
+    rollout, calls = Scripted(), []
+    path = tmp_path / "new folder" / "failures.jsonl"
+    found = build(path, rollout, EXAMPLES, progress=lambda *args: calls.append(args))
+    every = [rollout.attempt(example, 0) for example in EXAMPLES]
+    assert found == without_logprobs([a for a in every if not a.verdict.ok]) and 3 < len(found) < 12
+    assert load(path) == found
+    assert calls == [(4, 14), (8, 14), (12, 14), (14, 14)]
+    assert rollout.asked == [example.id for example in EXAMPLES]
+
+
+def test_failures_of_the_model_are_what_it_saw(tmp_path):
+    parts = tiny.build()
+    examples = parts.task.examples("train", 6)
+    found = build(
+        tmp_path / "f.jsonl", parts.rollout, examples, attempts_per_example=2, failures_per_example=2
+    )
+    sampled = parts.rollout.attempts(examples, stage="failures", count=2)
+    assert found == without_logprobs([a for a in sampled if not a.verdict.ok])
+    assert {failure.generation for failure in found} == {0, 1}
+
+
+@pytest.mark.parametrize(("attempts", "kept"), [(1, 1), (3, 1), (3, 2), (3, 3)])
+def test_attempts_and_failures_per_example(tmp_path, attempts, kept):
+    rollout = Scripted(right=0.6)
+    options = {"attempts_per_example": attempts, "failures_per_example": kept}
+    found = build(tmp_path / "f.jsonl", rollout, EXAMPLES, **options)
+    expected, wrong = [], 0
+    for example in EXAMPLES:
+        failed = [a for a in (rollout.attempt(example, g) for g in range(attempts)) if not a.verdict.ok]
+        expected += failed[:kept]
+        wrong += len(failed)
+    assert found == without_logprobs(expected)
+    counts = summary(tmp_path / "f.jsonl")
+    failed_examples = len({a.example.id for a in found})
+    assert counts["examples"] == 14 and counts["attempts"] == 14 * attempts
+    assert counts["failed"] == failed_examples and counts["solved"] == 14 - failed_examples
+    assert counts["right"] == 14 * attempts - wrong == counts["reasons"]["ok"]
+    assert sum(counts["reasons"].values()) == 14 * attempts
+
+
+def test_cut_anywhere_the_build_goes_on_to_the_same_file(tmp_path):
+    whole = tmp_path / "whole.jsonl"
+    found = build(whole, Scripted(), EXAMPLES, attempts_per_example=2)
+    data = whole.read_bytes()
+    lines = data.splitlines(keepends=True)
+    ends = [i for i, line in enumerate(lines) if line.startswith(b'{"block"')]
+    assert len(ends) == 4
+    position, cuts = 0, []
+    for line in lines:  # between lines, inside them, and right before a line's end
+        cuts += [position, position + 1, position + len(line) // 2, position + len(line) - 1]
+        position += len(line)
+    for cut in [*cuts, len(data)]:
+        path = tmp_path / "cut.jsonl"
+        path.write_bytes(data[:cut])
+        rollout = Scripted()
+        assert build(path, rollout, EXAMPLES, attempts_per_example=2) == found
+        assert path.read_bytes() == data
+        blocks = sum(len(b"".join(lines[: end + 1])) <= cut for end in ends)
+        assert rollout.asked == [example.id for example in EXAMPLES[4 * blocks :]]  # only what was missing
+
+
+def test_killed_while_sampling(tmp_path):
+    build(tmp_path / "whole.jsonl", Scripted(), EXAMPLES)
+    path = tmp_path / "f.jsonl"
+    for victim in ("e0", "e6", "e13"):
+        with pytest.raises(KeyboardInterrupt):
+            build(path, Scripted(die_at=victim), EXAMPLES)
+    build(path, Scripted(), EXAMPLES)
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        EXAMPLES[::-1],
+        EXAMPLES[:7],  # fewer: the second block ends earlier
+        EXAMPLES[:4],  # fewer by a whole block
+        [*EXAMPLES[:4], Example("other", "p"), *EXAMPLES[5:]],
+    ],
+)
+def test_a_file_of_other_examples_is_refused_and_left_alone(tmp_path, others):
+    path = tmp_path / "f.jsonl"
+    build(path, Scripted(), EXAMPLES[:8])
+    before, rollout = path.read_bytes(), Scripted()
+    with pytest.raises(ValueError, match="built from other examples.*build into a new file"):
+        build(path, rollout, others)
+    assert path.read_bytes() == before and rollout.asked == []
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = tmp_path / "f.jsonl"
+    build(path, Scripted(), EXAMPLES)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
+    with pytest.raises(ValueError, match="f.jsonl, line 2: not JSON"):
+        load(path)
+
+
+def test_describe_and_no_signal(tmp_path):
+    path = tmp_path / "f.jsonl"
+    build(path, Scripted(right=0.4), EXAMPLES)
+    counts = summary(path)
+    text = describe(counts)
+    assert f"14 examples, 14 attempts, {counts['right']} of them right" in text
+    assert (
+        f"{counts['solved']} examples solved every time and dropped, {counts['failed']} with a failure"
+        in text
+    )
+    assert f"wrong {counts['reasons']['wrong']}" in text and f"empty {counts['reasons']['empty']}" in text
+    check_trainable(counts)
+
+    assert build(tmp_path / "easy.jsonl", Scripted(right=1.0), EXAMPLES) == []
+    counts = summary(tmp_path / "easy.jsonl")
+    assert counts == {
+        "examples": 14,
+        "solved": 14,
+        "failed": 0,
+        "attempts": 14,
+        "right": 14,
+        "reasons": {"ok": 14},
+    }
+    assert describe(counts).endswith("Why wrong: none.")
+    with pytest.raises(NoSignalError, match="no failures found in 14 examples: the task is too easy"):
+        check_trainable(counts)
+
+
+def test_the_file_is_json_lines_with_texts_for_people(tmp_path):
+    path = tmp_path / "f.jsonl"
+    build(path, Scripted(right=0.0), EXAMPLES[:2])
+    first, second, end = [json.loads(line) for line in path.read_text().splitlines()]
+    assert first["example"] == {"id": "e0", "prompt": "Problem 0", "data": {"i": 0}}
+    assert second["reason"] in ("empty", "wrong") and second["text"].startswith("text")
+    assert (end["first"], end["last"], end["examples"]) == ("e0", "e1", 2)
+
+
+def test_the_command_reports_wrong_settings(tmp_path, capsys):
+    assert failures.main(["--output", str(tmp_path / "f.jsonl"), "--temperature", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: temperature must be above 0")

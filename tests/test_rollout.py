@@ -1,0 +1,215 @@
+"""Rollouts on the tiny model: the ids of every context, rewards, loss masks, and the noise of each row."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from grpo.batch import pack
+from grpo.rollout import STAGES
+from grpo.sampler import Sample
+
+SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+def user(text):
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny.build()
+
+
+@pytest.fixture(scope="module")
+def pool(parts):
+    failures = tiny.failures(parts, 4)
+    assert {failure.turn.finish_reason for failure in failures} == {"stop", "length"}
+    return failures
+
+
+@pytest.fixture(scope="module")
+def sampled(parts, pool):
+    episodes = tiny.episodes(parts, pool)
+    assert {episode.finish_reason for episode in episodes} == {"stop", "length"}
+    return episodes
+
+
+@pytest.fixture
+def rows(parts, monkeypatch):
+    """Everything that the sampler is given and gives back while the test runs, one list per call."""
+    seen, run = [], parts.sampler.run
+
+    def spy(rows, **options):
+        seen.append(run(rows, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(parts.sampler, "run", spy)
+    return seen
+
+
+def ids(parts, text):
+    return parts.tokenizer.encode(text, add_special_tokens=False)
+
+
+def reflection_of(episode):
+    return [t for t, role in zip(episode.completion_ids, episode.roles, strict=True) if role == "reflection"]
+
+
+def test_the_conversation_is_glued_from_its_ids(parts, pool, sampled):
+    for episode in sampled:
+        failure = pool[episode.group_id]
+        question = failure.example.prompt
+        assert failure.prompt_ids == ids(parts, SYSTEM + user(question))
+        # A stop token of either kind closes a turn; the end-of-turn token closes one that was cut.
+        closing = {"stop": "\n", "length": "<|im_end|>\n"}
+        instruction = closing[failure.turn.finish_reason] + user("Why was it wrong?")
+        assert episode.prompt_ids == failure.prompt_ids + failure.turn.ids + ids(parts, instruction)
+        reflection = reflection_of(episode)
+        between = ids(parts, closing[episode.finish_reason] + user(question))
+        retry = episode.completion_ids[len(reflection) + len(between) :]
+        assert episode.completion_ids == reflection + between + retry
+        counts = (len(reflection), len(between), len(retry))
+        assert episode.roles == ["reflection"] * counts[0] + ["context"] * counts[1] + ["retry"] * counts[2]
+        assert episode.logprobs[counts[0] : counts[0] + counts[1]] == [0.0] * counts[1]
+        sampled_logprobs = episode.logprobs[: counts[0]] + episode.logprobs[counts[0] + counts[1] :]
+        assert max(sampled_logprobs) < 0
+
+
+def test_texts_are_those_of_the_ids(parts, pool, sampled):
+    for episode in sampled:
+        failure = pool[episode.group_id]
+        assert episode.example_id == failure.example.id
+        assert episode.texts["prompt"] == failure.example.prompt and episode.texts["attempt"] == failure.text
+        assert episode.texts["reflection"] == parts.chat.decode(reflection_of(episode))
+        retry = [t for t, r in zip(episode.completion_ids, episode.roles, strict=True) if r == "retry"]
+        assert episode.texts["retry"] == parts.chat.decode(retry)
+        assert episode.reasons == [parts.task.verify(failure.example, episode.texts["retry"]).reason]
+
+
+def test_a_cut_reflection_is_closed_outside_the_loss(parts, sampled):
+    cut = [episode for episode in sampled if episode.finish_reason == "length"]
+    for episode in cut:
+        length = len(reflection_of(episode))
+        assert length == parts.config.max_reflection_length
+        assert episode.completion_ids[length] == ids(parts, "<|im_end|>")[0]
+        for train_on in ("reflection", "all", "retry"):
+            assert not episode.loss_mask(train_on)[length]
+
+
+def test_a_group_shares_its_prompt(parts, pool, rows):
+    tiny.episodes(parts, pool)
+    (finished,) = rows
+    prefixes = [done.row.prefix for done in finished]
+    assert [prefixes[i] == prefixes[i - 1] for i in range(1, 16)] == [i % 4 != 0 for i in range(1, 16)]
+    # Prompts are run once for their four rows, but for their last token (grpo/kv_cache.py).
+    assert parts.sampler.stats["prefill_tokens"] == sum(len(p) - 1 for p in prefixes[::4])
+
+
+def test_the_reward_is_the_share_of_right_retries(parts, pool, sampled, rows):
+    thrice = replace(parts, config=replace(parts.config, retries_per_reflection=3))
+    episodes = tiny.episodes(thrice, pool)
+    for episode, single in zip(episodes, sampled, strict=True):
+        tries = episode.texts["retry"].split("\n---\n")
+        example = pool[episode.group_id].example
+        assert episode.reasons == [parts.task.verify(example, text).reason for text in tries]
+        assert len(tries) == 3 and episode.reward == pytest.approx(episode.reasons.count("ok") / 3)
+        # The first retry, which is the one that can be trained on, is as if it were alone.
+        assert episode.completion_ids == single.completion_ids and tries[0] == single.texts["retry"]
+    assert len({episode.reward for episode in episodes}) > 2
+    first, more = rows
+    assert len(more) == 2 * len(first)
+    for i, done in enumerate(more):  # further retries follow the same reflection, each with its own noise
+        before = first[i // 2]
+        assert done.row.prefix == before.row.prefix and done.fed == [before.turns[0].ids + before.fed[0]]
+    texts = [[tuple(before.turns[1].ids)] for before in first]
+    for i, done in enumerate(more):
+        texts[i // 2].append(tuple(done.turns[0].ids))
+    assert sum(len(set(group)) == 3 for group in texts) > len(texts) / 2
+
+
+def test_soft_overlong_penalty(pool):
+    parts = tiny.build(overlong_buffer=4, soft_overlong_penalty=0.5)
+    costs = [parts.rollout.overlong_cost(length) for length in (1, 6, 7, 8, 10)]
+    assert costs == [0.0, 0.0, 0.125, 0.25, 0.5]
+    episodes = tiny.episodes(parts, pool)
+    for episode in episodes:
+        right = episode.reasons == ["ok"]
+        cost = parts.rollout.overlong_cost(len(reflection_of(episode)))
+        assert episode.reward == pytest.approx(float(right) - cost)
+    assert len({parts.rollout.overlong_cost(len(reflection_of(e))) for e in episodes}) > 2
+    assert tiny.build(soft_overlong_penalty=0.5).rollout.overlong_cost(10) == 0  # no buffer: off
+
+
+@pytest.mark.parametrize(
+    ("train_on", "roles"),
+    [("reflection", {"reflection"}), ("all", {"reflection", "retry"}), ("retry", {"retry"})],
+)
+def test_train_on_decides_what_is_in_the_loss(sampled, train_on, roles):
+    (batch,) = pack(sampled, train_on=train_on, max_tokens=10_000)
+    for i, episode in enumerate(sampled):
+        pairs = zip(episode.completion_ids, episode.roles, strict=True)
+        assert batch.ids[batch.sequence_ids == i].tolist() == [t for t, role in pairs if role in roles]
+        assert sum(episode.loss_mask("attempt")) == 0
+
+
+def test_train_on_attempt(parts):
+    attempts = replace(parts, config=replace(parts.config, train_on="attempt"))
+    pool = tiny.failures(parts, 2)
+    episodes = tiny.episodes(attempts, pool)
+    assert [episode.group_id for episode in episodes] == [0] * 4 + [1] * 4
+    assert [episode.generation for episode in episodes] == [0, 1, 2, 3] * 2
+    for episode in episodes:
+        failure = pool[episode.group_id]
+        assert episode.example_id == failure.example.id and episode.prompt_ids == failure.prompt_ids
+        assert all(episode.loss_mask("attempt")) and not any(episode.loss_mask("all"))
+        assert episode.reward == (episode.reasons == ["ok"])
+        assert len(episode.completion_ids) <= 8 and max(episode.logprobs) < 0
+    assert len({tuple(episode.completion_ids) for episode in episodes}) == 8
+
+
+def test_every_turn_has_noise_of_its_own(parts, pool, rows):
+    rollout, examples = parts.rollout, [failure.example for failure in pool]
+    twin = replace(pool[0], generation=1)  # a second failure of one example, in the same step
+
+    def everything():
+        for stage in STAGES:
+            rollout.attempts(examples, stage=stage, count=2)
+            for step in (1, 2):
+                rollout.reflect_and_retry([*pool, twin], num_generations=2, stage=stage, step=step, retries=2)
+        keys = [item.key for call in rows for d in call for item in d.row.script if isinstance(item, Sample)]
+        rows.clear()
+        return keys
+
+    keys = everything()
+    assert len(keys) == 4 * (4 * 2 + 2 * 5 * 2 * 3) and len(set(keys)) == len(keys)
+    assert everything() == keys
+    assert all(key[0] == parts.config.seed for key in keys)
+
+
+def test_a_control_differs_from_the_real_retry_in_its_context_only(parts, pool, rows):
+    real = [tiny.episodes(parts, [failure])[0] for failure in pool]
+    rows.clear()
+    closed = [parts.chat.encode_turn("Mind the digit.") for _ in pool]
+    # The reflection itself given back: the same retry, token by token.
+    own = [reflection_of(e) + (ids(parts, "<|im_end|>") if e.finish_reason == "length" else []) for e in real]
+    retries = parts.rollout.retry_after(pool, own, stage="rollout", step=1)
+    for retry, episode in zip(retries, real, strict=True):
+        assert retry.text == episode.texts["retry"] and [retry.verdict.reason] == episode.reasons
+    parts.rollout.retry_after(pool, closed, stage="rollout", step=1)
+    parts.rollout.retry_after(pool, [None] * 4, stage="rollout", step=1)
+    given, other, blind = rows
+    for failure, a, b, c in zip(pool, given, other, blind, strict=True):
+        assert a.row.script[0].key == b.row.script[0].key == c.row.script[0].key
+        again = ids(parts, "\n" + user(failure.example.prompt))
+        assert list(b.row.prefix) == parts.rollout.reflection_prompt_ids(failure) + closed[0] + again
+        end = [] if failure.turn.finish_reason == "stop" else ids(parts, "<|im_end|>")
+        assert list(c.row.prefix) == failure.prompt_ids + failure.turn.ids + end + again
+
+
+def test_a_task_without_a_system_message():
+    task = tiny.Toy()
+    task.system = None
+    parts = tiny.build(task=task)
+    (example,) = task.examples("train", 1)
+    assert parts.rollout.prompt_ids(example) == ids(parts, user("Problem 0?"))
