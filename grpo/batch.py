@@ -94,7 +94,7 @@ def pack(
     """
     groups: dict[tuple[int, ...], list[_Branch]] = {}
     for index, episode in enumerate(episodes):
-        counts = not (mask_truncated and episode.finish_reason == "length")
+        counts = not (mask_truncated and episode.truncated(train_on))
         branch = _branch(index, episode.completion_ids, episode.loss_mask(train_on), episode.logprobs, counts)
         groups.setdefault(tuple(episode.prompt_ids), []).append(branch)
     return _pack(groups.items(), max_tokens)

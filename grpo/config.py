@@ -64,7 +64,7 @@ class Config:
     max_completion_length: Count = field(32, "limit of an attempt or a retry, in tokens")
     max_reflection_length: Count = field(120, "limit of a reflection, in tokens")
     mask_truncated_completions: bool = field(False, "leave completions that hit their limit out of the loss")
-    overlong_buffer: Natural = field(0, "tokens before the limit over which the reward falls (DAPO); 0: off")
+    overlong_buffer: Natural = field(0, "tokens at the end of a reflection's limit that cost reward (DAPO); 0: off")
     soft_overlong_penalty: Amount = field(1.0, "reward lost at the limit, with overlong_buffer above 0")
 
     # Dataset of failures
@@ -286,6 +286,6 @@ def _validate_combinations(c: Config) -> None:
     upper = 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
     if c.delta is not None and c.delta <= upper:
         raise ValueError(f"delta must be above the clip range's end {upper:g}, got {c.delta:g}")
-    limit = c.max_completion_length if c.train_on in ("retry", "attempt") else c.max_reflection_length
-    if c.overlong_buffer >= limit:
-        raise ValueError(f"overlong_buffer must be below the length limit {limit}, got {c.overlong_buffer}")
+    if c.overlong_buffer >= c.max_reflection_length:
+        limit = f"max_reflection_length {c.max_reflection_length}"
+        raise ValueError(f"overlong_buffer must be below {limit}, got {c.overlong_buffer}")

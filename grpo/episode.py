@@ -33,9 +33,10 @@ class Episode:
     completion_ids: list[int]
     roles: list[str]  # "reflection" | "context" | "retry" | "attempt"
     logprobs: list[float]  # the sampler's, nats, at the sampling temperature
-    finish_reason: str  # of the trained turn: "stop" | "length"
+    finish_reason: str  # of the first sampled turn, reflection or attempt: "stop" | "length"
     reward: float
     advantage: float = 0.0
+    retry_finish_reason: str = "stop"
     reasons: list[str] = field(default_factory=list)  # the verdicts' reasons, in the order they were given
     texts: dict[str, str] = field(default_factory=dict)  # decoded turns by role, for people
 
@@ -45,6 +46,12 @@ class Episode:
         lengths = (len(self.completion_ids), len(self.roles), len(self.logprobs))
         if len(set(lengths)) != 1:
             raise ValueError(f"completion_ids, roles and logprobs must be equally long, got {lengths}")
+
+    def truncated(self, train_on: str) -> bool:
+        """Whether a trained turn was cut at its length limit."""
+        reasons = {role: self.finish_reason for role in ("reflection", "attempt")}
+        reasons["retry"] = self.retry_finish_reason
+        return any(reasons[role] == "length" for role in ROLES_TRAINED[train_on])
 
     def loss_mask(self, train_on: str) -> list[bool]:
         """True for each completion token that carries gradient."""

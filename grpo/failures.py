@@ -27,6 +27,12 @@ from grpo.tasks import Example, Verdict
 BLOCK = 64  # examples sampled together, and redone together after a kill
 
 
+NONE_RIGHT = (
+    "\nwarning: no attempt was right. If retries are no better, nothing can be learned: try an easier task "
+    "(task_options), a warm start (warm_start_steps), or a larger model."
+)
+
+
 class NoSignalError(RuntimeError):
     """The failures leave nothing to train on: the task is too easy or too hard for the starting policy."""
 
@@ -48,17 +54,26 @@ def build(
         examples: in a fixed order; a continued build must be given the same ones.
         attempts_per_example: first answers sampled per example (the paper's k).
         failures_per_example: wrong answers kept per example at the most, the first ones sampled.
-        progress: called with (examples done, examples in all) after each block.
+        progress: called with (examples in whole blocks, examples in all) after each block and, so that the
+            caller can stop between, while a block is sampled.
     Raises:
         ValueError: `path` holds blocks of other examples.
     """
     path = Path(path)
-    done = blocks.keep_whole(path)
+    done = blocks.keep_whole(path) * BLOCK
     if done:
         _check_same_examples(path, examples)
-    for start in range(done * BLOCK, len(examples), BLOCK):
+
+    def report_progress(*_: int) -> None:
+        if progress:
+            progress(min(done, len(examples)), len(examples))
+
+    for start in range(done, len(examples), BLOCK):
+        report_progress()
         block = examples[start : start + BLOCK]
-        attempts = rollout.attempts(block, stage="failures", count=attempts_per_example)
+        attempts = rollout.attempts(
+            block, stage="failures", count=attempts_per_example, progress=report_progress
+        )
         per_example = [
             attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(block))
         ]
@@ -68,8 +83,8 @@ def build(
         blocks.append(
             path, [_to_json(attempt) for attempt in kept], _summary(start // BLOCK, block, per_example)
         )
-        if progress:
-            progress(min(start + BLOCK, len(examples)), len(examples))
+        done = start + BLOCK
+    report_progress()
     return load(path)
 
 
@@ -97,7 +112,7 @@ def describe(counts: dict[str, Any]) -> str:
     return (
         f"{counts['examples']} examples, {counts['attempts']} attempts, {counts['right']} of them right; "
         f"{counts['solved']} examples solved every time and dropped, {counts['failed']} with a failure. "
-        f"Why wrong: {why}."
+        f"Why wrong: {why}." + ("" if counts["right"] else NONE_RIGHT)
     )
 
 
@@ -105,8 +120,8 @@ def check_trainable(counts: dict[str, Any]) -> None:
     """Raises `NoSignalError` when no example failed: there is nothing to reflect on."""
     if counts["failed"] == 0:
         raise NoSignalError(
-            f"no failures found in {counts['examples']} examples: the task is too easy for this model. Make the "
-            "task harder (task_options), or raise attempts_per_example or num_examples"
+            f"no failures found in {counts['examples']} examples: the task is too easy for this model. "
+            "Make it harder (task_options), or raise attempts_per_example or num_examples"
         )
 
 
@@ -150,14 +165,11 @@ def _check_same_examples(path: Path, examples: Sequence[Example]) -> None:
     for line in blocks.read(path):
         if "block" in line:
             block = examples[line["block"] * BLOCK :][:BLOCK]
-            if not block or [block[0].id, block[-1].id, len(block)] != [
-                line["first"],
-                line["last"],
-                line["examples"],
-            ]:
+            built_from = (line["first"], line["last"], line["examples"])
+            if not block or (block[0].id, block[-1].id, len(block)) != built_from:
                 raise ValueError(
-                    f"{path} was built from other examples (block {line['block']}: {line['first']} to {line['last']}): "
-                    "build into a new file, or use the task, seed and num_examples of that build"
+                    f"{path} was built from other examples (its block {line['block']} begins with "
+                    f"{line['first']}): build into a new file, or use the task, seed and num_examples of that build"
                 )
 
 
@@ -193,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
                 failures_per_example=config.failures_per_example,
                 progress=lambda done, _: bar.update(done - bar.n),
             )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(describe(summary(own.output)))

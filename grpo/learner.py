@@ -166,7 +166,7 @@ class Learner:
         """
         kept, num_loss_tokens = [], 0
         for episode in episodes:
-            if self.config.mask_truncated_completions and episode.finish_reason == "length":
+            if self.config.mask_truncated_completions and episode.truncated(self.config.train_on):
                 continue
             length = sum(episode.loss_mask(self.config.train_on))
             num_loss_tokens += length
@@ -318,5 +318,5 @@ def episode_metrics(episodes: Sequence[Episode], train_on: str) -> dict[str, flo
         "completions/mean_length": statistics.fmean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": statistics.fmean(e.finish_reason == "length" for e in episodes),
+        "completions/clipped_ratio": statistics.fmean(e.truncated(train_on) for e in episodes),
     }

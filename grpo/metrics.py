@@ -201,6 +201,16 @@ def few_signals(history: Sequence[Record]) -> str | None:
     )
 
 
+def no_success(history: Sequence[Record]) -> str | None:
+    """Not one retry of the starting policy was right: if that stays so, all rewards are 0."""
+    if _values(history, "validation/retry") != [0]:
+        return None
+    return (
+        "no retry of the starting model was right: as long as that is so there is nothing to learn from. Try "
+        "an easier task, a warm start (warm_start_steps), or a larger model."
+    )
+
+
 def growing_length(history: Sequence[Record]) -> str | None:
     """Completions run into their limit: 30% of them, or 10% while they have become half as long again."""
     truncated = _recent(history, "completions/clipped_ratio")
@@ -290,6 +300,7 @@ def sampling_difference(dtype: str) -> Rule:
 
 
 RULES: dict[str, Rule] = {
+    "no_success": no_success,
     "few_signals": few_signals,
     "growing_length": growing_length,
     "entropy_collapse": entropy_collapse,

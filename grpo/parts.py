@@ -1,9 +1,9 @@
 """Builds what a run needs from its configuration: device, dtype, model, tokenizer, task, sampler, rollout.
 
 Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same
-thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: with the same flags in
-/proc/cpuinfo, bfloat16 matrix products ran 6 times faster than float32 on one 2-core machine, 2 times slower
-on another and 7 times slower on a third.
+thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: on machines
+that look alike, bfloat16 matrix products ran 6 times faster than float32 on one 2-core machine, 2 times
+slower on another and 7 times slower on a third.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,11 +63,7 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
     model, tokenizer = weights.load(
         model_source or config.model_name_or_path, dtype=dtype, device=config.device
     )
-    template = None
-    if config.chat_template is not None:
-        with open(config.chat_template, encoding="utf-8") as file:
-            template = file.read()
-    chat = Chat(tokenizer, weights.stop_token_ids(model, tokenizer), chat_template=template)
+    chat = build_chat(config, model, tokenizer)
     sampler = Sampler(
         model,
         stop_token_ids=chat.stop_token_ids,
@@ -85,6 +82,22 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
         soft_overlong_penalty=config.soft_overlong_penalty,
     )
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
+
+
+def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
+    """Raises ValueError: a template that is missing, cannot be read, or is not right."""
+    template = None
+    if config.chat_template is not None:
+        try:
+            template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template must be a readable text file, got {error}") from error
+    try:
+        return Chat(tokenizer, weights.stop_token_ids(model, tokenizer), chat_template=template)
+    except ValueError:
+        raise
+    except Exception as error:  # Jinja's own classes, and whatever a template raises
+        raise ValueError(f"chat_template cannot be rendered: {error}") from error
 
 
 def load_into(parts: Parts, name_or_path: str) -> None:
@@ -106,8 +119,13 @@ def evaluation_sampling(parts: Parts) -> Iterator[None]:
 
 
 def choose_device(name: str) -> str:
-    """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU."""
+    """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError: this machine has no such device."""
     if name != "auto":
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:  # each backend says it in its own way
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device must be one that this machine has, got {name!r} ({reason})") from error
         return name
     if torch.cuda.is_available():
         return "cuda"

@@ -225,6 +225,7 @@ class Rollout:
             logprobs=[*reflection.logprobs, *[0.0] * len(fed), *retry.logprobs],
             finish_reason=reflection.finish_reason,
             reward=success - self.overlong_cost(len(reflection.ids)),
+            retry_finish_reason=retry.finish_reason,
             reasons=[attempt.verdict.reason for attempt in tries],
             texts={
                 "prompt": failure.example.prompt,

@@ -212,7 +212,7 @@ def test_missing_files_and_unknown_presets():
         ),
         ({"loss_type": "cispo"}, "epsilon_high must be given with loss_type=cispo"),
         ({"delta": 1.1}, "delta must be above the clip range's end 1.2, got 1.1"),
-        ({"overlong_buffer": 120}, "overlong_buffer must be below the length limit 120, got 120"),
+        ({"overlong_buffer": 120}, "overlong_buffer must be below max_reflection_length 120, got 120"),
     ],
 )
 def test_validate_names_argument_expectation_and_value(changes, message):

@@ -25,7 +25,7 @@ class Scripted:
     def __init__(self, right=0.5, die_at=None):
         self.right, self.die_at, self.asked = right, die_at, []
 
-    def attempts(self, examples, *, stage, count):
+    def attempts(self, examples, *, stage, count, progress=None):
         assert stage == "failures"
         self.asked += [example.id for example in examples]
         if self.die_at in self.asked:
@@ -56,7 +56,7 @@ def test_keeps_the_failed_attempts_with_their_ids(tmp_path):
     every = [rollout.attempt(example, 0) for example in EXAMPLES]
     assert found == without_logprobs([a for a in every if not a.verdict.ok]) and 3 < len(found) < 12
     assert load(path) == found
-    assert calls == [(4, 14), (8, 14), (12, 14), (14, 14)]
+    assert calls == [(0, 14), (4, 14), (8, 14), (12, 14), (14, 14)]
     assert rollout.asked == [example.id for example in EXAMPLES]
 
 
@@ -160,6 +160,8 @@ def test_describe_and_no_signal(tmp_path):
     )
     assert f"wrong {counts['reasons']['wrong']}" in text and f"empty {counts['reasons']['empty']}" in text
     check_trainable(counts)
+    assert "no attempt was right" not in text
+    assert "warning: no attempt was right" in describe({**counts, "right": 0})
 
     assert build(tmp_path / "easy.jsonl", Scripted(right=1.0), EXAMPLES) == []
     counts = summary(tmp_path / "easy.jsonl")

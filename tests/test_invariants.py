@@ -166,9 +166,10 @@ def test_07_masked_tokens_are_read_on_no_path(parts, sampled, train_on, path):
         settings |= {"train_on": "all", "mask_truncated_completions": True}
     poisoned = copy.deepcopy(sampled)
     for episode in poisoned:
-        trained = episode.loss_mask(settings["train_on"])
-        if train_on == "truncated" and episode.finish_reason == "length":
-            trained = [False] * len(trained)
+        # Spelled out, not asked from the code under test.
+        roles = {"reflection": ["reflection"], "retry": ["retry"]}.get(train_on, ["reflection", "retry"])
+        cut = train_on == "truncated" and episode.finish_reason == "length"
+        trained = [role in roles and not cut for role in episode.roles]
         after = max((i + 1 for i, t in enumerate(trained) if t), default=0)
         episode.logprobs = [x if t else math.nan for x, t in zip(episode.logprobs, trained, strict=True)]
         episode.completion_ids[after:] = [7] * (len(trained) - after)

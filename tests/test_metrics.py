@@ -125,6 +125,7 @@ def test_metrics_needs_the_standard_library_only():
 # --- warnings ---------------------------------------------------------------------------------------------
 
 BAD = {
+    "no_success": [{"step": 0, "validation/retry": 0.0, "validation/retry_blind": 0.0}],
     "few_signals": repeat(WINDOW, frac_reward_zero_std=0.96),
     "growing_length": repeat(WINDOW, completions__clipped_ratio=0.3),
     "entropy_collapse": repeat(WINDOW, entropy=2.0) + repeat(WINDOW, entropy=0.4),
@@ -137,6 +138,7 @@ BAD = {
     "format_errors": repeat(WINDOW, verdicts__format=0.6),
 }
 GOOD = {
+    "no_success": [{"step": 0, "validation/retry": 0.1}, {"step": 8, "validation/retry": 0.0}],
     "few_signals": repeat(WINDOW, frac_reward_zero_std=0.94),
     # the demo's good run of 12 steps: length 42 -> 67, nothing truncated
     "growing_length": repeat(WINDOW, completions__clipped_ratio=0.0, completions__mean_length=42.0)
@@ -166,7 +168,8 @@ def test_rule_speaks_where_its_cause_is_and_nowhere_else(name):
 @pytest.mark.parametrize("name", RULES)
 def test_rule_waits_for_enough_steps_and_bears_missing_values(name):
     assert RULES[name]([]) is None
-    assert RULES[name](BAD[name][:1]) is None
+    if name != "no_success":  # says at once what an hour of training would say too
+        assert RULES[name](BAD[name][:1]) is None
     assert RULES[name]([{"step": 1, "kl": None, "entropy": None, "frac_reward_zero_std": None}]) is None
 
 

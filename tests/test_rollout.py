@@ -175,14 +175,14 @@ def test_every_turn_has_noise_of_its_own(parts, pool, rows):
     def everything():
         for stage in STAGES:
             rollout.attempts(examples, stage=stage, count=2)
-            for step in (1, 2):
-                rollout.reflect_and_retry([*pool, twin], num_generations=2, stage=stage, step=step, retries=2)
+        for stage, step in (("rollout", 1), ("rollout", 2), ("evaluation", 1)):
+            rollout.reflect_and_retry([*pool, twin], num_generations=2, stage=stage, step=step, retries=2)
         keys = [item.key for call in rows for d in call for item in d.row.script if isinstance(item, Sample)]
         rows.clear()
         return keys
 
     keys = everything()
-    assert len(keys) == 4 * (4 * 2 + 2 * 5 * 2 * 3) and len(set(keys)) == len(keys)
+    assert len(keys) == 4 * 4 * 2 + 3 * 5 * 2 * 3 and len(set(keys)) == len(keys)
     assert everything() == keys
     assert all(key[0] == parts.config.seed for key in keys)
 

@@ -145,9 +145,10 @@ class Countdown:
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
         """A conversation whose reflection tries other combinations and checks each: "3+8-1=11-1=10, not 12."
 
-        It computes one operation at a time, because a small model cannot add three numbers in one go. The number
-        of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed text would
-        leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start from.
+        It computes one operation at a time, because a small model cannot add three numbers in one go. The
+        number of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed
+        text would leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start
+        from.
         """
         target: int = example.data["target"]
         terms = reachable(tuple(example.data["numbers"]), self.operators)
