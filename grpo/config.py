@@ -64,7 +64,7 @@ class Config:
     max_completion_length: Count = field(32, "limit of an attempt or a retry, in tokens")
     max_reflection_length: Count = field(120, "limit of a reflection, in tokens")
     mask_truncated_completions: bool = field(False, "leave completions that hit their limit out of the loss")
-    overlong_buffer: Natural = field(0, "tokens at the end of a reflection's limit that cost reward (DAPO); 0: off")
+    overlong_buffer: Natural = field(0, "last tokens of a reflection's limit, which cost reward (DAPO)")
     soft_overlong_penalty: Amount = field(1.0, "reward lost at the limit, with overlong_buffer above 0")
 
     # Dataset of failures

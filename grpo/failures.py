@@ -169,7 +169,7 @@ def _check_same_examples(path: Path, examples: Sequence[Example]) -> None:
             if not block or (block[0].id, block[-1].id, len(block)) != built_from:
                 raise ValueError(
                     f"{path} was built from other examples (its block {line['block']} begins with "
-                    f"{line['first']}): build into a new file, or use the task, seed and num_examples of that build"
+                    f"{line['first']}): write a new file, or use that build's task, seed and num_examples"
                 )
 
 

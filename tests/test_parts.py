@@ -64,8 +64,11 @@ def test_a_chat_template_from_a_file(folder, tmp_path):
     path.write_text(tiny.CHATML.replace("<|im_start|>", "<s>"))
     built = parts.build(settings(folder, chat_template=str(path)))
     assert built.tokenizer.decode(built.chat.prompt([{"role": "user", "content": "x"}])).startswith("<s>user")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="chat_template must be a readable text file"):
         parts.build(settings(folder, chat_template=str(tmp_path / "none")))
+    path.write_text("{% for m in messages %}")
+    with pytest.raises(ValueError, match="chat_template cannot be rendered"):
+        parts.build(settings(folder, chat_template=str(path)))
 
 
 def test_load_into_replaces_the_weights_in_place(folder, tmp_path):
@@ -102,9 +105,12 @@ def test_choose_device(monkeypatch):
     assert parts.choose_device("auto") == "cuda" and parts.choose_device("cpu") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert parts.choose_device("auto") == "mps" and parts.choose_device("cuda:1") == "cuda:1"
+    assert parts.choose_device("auto") == "mps" and parts.choose_device("meta") == "meta"
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert parts.choose_device("auto") == "cpu"
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(ValueError, match="device must be one that this machine has, got"):
+            parts.choose_device(name)
 
 
 @pytest.mark.parametrize(("bfloat16_time", "dtype"), [(0.1, "bfloat16"), (0.9, "float32"), (7.0, "float32")])
