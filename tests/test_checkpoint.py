@@ -1,19 +1,17 @@
-"""Checkpoints are complete or absent, damage is found, and a run directory belongs to one process."""
+"""Checkpoints are complete or absent, damage is found, the newest and the best stay."""
 
 import errno
-import json
 import os
-import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from grpo import checkpoint
-from grpo.checkpoint import CheckpointError, RunLockedError
+from grpo import checkpoint, run_dir
+from grpo.checkpoint import CheckpointError
+from grpo.run_dir import RunDirError
 
 STATE = {"learner": {"num_steps": 3}, "learning_rate": 0.1 + 0.2, "rng": [1, 2**60]}
 
@@ -70,7 +68,7 @@ class Crash(BaseException):
 
 
 # Every place where save() touches the disk, in order; each must leave the old checkpoint as the latest.
-CRASH_POINTS = ["mkdir", "write_model", "save_file", "_write_state", "_flush", "rename"]
+CRASH_POINTS = ["mkdir", "write_model", "save_file", "_write_state", "flush", "rename"]
 
 
 @pytest.mark.parametrize(
@@ -84,10 +82,10 @@ def test_a_crash_at_any_write_leaves_the_older_checkpoint(tmp_path, monkeypatch,
         raise error
 
     options = {"write_model": fail} if point == "write_model" else {}
-    owner = {"mkdir": Path, "rename": os}.get(point, checkpoint)
+    owner = {"mkdir": Path, "rename": os, "flush": run_dir}.get(point, checkpoint)
     if point != "write_model":
         monkeypatch.setattr(owner, point, fail)
-    with pytest.raises(Crash if isinstance(error, Crash) else CheckpointError) as caught:
+    with pytest.raises(Crash if isinstance(error, Crash) else RunDirError) as caught:
         save(tmp_path, 2, **options)
     monkeypatch.undo()
     if getattr(error, "errno", None) == errno.ENOSPC:
@@ -111,7 +109,7 @@ def test_a_kill_without_clean_up_leaves_no_checkpoint_and_is_swept_up(tmp_path, 
             save(tmp_path, 2)
     assert len(entries(tmp_path)) == 2
     assert checkpoint.latest(tmp_path) == old
-    with checkpoint.lock(tmp_path):
+    with run_dir.lock(tmp_path):
         assert entries(tmp_path) == ["step-000001"]
 
 
@@ -122,7 +120,7 @@ def test_a_kill_while_replacing_or_pruning_never_shows_half_a_checkpoint(tmp_pat
         patch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
         checkpoint.prune(tmp_path, 1)
     assert checkpoint.steps(tmp_path) == [2]
-    checkpoint.remove_leftovers(tmp_path)
+    run_dir.remove_leftovers(tmp_path)
     assert entries(tmp_path) == ["step-000002"]
 
 
@@ -135,9 +133,9 @@ def test_a_really_full_disk(tmp_path):
         pytest.skip("mounting a tmpfs is not allowed here")
     try:
         old = save(disk, 1)
-        with pytest.raises(CheckpointError, match="the disk is full"):
+        with pytest.raises(RunDirError, match="the disk is full"):
             save(disk, 2, tensors={"big": torch.ones(1_000_000)})
-        with pytest.raises(CheckpointError, match="the disk is full"):
+        with pytest.raises(RunDirError, match="the disk is full"):
             save(disk, 2, write_model=lambda folder: (folder / "model").write_bytes(bytes(2_000_000)))
         assert entries(disk) == ["step-000001"] and checkpoint.latest(disk) == old
     finally:
@@ -190,100 +188,3 @@ def test_environment_differences_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "environment", lambda: {"torch": "0.0", "new": "x"})
     differences = checkpoint.environment_differences(path)
     assert "torch was " in " ".join(differences) and "new was not recorded, is x" in differences
-
-
-def test_run_directories_are_numbered_and_never_reused(tmp_path):
-    names = [checkpoint.new_run_dir(tmp_path / "runs", "demo").name for _ in range(2)]
-    assert names == ["demo-001", "demo-002"]
-    (tmp_path / "runs" / "demo-007").mkdir()
-    (tmp_path / "runs" / "demo-b-099").mkdir()
-    assert checkpoint.new_run_dir(tmp_path / "runs", "demo").name == "demo-008"
-    assert checkpoint.new_run_dir(tmp_path / "runs", "demo-b").name == "demo-b-100"
-    for name in ("", "a/b", ".."):
-        with pytest.raises(ValueError, match="run_name"):
-            checkpoint.new_run_dir(tmp_path, name)
-
-
-def test_run_directories_when_another_process_is_faster(tmp_path, monkeypatch):
-    (tmp_path / "demo-001").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "iterdir", lambda self: iter(()))  # it was not there yet when we looked
-        assert checkpoint.new_run_dir(tmp_path, "demo").name == "demo-002"
-
-
-def test_run_directory_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="output_dir"):
-        checkpoint.new_run_dir(tmp_path / "file", "demo")
-
-
-def test_newest_run(tmp_path):
-    assert checkpoint.newest_run(tmp_path / "missing") is None
-    assert checkpoint.newest_run(tmp_path) is None
-    first, second = (checkpoint.new_run_dir(tmp_path, name) for name in ("b", "a"))
-    (tmp_path / "notes").mkdir()
-    os.utime(first, (1, 1))
-    os.utime(second, (2, 2))
-    assert checkpoint.newest_run(tmp_path) == second
-    os.utime(first, (3, 3))
-    assert checkpoint.newest_run(tmp_path) == first
-
-
-def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
-    code = "import sys; from grpo import checkpoint\nwith checkpoint.lock(sys.argv[1]): print('locked')"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
-    with checkpoint.lock(tmp_path):
-        second = subprocess.run(command, **options)
-        assert second.returncode != 0 and f"in use by process {os.getpid()}" in second.stderr
-        with pytest.raises(RunLockedError):
-            with checkpoint.lock(tmp_path):
-                pass
-    assert subprocess.run(command, **options).stdout == "locked\n"
-
-
-LINES = [
-    '{"block": 9}',
-    '{"step": 1, "loss": 0.5}',
-    '{"step": 2}',
-    '{"note": "x"}',
-    '{"step": 3}',
-    '{"step": 2, "x": 1}',
-]
-KEPT = '{"block": 9}\n{"step": 1, "loss": 0.5}\n{"step": 2}\n{"note": "x"}\n{"step": 2, "x": 1}\n'
-
-
-@pytest.mark.parametrize(
-    "torn, dropped", [("", 1), ('{"step": 2, "los', 2), ("\x00\x00", 2), ("\n", 2), ("7", 2)]
-)
-def test_truncate_jsonl(tmp_path, torn, dropped):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(LINES) + "\n" + torn)
-    assert checkpoint.truncate_jsonl(path, 2) == dropped
-    assert path.read_text() == KEPT
-    assert checkpoint.truncate_jsonl(path, 2) == 0
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_truncate_jsonl_cut_anywhere_keeps_whole_lines(tmp_path):
-    """Wherever a kill cut the file, what stays is a prefix of whole lines."""
-    path, text = (
-        tmp_path / "log.jsonl",
-        "".join(json.dumps({"step": i, "value": "ä" * i}) + "\n" for i in range(6)),
-    )
-    rng = random.Random(0)
-    for cut in rng.sample(range(len(text.encode())), 40):
-        path.write_bytes(text.encode()[:cut])
-        checkpoint.truncate_jsonl(path, 4)
-        kept = path.read_text()
-        assert text.startswith(kept) and kept.count("\n") == min(5, text.encode()[: cut + 1].count(b"\n"))
-
-
-def test_truncate_jsonl_damaged_in_the_middle(tmp_path):
-    path = tmp_path / "log.jsonl"
-    text = '{"step": 1}\n{"st\n{"step": 2}\n'
-    path.write_text(text)
-    with pytest.raises(CheckpointError, match="line 2"):
-        checkpoint.truncate_jsonl(path, 5)
-    assert path.read_text() == text
-    assert checkpoint.truncate_jsonl(tmp_path / "missing.jsonl", 1) == 0

@@ -310,11 +310,12 @@ def test_transcripts(options: dict[str, Any]) -> None:
             continue
         assert transcript.retry is not None
         assert task.verify(example, transcript.attempt).reason == "wrong_value"
-        found_checks = re.findall(r"(\S+), (not \d+|that works)\.", transcript.reflection)
+        found_checks = re.findall(r"([^,.]+?), (not \d+|that works)\.", transcript.reflection)
+        found_checks = [(chain.strip(), end) for chain, end in found_checks]
         assert " ".join(f"{chain}, {end}." for chain, end in found_checks) == transcript.reflection
         checks = []
         for chain, end in found_checks:
-            text, *steps, value = chain.split("=")
+            text, *steps, value = chain.split(" = ")
             postfixes = [parse(step) for step in (text, *steps)]
             assert all(postfix is not None and evaluate(postfix) == int(value) for postfix in postfixes)
             assert len(steps) == len(numbers) - 2  # one operation at a time
@@ -359,6 +360,6 @@ def test_leaks() -> None:
 
 def test_system_message_names_the_operators() -> None:
     rules = Countdown().system or ""
-    assert rules.endswith("with + and - to reach the target. Answer as <answer>3+5-2</answer>.")
+    assert rules.endswith("with + and - to reach the target. Answer as <answer>3 + 5 - 2</answer>.")
     assert "+, -, * and /" in (Countdown(operators="+-*/").system or "")
     assert "with + to" in (Countdown(operators="+").system or "")

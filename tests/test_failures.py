@@ -134,7 +134,7 @@ def test_a_file_of_other_examples_is_refused_and_left_alone(tmp_path, others):
     path = tmp_path / "f.jsonl"
     build(path, Scripted(), EXAMPLES[:8])
     before, rollout = path.read_bytes(), Scripted()
-    with pytest.raises(ValueError, match="built from other examples.*build into a new file"):
+    with pytest.raises(ValueError, match="built from other examples.*write a new file"):
         build(path, rollout, others)
     assert path.read_bytes() == before and rollout.asked == []
 

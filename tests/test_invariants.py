@@ -316,7 +316,7 @@ def test_13_advantages_are_centred_in_their_group(parts, sampled):
 
 def test_14_groups_without_variance(parts, sampled):
     """A constant 0.5 counted as a signal (OpenRLHF #1270): advantage exactly 0, no gradient, and reported."""
-    for reward in (0.5, 0.1):
+    for reward in (0.5, 0.9):  # in float32 the mean of three times 0.9 is not 0.9
         flat = [replace(e, reward=reward) for e in sampled if e.generation < 3]
         metrics, gradients, done = update(parts, flat, scale_rewards="none")
         assert [e.advantage for e in done] == [0.0] * len(done)

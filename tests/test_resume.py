@@ -1,4 +1,4 @@
-"""A run that is killed or stopped, wherever, and continued gives byte for byte what an undisturbed one gives."""
+"""A run that is killed or stopped anywhere and then continued equals an undisturbed one, byte for byte."""
 
 import json
 import os
@@ -108,7 +108,8 @@ def test_killed_again_and_again(model, tmp_path, undisturbed):
 
 def test_killed_and_resumed_in_bfloat16_with_several_updates_per_rollout(model, tmp_path):
     """Where the float32 masters are not the model's own weights, and a step has two updates."""
-    settings = {"dtype": "bfloat16", "num_iterations": 2, "save_steps": 2, "warm_start_steps": 0, "num_eval": 0}
+    settings = {"dtype": "bfloat16", "num_iterations": 2, "save_steps": 2}
+    settings |= {"warm_start_steps": 0, "num_eval": 0}
     undisturbed = run(arguments(model, tmp_path / "a", **settings))
     assert undisturbed.status == 0, undisturbed.err
     moment = Moment(UPDATE, call=2, after='{"step": 2, "validation')

@@ -1,4 +1,4 @@
-"""Whole runs of train.py on the tiny model of tests/tiny.py: as a call, as a forked process that kills itself."""
+"""Whole runs of train.py on the tiny model of tests/tiny.py: as a call, or as a process that kills itself."""
 
 import importlib
 import io
@@ -54,13 +54,13 @@ class Done(NamedTuple):
     folder: Path | None
 
 
-def save_model(folder: Path, *, template: str | None = tiny.CHATML, dtype: torch.dtype = torch.float32) -> Path:
+def save_model(folder: Path) -> Path:
     """The tiny model as a Hugging Face folder."""
-    tokenizer = tiny.byte_tokenizer(template=template)
+    tokenizer = tiny.byte_tokenizer(template=tiny.CHATML)
     stops = [tiny.token_id(tokenizer, text) for text in tiny.STOPS]
     model = tiny.decoder(len(tokenizer), likely=stops)
     config = {**tiny.HF_CONFIG, "vocab_size": len(tokenizer), "architectures": ["LlamaForCausalLM"]}
-    model.source = weights.Source(config, {"eos_token_id": stops}, dtype)
+    model.source = weights.Source(config, {"eos_token_id": stops})
     return weights.save(model, tokenizer, folder)
 
 
@@ -90,9 +90,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     files = [path for part in (folder / "start", last) for path in part.rglob("*") if path.is_file()]
     files += [folder / name for name in DETERMINED if (folder / name).exists()]
     # state.json holds the size of timings.jsonl, which the machine decides.
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "state.json"
-    }
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files if path.name != "state.json"}
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -103,9 +101,9 @@ def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
 
 
 class Moment(NamedTuple):
-    """Right before the `call`-th call of `target` ("module:Class.method"), counted once `after` is in the run.
+    """Right before the `call`-th call of `target` ("module:Class.method").
 
-    `after` is text in metrics.jsonl: '"step": 2' is there when step 2 is done.
+    Calls are counted once the text `after` is in metrics.jsonl: '"step": 2' is there when step 2 is done.
     """
 
     target: str

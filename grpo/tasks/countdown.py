@@ -143,7 +143,8 @@ class Countdown:
         return contains(reflection.translate(_SIGNS), example.data["numbers"], example.data["target"])
 
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
-        """A conversation whose reflection tries other combinations and checks each: "3+8-1=11-1=10, not 12."
+        """A conversation whose reflection tries other combinations and checks each: "3 + 8 - 1 = 11 - 1 = 10,
+        not 12."
 
         It computes one operation at a time, because a small model cannot add three numbers in one go. The
         number of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed
@@ -222,7 +223,7 @@ class Countdown:
 def _rules(operators: str) -> str:
     """The system message. It is part of every prompt, so it is short."""
     signs = f"{', '.join(operators[:-1])} and {operators[-1]}" if len(operators) > 1 else operators
-    sample = f"3{operators[0]}5{operators[1 % len(operators)]}2"
+    sample = f"3 {operators[0]} 5 {operators[1 % len(operators)]} 2"
     return (
         f"Combine all the numbers, each once, with {signs} to reach the target. "
         f"Answer as <answer>{sample}</answer>."

@@ -1,0 +1,428 @@
+"""train.py from the command line to the exit status: ways of training, and what is said about bad input."""
+
+import errno
+import math
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import grpo_kernels
+import pytest
+import tiny
+from safetensors import SafetensorError
+from tiny_run import Done, arguments, records, run, save_model
+
+from grpo import checkpoint, run_dir
+from grpo.optimizer import MasterAdamW
+from grpo.tasks import Verdict
+
+ROOT = Path(__file__).parent.parent
+# Two steps of RL and nothing else.
+QUICK = {
+    "warm_start_steps": 0,
+    "eval_steps": 0,
+    "num_eval": 0,
+    "max_steps": 2,
+    "num_examples": 8,
+    "beta": 0.0,
+    "save_steps": 0,
+}
+
+
+class Easy(tiny.Toy):
+    """Every answer is right."""
+
+    def verify(self, example, text):
+        return Verdict("ok")
+
+
+class Impossible(tiny.Toy):
+    """No answer is right."""
+
+    def verify(self, example, text):
+        return Verdict("wrong_value")
+
+
+class Short(tiny.Toy):
+    """A task with five examples a split, and without transcripts."""
+
+    transcript = None  # type: ignore[assignment]
+
+    def examples(self, split, count, offset=0):
+        if offset + count > 5:
+            raise ValueError(f"split {split!r} has 5 examples, got {offset + count}")
+        return super().examples(split, count, offset)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def quick(model, tmp_path):
+    """Runs train.main with QUICK settings and changes to them."""
+    return lambda **settings: run(arguments(model, tmp_path / "runs", **{**QUICK, **settings}))
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    done = run(arguments(model, tmp_path_factory.mktemp("runs"), **QUICK | {"save_steps": 1, "num_eval": 4}))
+    assert done.status == 0, done.err
+    return done.folder
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the run, killed right before evaluation.json."""
+    shutil.copytree(finished, tmp_path / "copy")
+    (tmp_path / "copy" / "evaluation.json").unlink()
+    return tmp_path / "copy"
+
+
+def assert_error(done: Done, status: int, *fragments: str) -> None:
+    """One line on stderr that begins with "error:" and holds the fragments; no traceback."""
+    lines = [line for line in done.err.splitlines() if line and "%|" not in line]  # tqdm's bars
+    assert done.status == status, done.err
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.err
+    assert [fragment for fragment in fragments if fragment not in lines[0]] == [], lines[0]
+
+
+# --- every way of training ----------------------------------------------------------------------------------
+
+WAYS = {
+    "as it is": {},
+    "on reflection and retry": {"train_on": "all"},
+    "on the retry": {"train_on": "retry"},
+    "on the attempt": {"train_on": "attempt"},
+    "two retries per reflection": {"retries_per_reflection": 2},
+    "two updates per rollout": {"num_iterations": 2},
+    "grpo": {"loss_type": "grpo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 5.0},
+    "sequence level, two-sided clipping": {"importance_sampling_level": "sequence", "delta": 1.5},
+    "advantages over the batch": {"scale_rewards": "batch"},
+    "advantages not scaled": {"scale_rewards": "none"},
+    "kl penalty": {"beta": 0.1, "use_bias_correction_kl": False},
+    "truncated ones masked": {"mask_truncated_completions": True},
+    "overlong penalty": {"overlong_buffer": 4},
+    "kernels torch": {"kernels": "torch"},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "small micro-batches, few rows": {"max_tokens_per_micro_batch": 1, "max_rows": 2},
+    "several attempts": {"attempts_per_example": 2, "failures_per_example": 2, "lr_scheduler_type": "linear"},
+    "bfloat16, greedy evaluation": {"dtype": "bfloat16", "num_eval": 4, "eval_temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS.keys())
+def test_every_way_of_training_runs_to_the_end(quick, settings):
+    done = quick(**settings)
+    assert done.status == 0, done.err
+    metrics = [record for record in records(done.folder) if "warning" not in record]
+    assert [record["step"] for record in metrics] == [1, 2]
+    assert all(value is not None and math.isfinite(value) for record in metrics for value in record.values())
+    assert any(record["grad_norm"] > 0 for record in metrics)
+    assert checkpoint.steps(done.folder) == [2]
+    texts = records(done.folder, "episodes.jsonl")
+    assert len(texts) == 2 * 2 * 3 and {episode["step"] for episode in texts} == {1, 2}
+
+
+def test_the_task_of_the_docs_trains(model, tmp_path, monkeypatch):
+    """`--task module:Name` with options, from a file outside of the project, warm start included."""
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.DOTALL)
+    assert code
+    (tmp_path / "spelling.py").write_text(code[1])
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {**QUICK, "warm_start_steps": 2, "eval_steps": 1, "num_eval": 4}
+    task = {"task": "spelling:Backwards", "task_options": '{"length": 3}'}
+    done = run(arguments(model, tmp_path / "runs", **settings, **task))
+    sys.modules.pop("spelling")
+    assert done.status == 0, done.err
+    assert "backwards, 4 problems" in done.out
+    assert 'task_options: {"length": 3}' in (done.folder / "config.yaml").read_text()
+
+
+# --- bad settings -------------------------------------------------------------------------------------------
+
+BAD = {
+    "unknown option": ({"learning_rat": 1e-5}, ["unknown option --learning_rat", "mean --learning_rate?"]),
+    "wrong type": ({"max_steps": "many"}, ["max_steps", "int", "'many'"]),
+    "not one of": ({"train_on": "reflexion"}, ["train_on", "'reflexion'", "choose from", "reflection"]),
+    "one generation": ({"num_generations": 1}, ["num_generations must be at least 2, got 1"]),
+    "negative temperature": ({"temperature": -1}, ["temperature must be above 0, got -1.0"]),
+    "not a number": ({"learning_rate": "nan"}, ["learning_rate must be finite, got nan"]),
+    "top-p": ({"top_p": 0.9}, ["top_p must be 1.0", "in training, got 0.9", "biased"]),
+    "delta with cispo": ({"loss_type": "cispo", "delta": 2.0}, ["delta must be None with loss_type=cispo"]),
+    "unknown preset": ({"preset": "demos"}, ["preset must be one of demo, paper, got 'demos'", "demo?"]),
+    "unknown task": ({"task": "contdown"}, ["task must be one of", "got 'contdown'", "mean countdown?"]),
+    "unknown task option": (
+        {"task": "countdown", "task_options": "numbres=3"},
+        ["task_options of 'countdown' must be among: numbers", "got 'numbres'", "mean numbers?"],
+    ),
+    "no such module": ({"task": "no_such_module:Task"}, ["no module 'no_such_module' on the import path"]),
+    "no such device": ({"device": "cuda:99"}, ["device must be one that this machine has, got 'cuda:99'"]),
+    "no such kernels": ({"kernels": "triton"}, ["kernels must be auto or torch, got 'triton'"]),
+    "no such template": ({"chat_template": "/none"}, ["chat_template must be a readable text file", "/none"]),
+    "no such model": ({"model_name_or_path": "/none/here"}, ["/none/here: no such folder or file"]),
+    "too few examples": (
+        {"task": "test_train:Short", "num_examples": 4, "num_eval": 6},
+        ["num_eval=6 must not ask for more than the task has", "'heldout' has 5"],
+    ),
+    "no transcripts": (
+        {"task": "test_train:Short", "num_examples": 2, "warm_start_examples": 4, "warm_start_steps": 1},
+        ["warm_start_steps must be 0 with task toy, got 1", "no method `transcript`"],
+    ),
+    "too long": (
+        {"max_reflection_length": 600},
+        ["a conversation of up to", "max_position_embeddings, 512", "lower max_reflection_length"],
+    ),
+    "too long for the cache": ({"cache_gb": 1e-6}, ["cache_gb must be at least", "got 1e-06"]),
+    "run name with a slash": ({"run_name": "a/b"}, ["run_name must be a plain directory name, got 'a/b'"]),
+}
+
+
+@pytest.mark.parametrize("settings, fragments", BAD.values(), ids=BAD.keys())
+def test_bad_settings_are_named_and_leave_nothing(quick, tmp_path, settings, fragments):
+    assert_error(quick(**settings), 2, *fragments)
+    runs = tmp_path / "runs"
+    assert not runs.exists() or list(runs.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text, fragments",
+    [
+        ("learning_rat: 1e-5", ["unknown key learning_rat", "mean learning_rate?"]),
+        ("max_steps: [1]", ["max_steps must be an integer, got [1]"]),
+        ("num_generations: 1", ["num_generations must be at least 2, got 1"]),
+        ("a: b: c", ["is not valid YAML"]),
+    ],
+)
+def test_bad_yaml(quick, tmp_path, text, fragments):
+    (tmp_path / "c.yaml").write_text(text)
+    settings = {name: value for name, value in QUICK.items() if name not in text}
+    argv = arguments(tmp_path, tmp_path / "runs", **settings, config=tmp_path / "c.yaml")
+    for name in ("num_generations", "max_steps"):  # else the command line would win
+        if name in text:
+            at = argv.index(f"--{name}")
+            del argv[at : at + 2]
+    assert_error(run(argv), 2, *fragments)
+
+
+def test_tensorboard_that_is_not_installed(quick, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert_error(quick(tensorboard=True), 2, "tensorboard must be false", "reflect-grpo[tensorboard]")
+
+
+# --- bad models ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, content, fragments",
+    [
+        ("model.safetensors", None, ["model.safetensors", "no weights there"]),
+        ("model.safetensors", b"\x08\0\0\0\0\0\0\0{broken}", ["model.safetensors is damaged or cut short"]),
+        ("config.json", None, ["config.json"]),
+        ("config.json", b"{", ["config.json is damaged"]),
+        ("config.json", b'{"model_type": "gpt2"}', ["gpt2", "llama"]),
+        ("tokenizer.json", None, ["no tokenizer"]),
+        ("tokenizer.json", b"{}", ["the tokenizer cannot be read"]),
+        ("chat_template.jinja", None, ["no chat template; pass chat_template"]),
+    ],
+)
+def test_missing_and_damaged_model_files(model, tmp_path, name, content, fragments):
+    folder = shutil.copytree(model, tmp_path / "model")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
+    assert_error(run(arguments(folder, tmp_path / "runs", **QUICK)), 2, *fragments)
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_model_file_that_is_cut_short(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    done = run(arguments(folder, tmp_path / "runs", **QUICK))
+    assert_error(done, 2, "model.safetensors is damaged or cut short")
+
+
+# --- resuming what cannot be resumed ------------------------------------------------------------------------
+
+
+def test_resume_of_a_finished_run(finished, quick):
+    done = run(["--resume", str(finished)])
+    assert_error(done, 2, f"{finished} is finished", f"python -m grpo.evaluate {finished}")
+    without_table = quick(num_eval=0).folder
+    assert_error(run(["--resume", str(without_table)]), 2, "is finished")
+
+
+def test_resume_with_changed_settings_lists_them(unfinished):
+    done = run(["--resume", str(unfinished), "--max_steps", "9", "--seed", "7", "--save_total_limit", "5"])
+    assert_error(done, 2, "changed settings: seed: 42 -> 7; max_steps: 2 -> 9.", "Start a new run")
+
+
+def test_resume_of_something_else(tmp_path, model):
+    for folder in (tmp_path, model, tmp_path / "none"):
+        assert_error(run(["--resume", str(folder)]), 2, "resume must be a run directory with a config.yaml")
+    # Another program's config.yaml, and one that a disk has eaten.
+    for text, fragment in (("optimizer: adam\n", "unknown key optimizer"), ("\0\0\0", "is not valid YAML")):
+        (tmp_path / "config.yaml").write_text(text)
+        assert_error(run(["--resume", str(tmp_path)]), 2, str(tmp_path / "config.yaml"), fragment)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "tokenizer.json", "trainer/state.safetensors", "trainer/state.json"]
+)
+def test_resume_of_a_run_with_a_damaged_checkpoint(unfinished, name):
+    older, newest = (unfinished / "checkpoints" / f"step-00000{step}" for step in (1, 2))
+    content = bytearray((newest / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (newest / name).write_bytes(content)
+    done = run(["--resume", str(unfinished)])
+    assert_error(done, 1, f"{newest / name} is damaged", f"delete {newest} to resume from {older}")
+    # As it says:
+    shutil.rmtree(newest)
+    done = run(["--resume", str(unfinished)])
+    assert done.status == 0, done.err
+    assert [record["step"] for record in records(unfinished)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "name, status, fragments",
+    [
+        ("metrics.jsonl", 1, ["must have at least", "got 10", "delete it"]),
+        ("failures.jsonl", 2, ["failures.jsonl, line 1: not JSON"]),
+        ("start/model.safetensors", 2, ["model.safetensors is damaged or cut short"]),
+        ("evaluation-trained.jsonl", 2, ["evaluation-trained.jsonl, line 1: not JSON"]),
+    ],
+)
+def test_resume_of_a_run_with_a_damaged_file(unfinished, name, status, fragments):
+    path = unfinished / name
+    content = path.read_bytes()
+    path.write_bytes(b"{" + content[1:10] if name.startswith(("metrics", "start")) else b"{\n" + content)
+    assert_error(run(["--resume", str(unfinished)]), status, *fragments)
+
+
+def test_two_processes_on_one_run_directory(unfinished):
+    with run_dir.lock(unfinished):
+        done = run(["--resume", str(unfinished)])
+    assert_error(done, 1, f"{unfinished} is in use by process", "wait for it or stop it")
+
+
+# --- disk ---------------------------------------------------------------------------------------------------
+
+
+def test_an_output_directory_that_cannot_be_written(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    done = run(arguments(model, tmp_path / "file" / "runs", **QUICK))
+    assert_error(done, 1, "cannot make a run directory in", "file/runs", "choose another output_dir")
+
+
+FULL = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    SafetensorError("I/O error: No space left on device (os error 28)"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(quick, monkeypatch, error):
+    save_file, calls = checkpoint.save_file, []
+
+    def fill(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half of it")
+            raise error
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", fill)
+    done = quick(save_steps=1)
+    assert_error(done, 1, "the disk is full", "GB are free", "What was saved before is intact", "resume")
+    assert [path.name for path in (done.folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert run(["--resume", str(done.folder)]).status == 0
+    assert checkpoint.steps(done.folder) == [1, 2]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
+def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
+    def fill(*args, **options):
+        raise error
+
+    monkeypatch.setattr("grpo.weights.save_file", fill)
+    done = quick()
+    assert_error(done, 1, "the disk is full")
+    assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml"]
+
+
+def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
+    def fill(*args):
+        raise FULL[0]
+
+    monkeypatch.setattr(run_dir, "append_jsonl", fill)
+    assert_error(quick(), 1, "No space left on device", "what was saved before is intact")
+
+
+# --- numbers that are none, tasks that teach nothing --------------------------------------------------------
+
+
+def at_call(number, function, change):
+    calls = []
+
+    def wrapped(*args, **options):
+        calls.append(None)
+        result = function(*args, **options)
+        return change(result) if len(calls) == number else result
+
+    return wrapped
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient norm"])
+def test_a_step_that_is_not_finite_is_not_taken(quick, monkeypatch, what):
+    good = quick(save_steps=1).folder / "checkpoints" / "step-000001" / "model.safetensors"
+    if what == "loss":
+        loss = at_call(2, grpo_kernels.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
+        monkeypatch.setattr(grpo_kernels, "grpo_loss", loss)
+    else:
+        monkeypatch.setattr(
+            MasterAdamW, "grad_norm", at_call(2, MasterAdamW.grad_norm, lambda norm: norm * math.nan)
+        )
+    done = quick()
+    folder = done.folder / "checkpoints"
+    assert_error(done, 1, "step 2, micro-batch 1 of 1", f"{what} is nan", "lower learning_rate", str(folder))
+    # The weights of the last good step were saved, though no checkpoint was due.
+    assert checkpoint.steps(done.folder) == [1]
+    assert (folder / "step-000001" / "model.safetensors").read_bytes() == good.read_bytes()
+
+
+def test_a_later_update_on_the_same_rollout_that_is_not_finite(quick, monkeypatch):
+    """Then the weights are not those of any step's end, and are not saved."""
+    loss = at_call(4, grpo_kernels.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
+    monkeypatch.setattr(grpo_kernels, "grpo_loss", loss)
+    done = quick(num_iterations=2)
+    assert_error(done, 1, "loss is nan", f"weights in {done.folder / 'start'}")
+    assert checkpoint.steps(done.folder) == []
+
+
+def test_weights_that_diverged(quick):
+    done = quick(learning_rate=1e38, max_steps=3)
+    assert_error(done, 1, "NaN or infinite", str(done.folder))
+
+
+def test_a_task_that_is_too_easy(quick):
+    done = quick(task="test_train:Easy")
+    assert_error(done, 1, "no failures found in 8 examples: the task is too easy")
+
+
+def test_a_task_that_is_too_hard_is_warned_about_before_and_during_training(quick):
+    done = quick(task="test_train:Impossible", eval_steps=5, max_steps=5, num_validation=4)
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
+    warnings = [line for line in lines if line.startswith("warning: ")]
+    assert "no attempt was right" in warnings[0] and "no retry of the starting model was right" in warnings[1]
+    assert lines.index(warnings[1]) < next(i for i, line in enumerate(lines) if line.startswith("step 1/"))
+    assert any("0% of the groups have a signal" in line for line in warnings)
+    kept = [record["warning"] for record in records(done.folder) if "warning" in record]
+    assert kept[:2] == ["no_success", "few_signals"]
