@@ -7,6 +7,9 @@ reflection only). Left out: tensors. They are made late, in batch.py, when all l
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 # train_on -> the roles whose tokens are in the loss. "context" (what the program fed in between) never is.
@@ -59,3 +62,21 @@ class Episode:
             raise ValueError(f"train_on must be one of {', '.join(ROLES_TRAINED)}, got {train_on!r}")
         trained = ROLES_TRAINED[train_on]
         return [role in trained for role in self.roles]
+
+
+def episode_metrics(episodes: Sequence[Episode], train_on: str) -> dict[str, float]:
+    """Rewards and lengths of one step; lengths in trained tokens, `reward_std` is the mean over groups."""
+    groups = defaultdict(list)
+    for episode in episodes:
+        groups[episode.group_id].append(episode.reward)
+    stds = [statistics.stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in groups.values()]
+    lengths = [sum(e.loss_mask(train_on)) for e in episodes]
+    return {
+        "reward": statistics.fmean(e.reward for e in episodes),
+        "reward_std": statistics.fmean(stds),
+        "frac_reward_zero_std": statistics.fmean(len(set(rewards)) == 1 for rewards in groups.values()),
+        "completions/mean_length": statistics.fmean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": statistics.fmean(e.truncated(train_on) for e in episodes),
+    }

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grpo.batch import Batch, pack, pack_sequences, tree_attend
-from grpo.episode import Episode
+from grpo.episode import Episode, episode_metrics
 from grpo.model import Decoder
 from grpo.optimizer import MasterAdamW, scheduled_learning_rate
 
@@ -302,21 +301,3 @@ def trained_token_limit(config: Any) -> int:
     """Longest number of trained tokens a completion can have: dr_grpo's constant denominator."""
     reflection, answer = config.max_reflection_length, config.max_completion_length
     return {"reflection": reflection, "all": reflection + answer}.get(config.train_on, answer)
-
-
-def episode_metrics(episodes: Sequence[Episode], train_on: str) -> dict[str, float]:
-    """Rewards and lengths of one step; lengths in trained tokens, `reward_std` is the mean over groups."""
-    groups = defaultdict(list)
-    for episode in episodes:
-        groups[episode.group_id].append(episode.reward)
-    stds = [statistics.stdev(rewards) if len(rewards) > 1 else 0.0 for rewards in groups.values()]
-    lengths = [sum(e.loss_mask(train_on)) for e in episodes]
-    return {
-        "reward": statistics.fmean(e.reward for e in episodes),
-        "reward_std": statistics.fmean(stds),
-        "frac_reward_zero_std": statistics.fmean(len(set(rewards)) == 1 for rewards in groups.values()),
-        "completions/mean_length": statistics.fmean(lengths),
-        "completions/min_length": float(min(lengths)),
-        "completions/max_length": float(max(lengths)),
-        "completions/clipped_ratio": statistics.fmean(e.truncated(train_on) for e in episodes),
-    }

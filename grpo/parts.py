@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -132,7 +132,9 @@ def choose_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_dtype(name: str, device: str) -> str:
+def choose_dtype(
+    name: Literal["auto", "float32", "bfloat16"], device: str
+) -> Literal["float32", "bfloat16"]:
     """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are measured to be faster here."""
     if name != "auto":
         return name
