@@ -152,13 +152,14 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", choices=["seeds", "shuffled", "supervised", "longer", "table"])
+    parser.add_argument("what", nargs="?", choices=["seeds", "shuffled", "supervised", "longer", "table"])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished run directories")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
     own, rest = parser.parse_known_args(argv)
+    if own.what is None:  # `make bench` runs every script; this one takes hours, so it has to be asked
+        parser.print_help()
+        return 0
     if own.what == "seeds":
-        if rest[:1] == ["--"]:
-            rest = rest[1:]
         for seed in own.seeds:
             name = ["--run_name", f"seed{seed}", "--seed", str(seed), "--num_eval", str(NUM_EVAL)]
             if code := train.main([*name, *rest]):
