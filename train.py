@@ -128,7 +128,7 @@ class Run(Session):
     # --- RL -------------------------------------------------------------------------------------------------
 
     def train(self, pool: list[Attempt]) -> None:
-        """`max_steps` times: groups of failures, episodes, an update; then validation, checkpoint where due."""
+        """`max_steps` times: groups of failures, episodes, an update; validation, checkpoint where due."""
         config = self.config
         learner = self.learner(config)
         saved = self.restore(learner, self.folder, LOGS)

@@ -170,8 +170,8 @@ def _write_failure(final: Path, error: Exception, written: int) -> str:
     free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
     return (
         f"the disk is full: {free / 1e9:.2f} GB are free, and {final} takes more than the "
-        f"{written / 1e9:.2f} GB that were written of it. What was saved before is intact; make room or lower "
-        "save_total_limit, and resume"
+        f"{written / 1e9:.2f} GB that were written of it. What was saved before is intact; make room or "
+        "lower save_total_limit, and resume"
     )
 
 

@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import TYPES, Config, TaskOptions, differences, from_yaml, load, parse, to_yaml, validate
+from grpo.config import (
+    PRESETS,
+    TYPES,
+    Config,
+    TaskOptions,
+    differences,
+    from_yaml,
+    load,
+    parse,
+    to_yaml,
+    validate,
+)
 from grpo.fields import coerce
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +36,8 @@ def write(path: Path, text: str) -> str:
 def test_command_line_wins_over_yaml_over_preset(tmp_path):
     path = write(tmp_path / "c.yaml", "max_steps: 7\nseed: 5\n")
     config = parse(["--config", path, "--seed", "6"])
-    assert (config.seed, config.max_steps, config.warm_start_steps) == (6, 7, 40)
+    assert (config.seed, config.max_steps) == (6, 7)
+    assert config.warm_start_steps == from_yaml(PRESETS / "demo.yaml")["warm_start_steps"] > 0
     assert config.preset == "demo" and config.config == path
 
 

@@ -17,7 +17,7 @@ import torch
 import train
 from grpo import weights
 
-# A run of all stages in about two seconds.
+# A run of all stages in about two seconds. What the preset sets is set here too: presets change.
 SETTINGS = {
     "task": "tiny:Toy",
     "device": "cpu",
@@ -28,6 +28,7 @@ SETTINGS = {
     "warm_start_examples": 8,
     "warm_start_batch_size": 2,
     "warm_start_reflections": 2,
+    "warm_start_learning_rate": 1e-4,
     "num_examples": 16,
     "groups_per_step": 2,
     "num_generations": 3,
@@ -35,6 +36,10 @@ SETTINGS = {
     "max_reflection_length": 8,
     "temperature": 0.8,
     "learning_rate": 1e-3,
+    "warmup_steps": 0.03,
+    "beta": 0.001,
+    "overlong_buffer": 0,
+    "max_tokens_per_micro_batch": 2048,
     "max_steps": 4,
     "eval_steps": 2,
     "num_validation": 6,
