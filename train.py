@@ -249,10 +249,10 @@ class Run(Session):
         print(evaluate.table(figures))
 
 
-def run(config: Config, folder: Path, interrupts: Interrupts) -> None:
-    """All stages. The settings are stored once the parts that they name could be built."""
+def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run] = Run) -> None:
+    """All stages of `kind`. The settings are stored once the parts that they name could be built."""
     with run_dir.lock(folder):
-        stages = Run(config, folder, interrupts, choose_kernels(config.kernels))
+        stages = kind(config, folder, interrupts, choose_kernels(config.kernels))
         if config.resume is None:
             with run_dir.written_whole(folder / "config.yaml") as path:
                 configuration.to_yaml(config, path)  # device and dtype are resolved by now

@@ -28,8 +28,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a script beside this folder
 
 import train  # noqa: E402
-from grpo import checkpoint, warmstart  # noqa: E402
 from grpo import config as configuration  # noqa: E402
+from grpo import run_dir, session, warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
 from grpo.interrupts import Interrupts  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
@@ -58,7 +58,7 @@ class MoreSupervision(train.Run):
     def train(self, pool: list[Attempt]) -> None:
         config, task, chat = self.config, self.parts.task, self.parts.chat
         assert isinstance(task, WarmStartTask)
-        learner = self._learner(replace(config, beta=0.0))
+        learner = self.learner(replace(config, beta=0.0))
         examples = task.examples("train", config.warm_start_examples, offset=config.num_examples)
         start, step = time.perf_counter(), 0
         with tqdm(total=round(self.seconds), desc="supervised", unit="s") as bar:
@@ -74,10 +74,9 @@ class MoreSupervision(train.Run):
                 )
                 result = learner.supervised_step(batch, 0.5 * config.warm_start_learning_rate)
                 step += 1
-                train.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
+                run_dir.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
                 bar.update(round(time.perf_counter() - start) - bar.n)
-        learner.num_steps = step
-        self._save(learner, self.folder, keep=1)
+        self.save(learner, self.folder, step)
 
 
 def continue_run(kind: type[train.Run], run: Path, name: str, **changes: Any) -> Path:
@@ -86,13 +85,9 @@ def continue_run(kind: type[train.Run], run: Path, name: str, **changes: Any) ->
     config = replace(
         source, model_name_or_path=str(run / "start"), warm_start_steps=0, run_name=name, **changes
     )
-    folder = checkpoint.new_run_dir(run.parent, name)
-    with checkpoint.lock(folder):
-        configuration.to_yaml(config, folder / "config.yaml")
-        one = kind(config, folder, Interrupts())
-        one.warm_start()
-        one.train(one.collect_failures())
-        one.evaluate()
+    folder = session.directory(config)
+    with Interrupts() as interrupts:
+        train.run(config, folder, interrupts, kind)
     return folder
 
 
