@@ -75,7 +75,7 @@ class Run(Session):
     def _supervised_steps(self, folder: Path) -> None:
         config, built = self.config, self.parts
         learner = self.learner(replace(config, beta=0.0))
-        # After the examples of RL, which so stay unseen.
+        # After the examples of RL: other ones, though in a small space maybe the same problems reordered.
         examples = built.task.examples("train", config.warm_start_examples, offset=config.num_examples)
         batch = partial(
             warmstart.sequences,

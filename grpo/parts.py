@@ -71,7 +71,12 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
         max_rows=config.max_rows,
         cache_gb=config.cache_gb,
     )
-    rollout = Rollout(
+    rollout = build_rollout(config, sampler, task, chat)
+    return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
+
+
+def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> Rollout:
+    return Rollout(
         sampler,
         task,
         chat,
@@ -81,7 +86,6 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
         overlong_buffer=config.overlong_buffer,
         soft_overlong_penalty=config.soft_overlong_penalty,
     )
-    return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
 
 
 def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:

@@ -24,8 +24,8 @@ from grpo.learner import Learner
 from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
 from grpo.model import Decoder, ModelConfig
-from grpo.parts import Parts
-from grpo.rollout import Attempt, Rollout, attempt_episodes
+from grpo.parts import Parts, build_rollout
+from grpo.rollout import Attempt, attempt_episodes
 from grpo.sampler import Sampler, Turn
 from grpo.tasks import Example, Transcript, Verdict
 
@@ -147,16 +147,7 @@ def build(
     chat = Chat(tokenizer, [token_id(tokenizer, stop) for stop in stops])
     sampler = Sampler(model, stop_token_ids=chat.stop_token_ids, temperature=config.temperature)
     task = task or Toy()
-    rollout = Rollout(
-        sampler,
-        task,  # type: ignore[arg-type]
-        chat,
-        seed=config.seed,
-        max_completion_length=config.max_completion_length,
-        max_reflection_length=config.max_reflection_length,
-        overlong_buffer=config.overlong_buffer,
-        soft_overlong_penalty=config.soft_overlong_penalty,
-    )
+    rollout = build_rollout(config, sampler, task, chat)  # type: ignore[arg-type]
     return Parts(config, "cpu", torch.float32, model, tokenizer, chat, task, sampler, rollout)  # type: ignore[arg-type]
 
 
