@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from grpo import weights
 from grpo.attention import causal_attend
-from grpo.model import Decoder, ModelConfig
+from grpo.model import Decoder, Linear, ModelConfig
 from grpo.rope import Rope, frequencies
 
 # Odd sizes, so that a mixed-up dimension cannot fit: 3 query heads per key head, and no two sizes alike.
@@ -273,3 +273,18 @@ def test_forward_refuses_wrong_arguments():
 def test_frequencies_are_cached_by_value():
     rope = Rope.from_hf(hf_config(), 8)
     assert frequencies(rope, 0)[0] is frequencies(Rope.from_hf(hf_config(), 8), 0)[0]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 7), (2, 5), (1, 64), (1, 1)])
+def test_linear_in_inference_is_the_plain_product(shape: tuple[int, int], bias: bool) -> None:
+    torch.manual_seed(0)
+    linear = Linear(48, 40, bias=bias).bfloat16()
+    x = torch.randn(*shape, 48).bfloat16()
+    expected = torch.nn.functional.linear(
+        x.double(), linear.weight.double(), None if linear.bias is None else linear.bias.double()
+    )
+    with torch.inference_mode():
+        fast = linear(x)
+    assert fast.shape == expected.shape and fast.dtype == torch.bfloat16
+    torch.testing.assert_close(fast.double(), expected, rtol=2**-7, atol=2**-7)
