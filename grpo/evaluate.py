@@ -29,7 +29,7 @@ from grpo.tasks import Example
 
 __all__ = ["BLOCK", "CONTROLS", "ModelResult", "main", "measure", "report", "table"]
 
-BLOCK = 64  # problems sampled together; shuffled reflections move inside a block
+BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
 
 Progress = Callable[[int, int], None]
 
@@ -97,11 +97,7 @@ def _measure_block(
     attempts = rollout.attempts(examples, stage=stage, progress=progress)
     failures = [attempt for attempt in attempts if not attempt.verdict.ok]
     episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress)
-    verdicts: list[dict[str, Any]] = [{} for _ in failures]
-    for control in controls:
-        progress(0, len(failures))
-        for verdict, one in zip(verdicts, _control(rollout, control, failures, episodes, stage), strict=True):
-            verdict[control] = None if one is None else {"text": one.text, "reason": one.verdict.reason}
+    verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress)
     reflected = iter(zip(episodes, verdicts, strict=True))
     return [
         _record(rollout, attempt, *((None, {}) if attempt.verdict.ok else next(reflected)))
@@ -109,21 +105,39 @@ def _measure_block(
     ]
 
 
-def _control(
-    rollout: Rollout, control: str, failures: Sequence[Attempt], episodes: Sequence[Episode], stage: str
-) -> Sequence[Attempt | None]:
-    """The retries of one control; None where there is none (shuffled, with one failure in the block)."""
-    reflections: list[list[int] | None]
-    if control == "blind":
-        reflections = [None] * len(failures)
-    elif control == "blanked":
-        reflections = [rollout.chat.encode_turn("")] * len(failures)
-    elif len(failures) < 2:
-        return [None] * len(failures)
-    else:
-        closed = [_closed_reflection(rollout, episode) for episode in episodes]
-        reflections = [*closed[1:], closed[0]]  # the next failure's: nobody keeps their own
-    return rollout.retry_after(failures, reflections, stage=stage)
+def _control_verdicts(
+    rollout: Rollout,
+    controls: Sequence[str],
+    failures: Sequence[Attempt],
+    episodes: Sequence[Episode],
+    stage: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Per failure {control: {text, reason}}; None for shuffled where the block has but one failure.
+
+    All controls of a failure are neighbours in one call, since they share most of their context.
+    """
+    closed = [_closed_reflection(rollout, episode) for episode in episodes]
+    reflections: dict[str, Sequence[list[int] | None]] = {
+        "blind": [None] * len(failures),
+        "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # nobody keeps their own
+        "blanked": [rollout.chat.encode_turn("")] * len(failures),
+    }
+    tried = [control for control in controls if reflections[control]]
+    retries = iter(
+        rollout.retry_after(
+            [failure for failure in failures for _ in tried],
+            [reflections[control][index] for index in range(len(failures)) for control in tried],
+            stage=stage,
+            progress=progress,
+        )
+    )
+    verdicts: list[dict[str, Any]] = []
+    for _ in failures:
+        done = {control: next(retries) for control in tried}
+        texts = {name: {"text": one.text, "reason": one.verdict.reason} for name, one in done.items()}
+        verdicts.append({control: texts.get(control) for control in controls})
+    return verdicts
 
 
 def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:

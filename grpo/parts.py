@@ -136,9 +136,7 @@ def choose_device(name: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_dtype(
-    name: Literal["auto", "float32", "bfloat16"], device: str
-) -> Literal["float32", "bfloat16"]:
+def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
     """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are measured to be faster here."""
     if name != "auto":
         return name

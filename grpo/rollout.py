@@ -150,8 +150,11 @@ class Rollout:
         *,
         stage: str,
         step: int = 0,
+        progress: Progress | None = None,
     ) -> list[Attempt]:
         """One retry per failure after a *given* reflection: the controls of grpo/evaluate.py.
+
+        Neighbours with the same failure share the cache of what precedes the reflection.
 
         `reflections[i]` are the ids of a closed assistant turn; None leaves out instruction and reflection
         altogether, so that the task prompt follows the failed attempt (the blind retry). The noise is that of
@@ -160,15 +163,15 @@ class Rollout:
         rows = []
         for failure, reflection in zip(failures, reflections, strict=True):
             if reflection is None:
-                context = self._after(failure.prompt_ids, failure.turn, failure.example.prompt)
+                prefix, turn = failure.prompt_ids, failure.turn
+                fed = [*turn.ids, *self.chat.glue(turn.ids, turn.finish_reason, failure.example.prompt)]
             else:
-                turn = Turn(list(reflection), [0.0] * len(reflection), "stop")
-                context = self._after(self.reflection_prompt_ids(failure), turn, failure.example.prompt)
+                prefix = self.reflection_prompt_ids(failure)
+                fed = [*reflection, *self.chat.glue(reflection, "stop", failure.example.prompt)]
             key = self._key(stage, step, failure.example, 0, RETRY)
-            rows.append(
-                Row(tuple(context), [Sample(self.max_completion_length, key)], tag=(failure.example, 0))
-            )
-        return [self._verified(done, *done.row.tag) for done in self.sampler.run(rows)]
+            script = [Feed(fed), Sample(self.max_completion_length, key)]
+            rows.append(Row(tuple(prefix), script, tag=(failure.example, 0)))
+        return [self._verified(done, *done.row.tag) for done in self.sampler.run(rows, progress=progress)]
 
     # --- rows and episodes ----------------------------------------------------------------------------------
 

@@ -199,12 +199,16 @@ def test_a_control_differs_from_the_real_retry_in_its_context_only(parts, pool, 
     parts.rollout.retry_after(pool, closed, stage="rollout", step=1)
     parts.rollout.retry_after(pool, [None] * 4, stage="rollout", step=1)
     given, other, blind = rows
+
+    def context(done):
+        return [*done.row.prefix, *done.row.script[0].ids]
+
     for failure, a, b, c in zip(pool, given, other, blind, strict=True):
-        assert a.row.script[0].key == b.row.script[0].key == c.row.script[0].key
+        assert a.row.script[1].key == b.row.script[1].key == c.row.script[1].key
         again = ids(parts, "\n" + user(failure.example.prompt))
-        assert list(b.row.prefix) == parts.rollout.reflection_prompt_ids(failure) + closed[0] + again
+        assert context(b) == parts.rollout.reflection_prompt_ids(failure) + closed[0] + again
         end = [] if failure.turn.finish_reason == "stop" else ids(parts, "<|im_end|>")
-        assert list(c.row.prefix) == failure.prompt_ids + failure.turn.ids + end + again
+        assert context(c) == failure.prompt_ids + failure.turn.ids + end + again
 
 
 def test_a_task_without_a_system_message():
