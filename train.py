@@ -164,9 +164,9 @@ class Run(Session):
 
     def _step(self, learner: Learner, step: int, groups: list[Attempt], metrics: Metrics) -> None:
         built = self.parts
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), -built.rollout.sampled_tokens
         episodes = self._episodes(groups, step)
-        sampled, tokens = time.perf_counter(), built.sampler.stats["sampled_tokens"]
+        sampled, tokens = time.perf_counter(), tokens + built.rollout.sampled_tokens
         figures = learner.step(episodes)
         # The one arrow back; free where sampler and learner share the tensors.
         built.sampler.load_weights(built.model.state_dict())

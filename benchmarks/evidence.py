@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -86,6 +87,8 @@ def continue_run(kind: type[train.Run], run: Path, name: str, **changes: Any) ->
         source, model_name_or_path=str(run / "start"), warm_start_steps=0, run_name=name, **changes
     )
     folder = session.directory(config)
+    # The weights before RL are the same, and so would be their answers.
+    shutil.copy(run / "evaluation-vanilla.jsonl", folder)
     with Interrupts() as interrupts:
         train.run(config, folder, interrupts, kind)
     return folder

@@ -76,6 +76,12 @@ class Rollout:
         self.max_reflection_length = max_reflection_length
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
+        self.sampled_tokens = 0  # so far
+
+    def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[Finished]:
+        finished = self.sampler.run(rows, progress=progress)
+        self.sampled_tokens += sum(len(turn.ids) for done in finished for turn in done.turns)
+        return finished
 
     # --- ids of the contexts --------------------------------------------------------------------------------
 
@@ -109,7 +115,7 @@ class Rollout:
             for generation in range(count):
                 key = self._key(stage, step, example, generation, ATTEMPT)
                 rows.append(Row(prompt, [Sample(self.max_completion_length, key)], tag=(example, generation)))
-        return [self._verified(done, *done.row.tag) for done in self.sampler.run(rows, progress=progress)]
+        return [self._verified(done, *done.row.tag) for done in self._run(rows, progress)]
 
     def reflect_and_retry(
         self,
@@ -131,7 +137,7 @@ class Rollout:
             prompt = tuple(self.reflection_prompt_ids(failure))
             for generation in range(num_generations):
                 rows.append(self._reflect_row(failure, prompt, (group, generation), stage, step))
-        finished = self.sampler.run(rows, progress=progress)
+        finished = self._run(rows, progress)
         verdicts = [[self._retry_of(done, failures)] for done in finished]
         if retries > 1:
             more = [
@@ -139,7 +145,7 @@ class Rollout:
                 for done in finished
                 for retry in range(1, retries)
             ]
-            for index, done in enumerate(self.sampler.run(more, progress=progress)):
+            for index, done in enumerate(self._run(more, progress)):
                 verdicts[index // (retries - 1)].append(self._retry_of(done, failures))
         return [self._episode(done, failures, tries) for done, tries in zip(finished, verdicts, strict=True)]
 
@@ -169,9 +175,9 @@ class Rollout:
                 prefix = self.reflection_prompt_ids(failure)
                 fed = [*reflection, *self.chat.glue(reflection, "stop", failure.example.prompt)]
             key = self._key(stage, step, failure.example, 0, RETRY)
-            script = [Feed(fed), Sample(self.max_completion_length, key)]
+            script: list[Feed | Sample] = [Feed(fed), Sample(self.max_completion_length, key)]
             rows.append(Row(tuple(prefix), script, tag=(failure.example, 0)))
-        return [self._verified(done, *done.row.tag) for done in self.sampler.run(rows, progress=progress)]
+        return [self._verified(done, *done.row.tag) for done in self._run(rows, progress)]
 
     # --- rows and episodes ----------------------------------------------------------------------------------
 

@@ -217,3 +217,12 @@ def test_a_task_without_a_system_message():
     parts = tiny.build(task=task)
     (example,) = task.examples("train", 1)
     assert parts.rollout.prompt_ids(example) == ids(parts, user("Problem 0?"))
+
+
+def test_sampled_tokens_counts_every_turn_and_every_further_retry(parts, pool, rows):
+    before = parts.rollout.sampled_tokens
+    parts.rollout.reflect_and_retry(pool, num_generations=2, stage="rollout", step=1, retries=3)
+    first, more = rows
+    turns = [turn for done in [*first, *more] for turn in done.turns]
+    assert len(turns) == 4 * 2 * (2 + 2)
+    assert parts.rollout.sampled_tokens - before == sum(len(turn.ids) for turn in turns)
