@@ -22,7 +22,7 @@ KILLS = {
     "while start is written": Moment("grpo.weights:save_file"),
     "before start gets its name": Moment("os:rename", call=2),  # the first one is for config.yaml
     "while failures are sampled": Moment("grpo.failures:_summary"),
-    "in the first validation": Moment("grpo.evaluate:_control"),
+    "in the first validation": Moment("grpo.evaluate:_control_verdicts"),
     "in the first rollout": Moment(SAMPLING, call=10, after='"step": 0'),
     "in a rollout": Moment(SAMPLING, call=10, after='{"step": 2, "validation'),
     "in an update": Moment(UPDATE, after='{"step": 1'),

@@ -148,8 +148,9 @@ class Countdown:
 
         It computes one operation at a time, because a small model cannot add three numbers in one go. The
         number of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed
-        text would leave reinforcement learning nothing to choose from. `attempt`: the wrong one to start
-        from.
+        text would leave reinforcement learning nothing to choose from. The retry is the last combination
+        tried, right or wrong: were it a guess, reflections that found nothing would be rewarded by luck.
+        `attempt`: the wrong one to start from.
         """
         target: int = example.data["target"]
         terms = reachable(tuple(example.data["numbers"]), self.operators)
@@ -171,9 +172,7 @@ class Countdown:
             f"{worked(terms[value].text)}, {'that works' if value == target else f'not {target}'}."
             for value in tries
         ]
-        untried = [value for value in candidates if value not in tries]
-        final = target if tries[-1] == target else rng.choice(untried)
-        return Transcript(_answer(terms[failed].text), " ".join(checks), _answer(terms[final].text))
+        return Transcript(_answer(terms[failed].text), " ".join(checks), _answer(terms[tries[-1]].text))
 
     def _targets(self, numbers: tuple[int, ...]) -> list[int]:
         limit = self.max_target or math.inf
