@@ -23,13 +23,13 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 from grpo.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, leave_quietly
 
 if __name__ == "__main__":
     leave_quietly()  # a Ctrl-C during the imports below, which take seconds
 
+import grpo_kernels
 from tqdm import tqdm
 
 from grpo import checkpoint, evaluate, failures, parts, run_dir, session, warmstart, weights
@@ -43,17 +43,6 @@ from grpo.session import LOGS, WARM_START_LOG, Session
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 WARM_START_BLOCK = 20  # supervised steps between checkpoints of the warm start
-
-
-def choose_kernels(name: str) -> ModuleType:
-    """The module that computes log-probs, loss and advantages."""
-    import grpo_kernels
-
-    if name == "triton":
-        raise ValueError(
-            "kernels must be auto or torch, got 'triton': this version has no Triton kernels yet"
-        )
-    return grpo_kernels
 
 
 class Run(Session):
@@ -252,12 +241,14 @@ class Run(Session):
 def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run] = Run) -> None:
     """All stages of `kind`. The settings are stored once the parts that they name could be built."""
     with run_dir.lock(folder):
-        stages = kind(config, folder, interrupts, choose_kernels(config.kernels))
+        kernels = grpo_kernels.backend(parts.choose_device(config.device), config.kernels)
+        stages = kind(config, folder, interrupts, kernels)
         if config.resume is None:
             with run_dir.written_whole(folder / "config.yaml") as path:
                 configuration.to_yaml(config, path)  # device and dtype are resolved by now
         interrupts.defer()
-        print(f"{folder}: {config.task} with {config.model_name_or_path}, {config.dtype} on {config.device}")
+        where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
+        print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
         stages.warm_start()
         stages.train(stages.collect_failures())
         stages.evaluate()

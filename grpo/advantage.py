@@ -28,16 +28,7 @@ def group_advantage(
     Raises:
         ValueError: shapes, scale, ddof or eps do not fit.
     """
-    if rewards.ndim != 1 or group_ids.shape != rewards.shape:
-        shapes = f"{tuple(rewards.shape)} and {tuple(group_ids.shape)}"
-        raise ValueError(f"rewards and group_ids must both be (B,), got {shapes}")
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"scale must be group, batch or none, got {scale!r}")
-    if ddof not in (0, 1):
-        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, got {eps}")
-
+    check_advantage(rewards, group_ids, scale, ddof, eps)
     r = rewards.detach().to(torch.promote_types(rewards.dtype, torch.float32))
     _, group = group_ids.unique(return_inverse=True)  # (B,) 0 .. P-1
     num_groups = int(group.max()) + 1 if len(r) else 0
@@ -60,3 +51,15 @@ def group_advantage(
     else:
         variance = group_sum(centred.square()) / (size[group] - ddof).clamp_min(1)
     return torch.where(centred == 0, 0.0, centred / (variance.sqrt() + eps))
+
+
+def check_advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> None:
+    if rewards.ndim != 1 or group_ids.shape != rewards.shape:
+        shapes = f"{tuple(rewards.shape)} and {tuple(group_ids.shape)}"
+        raise ValueError(f"rewards and group_ids must both be (B,), got {shapes}")
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale must be group, batch or none, got {scale!r}")
+    if ddof not in (0, 1):
+        raise ValueError(f"ddof must be 0 or 1, got {ddof}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")

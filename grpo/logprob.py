@@ -174,11 +174,11 @@ def _tiles(
         shape = (len(block), columns.stop - start)
         z, other = (b[: shape[0] * shape[1]].view(shape) for b in (buffer, spare))
         if weight is None:
-            torch.mul(block, scale, out=z)
+            z.copy_(block).mul_(scale)  # in float32: torch.mul would round to the inputs' type first
         elif block.dtype == dtype:
             torch.addmm(z, block, weight[columns].T, beta=0, alpha=scale, out=z)
         else:
-            torch.mul(block @ weight[columns].T, scale, out=z)
+            z.copy_(block @ weight[columns].T).mul_(scale)
         if softcap is not None:
             z.tanh_().mul_(softcap / temperature)
         yield columns, z, other

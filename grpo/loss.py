@@ -69,8 +69,8 @@ def grpo_loss(
     Raises:
         ValueError: arguments that do not fit together; the message names them.
     """
-    _check_tensors(logprobs, old_logprobs, ref_logprobs, sequence_ids, mask)
-    _check_options(loss_type, importance_sampling_level, epsilon, delta, max_completion_length)
+    check_tensors(logprobs, old_logprobs, ref_logprobs, sequence_ids, mask)
+    check_options(loss_type, importance_sampling_level, epsilon, delta, max_completion_length)
     if beta != 0 and ref_logprobs is None:
         raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta {beta}")
     high = epsilon if epsilon_high is None else epsilon_high
@@ -122,7 +122,7 @@ def _k3(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.03, series, x.expm1() - x)
 
 
-def _check_tensors(
+def check_tensors(
     logprobs: Tensor, old: Tensor | None, ref: Tensor | None, sequence_ids: Tensor, mask: Tensor | None
 ) -> None:
     if logprobs.ndim != 1:
@@ -137,7 +137,7 @@ def _check_tensors(
         raise ValueError(f"mask must be bool, got {mask.dtype}")
 
 
-def _check_options(
+def check_options(
     loss_type: str, level: str, epsilon: float, delta: float | None, max_length: int | None
 ) -> None:
     if loss_type not in LOSS_TYPES:

@@ -7,9 +7,9 @@ import shutil
 import sys
 from pathlib import Path
 
-import grpo_kernels
 import pytest
 import tiny
+from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, records, run, save_model
 
@@ -163,7 +163,10 @@ BAD = {
     ),
     "no such module": ({"task": "no_such_module:Task"}, ["no module 'no_such_module' on the import path"]),
     "no such device": ({"device": "cuda:99"}, ["device must be one that this machine has, got 'cuda:99'"]),
-    "no such kernels": ({"kernels": "triton"}, ["kernels must be auto or torch, got 'triton'"]),
+    "no such kernels": (
+        {"kernels": "triton"},
+        ["kernels must be auto or torch on cpu, got 'triton'", "needs CUDA"],
+    ),
     "no such template": ({"chat_template": "/none"}, ["chat_template must be a readable text file", "/none"]),
     "no such model": ({"model_name_or_path": "/none/here"}, ["/none/here: no such folder or file"]),
     "too few examples": (
@@ -184,7 +187,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("settings, fragments", BAD.values(), ids=BAD.keys())
-def test_bad_settings_are_named_and_leave_nothing(quick, tmp_path, settings, fragments):
+def test_bad_settings_are_named_and_leave_nothing(quick, tmp_path, monkeypatch, settings, fragments):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it Triton serves the CPU
     assert_error(quick(**settings), 2, *fragments)
     runs = tmp_path / "runs"
     assert not runs.exists() or list(runs.iterdir()) == []
@@ -383,8 +387,8 @@ def at_call(number, function, change):
 def test_a_step_that_is_not_finite_is_not_taken(quick, monkeypatch, what):
     good = quick(save_steps=1).folder / "checkpoints" / "step-000001" / "model.safetensors"
     if what == "loss":
-        loss = at_call(2, grpo_kernels.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
-        monkeypatch.setattr(grpo_kernels, "grpo_loss", loss)
+        loss = at_call(2, torch_backend.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
+        monkeypatch.setattr(torch_backend, "grpo_loss", loss)
     else:
         monkeypatch.setattr(
             MasterAdamW, "grad_norm", at_call(2, MasterAdamW.grad_norm, lambda norm: norm * math.nan)
@@ -399,8 +403,8 @@ def test_a_step_that_is_not_finite_is_not_taken(quick, monkeypatch, what):
 
 def test_a_later_update_on_the_same_rollout_that_is_not_finite(quick, monkeypatch):
     """Then the weights are not those of any step's end, and are not saved."""
-    loss = at_call(4, grpo_kernels.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
-    monkeypatch.setattr(grpo_kernels, "grpo_loss", loss)
+    loss = at_call(4, torch_backend.grpo_loss, lambda result: (result[0] * math.nan, result[1]))
+    monkeypatch.setattr(torch_backend, "grpo_loss", loss)
     done = quick(num_iterations=2)
     assert_error(done, 1, "loss is nan", f"weights in {done.folder / 'start'}")
     assert checkpoint.steps(done.folder) == []

@@ -1,0 +1,224 @@
+"""The Triton code of linear_logprob: what runs on the device. linear.py launches it and has the overview.
+
+Block sizes and the type of the sums are constants. UPCAST is for Triton's interpreter, which multiplies the
+raw bits of bfloat16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from grpo_kernels.device import NEGLIGIBLE, gradient_of, online, transformed
+
+
+@triton.jit
+def _logits(
+    hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, V, H,
+    SCALE: tl.constexpr, CAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N) logits of rows and columns given by index; what lies outside is undefined."""
+    k = tl.arange(0, BLOCK_K)
+    h = hidden + row[:, None] * stride_hm + k[None, :] * stride_hk
+    w = weight + column.to(tl.int64)[None, :] * stride_wv + k[:, None] * stride_wk
+    z = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for start in range(0, H, BLOCK_K):
+        inside = k < H - start
+        a = tl.load(h, mask=live[:, None] & inside[None, :], other=0.0)
+        b = tl.load(w, mask=(column < V)[None, :] & inside[:, None], other=0.0)
+        if UPCAST:
+            a, b = a.to(ACC), b.to(ACC)
+        z = tl.dot(a, b, z, input_precision=PRECISION, out_dtype=ACC)
+        h += BLOCK_K * stride_hk
+        w += BLOCK_K * stride_wk
+    return transformed(z, SCALE, CAP)
+
+
+@triton.jit(do_not_specialize=["M", "V", "size"])
+def forward_kernel(
+    hidden, weight, ids, order, count, partial, size, M, V, H, stride_hm, stride_hk, stride_wv, stride_wk,
+    SCALE: tl.constexpr, CAP: tl.constexpr, STRIP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ENTROPY: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One strip of STRIP columns for BLOCK_M rows: writes partial (4, strips, M): m, s, sc, selected logit.
+
+    size: strips * M.
+    """
+    program, row_blocks = tl.program_id(0), tl.cdiv(M, BLOCK_M)
+    block, strip = (
+        program % row_blocks,
+        program // row_blocks,
+    )  # neighbours share a strip of W: it stays in L2
+    live_rows = tl.load(count)
+    if block * BLOCK_M >= live_rows:
+        return
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = place < live_rows
+    row = tl.load(order + place, mask=live, other=0)
+    label = tl.load(ids + row, mask=live, other=-1)
+    m = tl.full((BLOCK_M,), -3.4e38, dtype=ACC)  # finite, and below every float32 logit
+    s = tl.zeros((BLOCK_M,), dtype=ACC)
+    sc = tl.zeros((BLOCK_M,), dtype=ACC)
+    selected = tl.zeros((BLOCK_M,), dtype=ACC)
+    for start in range(strip * STRIP, min(strip * STRIP + STRIP, V), BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        z = _logits(
+            hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, V, H,
+            SCALE, CAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ACC, UPCAST,
+        )  # fmt: skip
+        selected += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
+        z = tl.where((column < V)[None, :], z, float("-inf"))
+        m, s, sc = online(m, s, sc, z, ENTROPY)
+    out = partial + strip.to(tl.int64) * M + place
+    tl.store(out, m, mask=live)
+    tl.store(out + size, s, mask=live)
+    tl.store(out + 2 * size, sc, mask=live)
+    tl.store(out + 3 * size, selected, mask=live)
+
+
+@triton.jit(do_not_specialize=["M", "V", "strips", "size"])
+def combine_kernel(
+    partial, size, ids, order, count, logprob, entropy, stats, M, V, strips,
+    ENTROPY: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Adds up the strips, always in the same order. Writes stats (3, M): m, s and c, and the results."""
+    live_rows = tl.load(count)
+    if tl.program_id(0) * BLOCK_M >= live_rows:
+        return
+    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = place < live_rows
+    m = tl.full((BLOCK_M,), -3.4e38, dtype=ACC)
+    s = tl.zeros((BLOCK_M,), dtype=ACC)
+    sc = tl.zeros((BLOCK_M,), dtype=ACC)
+    selected = tl.zeros((BLOCK_M,), dtype=ACC)
+    here = partial + place
+    for _ in range(0, strips):
+        m2 = tl.load(here, mask=live, other=0.0)
+        s2 = tl.load(here + size, mask=live, other=1.0)
+        sc2 = tl.load(here + 2 * size, mask=live, other=0.0)
+        selected += tl.load(here + 3 * size, mask=live, other=0.0)
+        risen = tl.maximum(m, m2)
+        shift, shift2 = tl.maximum(m - risen, NEGLIGIBLE), tl.maximum(m2 - risen, NEGLIGIBLE)
+        faded, faded2 = tl.exp(shift), tl.exp(shift2)
+        sc = (sc + shift * s) * faded + (sc2 + shift2 * s2) * faded2
+        s = s * faded + s2 * faded2
+        m = risen
+        here += M
+    _write(ids, order, logprob, entropy, stats, place, live, m, s, sc, selected, M, V, ENTROPY)
+
+
+@triton.jit
+def _write(ids, order, logprob, entropy, stats, place, live, m, s, sc, selected, M, V, ENTROPY: tl.constexpr):
+    row = tl.load(order + place, mask=live, other=0)
+    label = tl.load(ids + row, mask=live, other=0)
+    log_s, c = tl.log(s), sc / s
+    value = selected - m - log_s
+    # An id outside the vocabulary was selected nowhere: NaN, rather than a number that looks right.
+    value = tl.where((label >= 0) & (label < V), value, float("nan"))
+    tl.store(logprob + row, value, mask=live)
+    if ENTROPY:
+        tl.store(entropy + row, log_s - c, mask=live)
+    tl.store(stats + row, m, mask=live)
+    tl.store(stats + M + row, s, mask=live)
+    tl.store(stats + M + M + row, c, mask=live)
+
+
+@triton.jit(do_not_specialize=["M", "V", "first", "stop"])
+def gradient_kernel(
+    hidden, weight, ids, order, count, stats, up, up_entropy, gradient, M, V, H, first, stop,
+    stride_hm, stride_hk, stride_wv, stride_wk, SCALE: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ENTROPY: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """d(loss) / d(products) for the columns first to stop, compacted: gradient (M, CHUNK), like W."""
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    block, part = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    live_rows = tl.load(count)
+    if block * BLOCK_M >= live_rows:
+        return
+    place = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = place < live_rows
+    row = tl.load(order + place, mask=live, other=0)
+    label = tl.load(ids + row, mask=live, other=-1)
+    local = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = first + local
+    z = _logits(
+        hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, stop, H,
+        SCALE, CAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ACC, UPCAST,
+    )  # fmt: skip
+    m = tl.load(stats + row, mask=live, other=0.0)
+    s = tl.load(stats + M + row, mask=live, other=1.0)
+    c = tl.load(stats + M + M + row, mask=live, other=0.0)
+    u = tl.load(up + row, mask=live, other=0.0).to(ACC)
+    if ENTROPY:
+        u_entropy = tl.load(up_entropy + row, mask=live, other=0.0).to(ACC)
+    else:
+        u_entropy = tl.zeros((BLOCK_M,), dtype=ACC)
+    g = gradient_of(z, m, s, c, u, u_entropy, column[None, :] == label[:, None], CAP, SCALE, ENTROPY)
+    out = gradient + place.to(tl.int64)[:, None] * CHUNK + local[None, :]
+    tl.store(out, g.to(gradient.dtype.element_ty), mask=live[:, None] & (column < stop)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "width"])
+def hidden_kernel(
+    gradient, weight, total, count, M, H, width, stride_wv, stride_wk, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """total (M, H) += gradient (M, width) @ weight (width, H), for the compacted rows."""
+    row_blocks = tl.cdiv(M, BLOCK_M)
+    block, part = tl.program_id(0) % row_blocks, tl.program_id(0) // row_blocks
+    live_rows = tl.load(count)
+    if block * BLOCK_M >= live_rows:
+        return
+    place = (block * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    live = place < live_rows
+    feature = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.arange(0, BLOCK_K)
+    g = gradient + place[:, None] * CHUNK + n[None, :]
+    w = weight + n.to(tl.int64)[:, None] * stride_wv + feature[None, :] * stride_wk
+    out = total + place[:, None] * H + feature[None, :]
+    inside = live[:, None] & (feature < H)[None, :]
+    acc = tl.load(out, mask=inside, other=0.0)
+    for start in range(0, width, BLOCK_K):
+        left = n < width - start
+        a = tl.load(g, mask=live[:, None] & left[None, :], other=0.0)
+        b = tl.load(w, mask=left[:, None] & (feature < H)[None, :], other=0.0)
+        if UPCAST:
+            a, b = a.to(ACC), b.to(ACC)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+        g += BLOCK_K
+        w += BLOCK_K * stride_wv
+    tl.store(out, acc, mask=inside)
+
+
+@triton.jit(do_not_specialize=["width"])
+def weight_kernel(
+    gradient, hidden, order, count, out, H, width, stride_hm, stride_hk, CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """out (width, H) = gradient (rows, width)^T @ hidden (rows, H): all rows in one sum, rounded once."""
+    blocks = tl.cdiv(width, BLOCK_M)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    live_rows = tl.load(count)
+    column = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    feature = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    r = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=ACC)
+    for start in range(0, live_rows, BLOCK_K):
+        place = start + r
+        live = place < live_rows
+        row = tl.load(order + place, mask=live, other=0)
+        g = gradient + place.to(tl.int64)[None, :] * CHUNK + column[:, None]
+        h = hidden + row[:, None] * stride_hm + feature[None, :] * stride_hk
+        a = tl.load(g, mask=live[None, :] & (column < width)[:, None], other=0.0)
+        b = tl.load(h, mask=live[:, None] & (feature < H)[None, :], other=0.0)
+        if UPCAST:
+            a, b = a.to(ACC), b.to(ACC)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=ACC)
+    place = out + column.to(tl.int64)[:, None] * H + feature[None, :]
+    tl.store(place, acc.to(out.dtype.element_ty), mask=(column < width)[:, None] & (feature < H)[None, :])
