@@ -7,6 +7,7 @@ in registers and shared memory. None has been timed on a GPU.
 from __future__ import annotations
 
 import os
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,23 +15,29 @@ import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# name of the product -> BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages
-_HALF = {
-    "forward": (128, 256, 64, 8, 3),
-    "gradient": (128, 256, 64, 8, 3),
-    "hidden": (128, 256, 64, 8, 3),
-    "weight": (128, 256, 64, 8, 3),
+# kernel -> BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages; the kernels are those of linear_kernels.py
+_KERNELS = ("forward", "gradient", "hidden", "weight")
+# The widest tiles that spill no register, as the report says.
+_HALF = dict.fromkeys(_KERNELS, (128, 128, 64, 8, 3))
+_HALF_BY_TARGET = {
+    "sm_80": dict.fromkeys(_KERNELS, (128, 128, 32, 8, 3)),
+    "sm_90": _HALF | {"weight": (128, 256, 64, 8, 3)},
+    "sm_100": _HALF | {"gradient": (128, 256, 64, 8, 3), "weight": (128, 256, 64, 8, 3)},
+    "gfx942": dict.fromkeys(_KERNELS, (128, 128, 64, 8, 2)),
 }
-_SINGLE = {name: (64, 64, 32, 8, 3) for name in _HALF}
-_DOUBLE = {name: (32, 32, 16, 4, 2) for name in _HALF}
-_INTERPRETED = {name: (16, 32, 16, 4, 1) for name in _HALF}  # small, so that small shapes have several blocks
+_SINGLE = dict.fromkeys(_KERNELS, (64, 64, 32, 8, 2)) | {"weight": (64, 64, 16, 8, 2)}
+_DOUBLE = dict.fromkeys(_KERNELS, (32, 32, 16, 4, 2))
+_INTERPRETED = dict.fromkeys(_KERNELS, (16, 32, 16, 4, 1))  # small, so that small shapes have several blocks
 
 
-def blocks(dtype: torch.dtype, name: str) -> dict[str, Any]:
-    """Constants of the kernel `name` for inputs of type `dtype`."""
-    table = _SINGLE if dtype == torch.float32 else _DOUBLE if dtype == torch.float64 else _HALF
+def blocks(dtype: torch.dtype, name: str, target: str | None = None) -> dict[str, Any]:
+    """Constants of the kernel `name` for inputs of type `dtype`; target: None is `current_target()`."""
     if INTERPRETED:
         table = _INTERPRETED
+    elif dtype in (torch.float32, torch.float64):
+        table = _SINGLE if dtype == torch.float32 else _DOUBLE
+    else:
+        table = _HALF_BY_TARGET[current_target() if target is None else target]
     m, n, k, warps, stages = table[name]
     return {
         "BLOCK_M": m,
@@ -41,3 +48,12 @@ def blocks(dtype: torch.dtype, name: str) -> dict[str, Any]:
         "num_warps": warps,
         "num_stages": stages,
     }
+
+
+@cache
+def current_target() -> str:
+    """The nearest of the targets that have block sizes, at or below this GPU's."""
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability()
+    return "sm_100" if major >= 10 else "sm_90" if major == 9 else "sm_80"

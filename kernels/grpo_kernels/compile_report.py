@@ -1,0 +1,222 @@
+"""What the compiler makes of each kernel, without a GPU: `python -m grpo_kernels.compile_report`.
+
+Builds every kernel with the block sizes of grpo_kernels/config.py ahead of time for sm_80, sm_90, sm_100 and
+gfx942, and prints, per kernel and input type: registers per thread, bytes spilled per thread, shared memory
+per program, which matrix instructions it uses, whether float64 arithmetic crept in, and the share of the
+multiprocessor's threads that can be resident at once (from registers and shared memory; computed, not
+measured).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from grpo_kernels import advantage, linear, loss, selected
+from grpo_kernels.config import blocks
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Of one multiprocessor: registers, bytes of shared memory, threads (NVIDIA's tuning guides, AMD's CDNA3 guide)
+MULTIPROCESSOR = {
+    "sm_80": (65536, 164 << 10, 2048),
+    "sm_90": (65536, 228 << 10, 2048),
+    "sm_100": (65536, 228 << 10, 2048),
+    "gfx942": (4 * 512 * 64, 64 << 10, 2048),
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MATRIX = {
+    "wgmma": "wgmma.mma_async",
+    "tcgen05": "tcgen05.mma",
+    "mma.sync": "mma.sync",
+    "mfma": "v_mfma",
+}
+INPUTS = {"hidden", "weight", "logits"}  # of the dtype in question, like the gradients of the products
+INDEX = {
+    "ids": "*i64",
+    "order": "*i64",
+    "bounds": "*i64",
+    "sequence_ids": "*i64",
+    "group_ids": "*i64",
+    "lengths": "*i64",
+}
+INDEX |= {"count": "*i32", "keep": "*u8", "mask": "*i1"}
+SCALARS = {"M", "V", "H", "B", "size", "strips", "first", "stop", "width", "blocks"}
+
+
+def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
+    """The type of each argument, as Triton spells it."""
+    like_input = INPUTS | ({"gradient"} if "gradient" in kernel.arg_names else set())
+    if kernel is linear.weight_kernel:
+        like_input.add("out")
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in INDEX:
+            types[name] = INDEX[name]
+        elif name in SCALARS or name.startswith("stride"):
+            types[name] = "i32"
+        else:
+            types[name] = f"*{dtype if name in like_input else 'fp32'}"
+    return types
+
+
+def variants() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+    """(name, dtype, kernel, constants) of everything that the launchers can start, up to options."""
+    options = {"SCALE": 1.0, "CAP": None, "ENTROPY": True, "UPCAST": False, "stride_hk": 1, "stride_wk": 1}
+    products = {
+        "forward": linear.forward_kernel,
+        "gradient": linear.gradient_kernel,
+        "hidden": linear.hidden_kernel,
+        "weight": linear.weight_kernel,
+    }
+    for dtype in DTYPES:
+        for name, kernel in products.items():
+            yield name, dtype, kernel, options | {"STRIP": linear.STRIP, "CHUNK": linear.CHUNK}
+        row = options | {"stride_v": 1, "ACC": tl.float32, "BLOCK_N": selected.WIDTH, "num_warps": 8}
+        yield "selected forward", dtype, selected.selected_forward_kernel, row
+        yield "selected backward", dtype, selected.selected_backward_kernel, row
+    sums = {"ACC": tl.float32, "num_warps": 4}
+    yield "combine", "fp32", linear.combine_kernel, sums | {"ENTROPY": True, "BLOCK_M": 256}
+    token = sums | {"BLOCK": loss.BLOCK, "TERMS": 11, "MASKED": True}
+    token |= {"EPSILON": 0.2, "HIGH": 0.28, "DELTA": 4.0, "BETA": 0.001, "CISPO": False}
+    token |= {"BIAS_CORRECTION": True, "HAS_REF": True, "PER_LENGTH": True, "DIFFERENCE": True}
+    for level in (False, True):
+        name = "loss, sequence level" if level else "loss, token level"
+        yield name, "fp32", loss.loss_kernel, token | {"SEQUENCE": level}
+    yield "segment sum", "fp32", loss.segment_sum_kernel, token
+    yield "spread", "fp32", loss.spread_kernel, token
+    group = sums | {"SCALE": "group", "DDOF": 1, "EPS": 1e-4}
+    group |= {"BLOCK_I": advantage.BLOCK_I, "BLOCK_J": advantage.BLOCK_J}
+    yield "advantage", "fp32", advantage.advantage_kernel, group
+
+
+def compiled(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarget) -> Any:
+    """One kernel for one target. Pointers and row strides are multiples of 16, as they are in practice."""
+    launch = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    types = signature(kernel, constants, dtype)
+    even = [name for name, kind in types.items() if kind[0] == "*" or name in ("stride_hm", "stride_wv", "H")]
+    names = list(types)
+    source = ASTSource(
+        kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in even},
+    )
+    return triton.compile(source, target=target, options=launch)
+
+
+def figures(built: Any, target: str) -> dict[str, Any]:
+    """What the report prints of one compiled kernel."""
+    if target == "gfx942":
+        text = built.asm["amdgcn"]
+        found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+        registers = found["vgpr_count"] + found.get("agpr_count", 0)
+        spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        wide = bool(re.search(r"v_(add|mul|fma|div\w*)_f64", text))
+    else:
+        text = built.asm["ptx"]
+        registers, spilled = resources(built.asm["cubin"])
+        wide = ".f64" in text
+    shared, threads = built.metadata.shared, built.metadata.num_warps * TARGETS[target].warp_size
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": shared,
+        "matrix": next((name for name, text_of in MATRIX.items() if text_of in text), "-"),
+        "float64": wide,
+        "occupancy": occupancy(target, registers, shared, threads),
+    }
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack per thread, where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    return int(re.findall(r"REG:(\d+)", text)[0]), int(re.findall(r"STACK:(\d+)", text)[0])
+
+
+def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
+    """Share of the multiprocessor's threads that fit at once."""
+    all_registers, all_shared, all_threads = MULTIPROCESSOR[target]
+    programs = min(all_registers // max(1, registers * threads), all_threads // threads)
+    if shared:
+        programs = min(programs, all_shared // shared)
+    return programs * threads / all_threads
+
+
+def report(targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for target in targets:
+        for name, dtype, kernel, constants in variants():
+            if dtype in dtypes:
+                if name in ("forward", "gradient", "hidden", "weight"):
+                    constants = constants | blocks(DTYPES[dtype], name, target)
+                built = compiled(kernel, constants, dtype, TARGETS[target])
+                rows.append({"target": target, "kernel": name, "dtype": dtype, **figures(built, target)})
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_kernels.compile_report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    arguments = parser.parse_args(argv)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
+    line = "{:8}{:22}{:6}{:>10}{:>9}{:>9}  {:10}{:>4}{:>11}"
+    print(
+        line.format(
+            "target", "kernel", "dtype", "registers", "spilled", "shared", "matrix", "f64", "occupancy"
+        )
+    )
+    rows = []
+    for target in arguments.targets:
+        for row in report([target], arguments.dtypes):
+            values = {
+                **row,
+                "float64": "yes" if row["float64"] else "no",
+                "occupancy": f"{row['occupancy']:.0%}",
+            }
+            print(line.format(*map(str, values.values())), flush=True)
+            rows.append(row)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
