@@ -37,7 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Of one multiprocessor: registers, bytes of shared memory, threads. NVIDIA's tuning guides, AMD's CDNA3 guide.
+# Of a multiprocessor: registers, bytes of shared memory, threads (NVIDIA's tuning guides, AMD's CDNA3 guide).
 MULTIPROCESSOR = {
     "sm_80": (65536, 164 << 10, 2048),
     "sm_90": (65536, 228 << 10, 2048),
