@@ -104,6 +104,7 @@ def settings(sources: Sequence[Source], own: argparse.Namespace, rest: Sequence[
     named = {text.partition("=")[0] for text in argv}
     if run is not None and not named & {"--config", "--preset"}:
         argv = ["--config", str(run / "config.yaml"), *argv]
+    argv = ["--overlong_buffer", "0", *argv]  # of training: it must not bound the reflections measured here
     if own.greedy and own.eval_temperature:
         raise ValueError(
             f"greedy and eval_temperature={own.eval_temperature} contradict each other: give one of them"
