@@ -127,14 +127,14 @@ def test_bfloat16_is_no_worse_than_transformers(name, tmp_path):
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2-layer-types", "rope-dynamic-long"])
 @torch.no_grad()
 def test_padding_on_either_side_moves_nothing(name, tmp_path):
-    _, ours, ids = oracle(name, tmp_path)
+    _, ours, ids = oracle(name, tmp_path, torch.float64)  # some CPUs round float32 products by their shape
     expected = ours.logits(ours(ids[:, :13]))
     for left in (0, 3, 7):
         padded = F.pad(ids[:, :13], (left, 7 - left), value=5)
         mask = F.pad(torch.ones(2, 13, dtype=torch.bool), (left, 7 - left))
         logits = ours.logits(ours(padded, attention_mask=mask))
         assert logits.isfinite().all()
-        torch.testing.assert_close(logits[:, left : left + 13], expected, atol=2e-5, rtol=0)
+        torch.testing.assert_close(logits[:, left : left + 13], expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
@@ -181,7 +181,7 @@ def test_gradients_equal_transformers(tmp_path):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_logprobs_pass_gradients_through_selected_tokens_only(gradient_checkpointing, tmp_path):
-    _, ours, ids = oracle("llama-tied", tmp_path)
+    _, ours, ids = oracle("llama-tied", tmp_path, torch.float64)
     select = torch.tensor([3, 8, 20 + 5])
     targets = ids.flatten()[select + 1]
 
@@ -195,14 +195,14 @@ def test_logprobs_pass_gradients_through_selected_tokens_only(gradient_checkpoin
         ids, positions, select, targets, gradient_checkpointing=gradient_checkpointing, **options
     )
     expected = (ours.logits(ours(ids)) / 0.7).log_softmax(-1).flatten(0, 1)[select, targets]
-    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=0)
     assert entropy is None
     logprobs.sum().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in ours.parameters())
     gradient = ours.layers[0].qkv_proj.weight.grad.clone()
     ours.zero_grad()
     expected.sum().backward()
-    torch.testing.assert_close(ours.layers[0].qkv_proj.weight.grad, gradient)
+    torch.testing.assert_close(ours.layers[0].qkv_proj.weight.grad, gradient, atol=1e-6, rtol=0)
 
 
 def test_inference_mode_leaves_nothing_that_breaks_training(tmp_path):
