@@ -54,6 +54,7 @@ def group_advantage(
 
 
 def check_advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> None:
+    """Raises the ValueErrors of `group_advantage`."""
     if rewards.ndim != 1 or group_ids.shape != rewards.shape:
         shapes = f"{tuple(rewards.shape)} and {tuple(group_ids.shape)}"
         raise ValueError(f"rewards and group_ids must both be (B,), got {shapes}")

@@ -55,11 +55,7 @@ def linear_logprob(
     Raises:
         ValueError: shapes, dtypes or values do not fit; the message gives what came.
     """
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
-        raise ValueError(f"hidden must be (M, H) and weight (V, H), got {shapes}")
-    if hidden.dtype != weight.dtype:
-        raise ValueError(f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}")
+    check_product(hidden, weight)
     rows = _counted_rows(ids, mask, hidden.shape[0], weight.shape[0], temperature, softcap)
     return _Logprob.apply(hidden, weight, rows, ids, temperature, softcap, entropy)
 
@@ -202,17 +198,46 @@ def _counted_rows(
     ids: Tensor, mask: Tensor | None, m: int, v: int, temperature: float, softcap: float | None
 ) -> Tensor:
     """Indices of the rows where the mask is True, after checking what both functions share."""
-    if ids.shape != (m,) or ids.dtype != torch.int64:
-        raise ValueError(f"ids must be ({m},) int64, got {tuple(ids.shape)} {ids.dtype}")
+    check_rows(ids, mask, m, temperature, softcap)
+    rows = torch.arange(m, device=ids.device) if mask is None else mask.nonzero()[:, 0]
+    check_range(ids[rows], v)
+    return rows
+
+
+# --- arguments, checked here for the kernels too ------------------------------------------------------------
+
+
+def check_product(hidden: Tensor, weight: Tensor) -> None:
+    """ValueError: shapes or dtypes of the two factors do not fit."""
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        raise ValueError(f"hidden must be (M, H) and weight (V, H), got {shapes}")
+    if hidden.dtype != weight.dtype:
+        raise ValueError(f"hidden and weight must have the same dtype, got {hidden.dtype} and {weight.dtype}")
+
+
+def check_rows(
+    ids: Tensor,
+    mask: Tensor | None,
+    m: int,
+    temperature: float,
+    softcap: float | None,
+    id_dtypes: tuple[torch.dtype, ...] = (torch.int64,),
+) -> None:
+    """ValueError: what belongs to the m rows, or a factor of the logits, does not fit. Looks at no value."""
+    if ids.shape != (m,) or ids.dtype not in id_dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in id_dtypes)
+        raise ValueError(f"ids must be ({m},) {names}, got {tuple(ids.shape)} {ids.dtype}")
     if mask is not None and (mask.shape != (m,) or mask.dtype != torch.bool):
         raise ValueError(f"mask must be ({m},) bool, got {tuple(mask.shape)} {mask.dtype}")
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive or None, got {softcap}")
-    rows = torch.arange(m, device=ids.device) if mask is None else mask.nonzero()[:, 0]
-    counted = ids[rows]
+
+
+def check_range(counted: Tensor, v: int) -> None:
+    """ValueError: an id outside [0, v) among those that count. Waits for the device."""
     if ((counted < 0) | (counted >= v)).any():
         came = f"{counted.min()} to {counted.max()}"
         raise ValueError(f"ids must be in [0, {v}) where mask is True, got {came}")
-    return rows

@@ -70,9 +70,9 @@ def grpo_loss(
         ValueError: arguments that do not fit together; the message names them.
     """
     check_tensors(logprobs, old_logprobs, ref_logprobs, sequence_ids, mask)
-    check_options(loss_type, importance_sampling_level, epsilon, delta, max_completion_length)
-    if beta != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta {beta}")
+    check_options(
+        loss_type, importance_sampling_level, epsilon, delta, max_completion_length, beta, ref_logprobs
+    )
     high = epsilon if epsilon_high is None else epsilon_high
     old, ref = (logprobs if other is None else other for other in (old_logprobs, ref_logprobs))
     if mask is not None:  # selected, not multiplied by 0: so a masked NaN reaches no loss or gradient
@@ -138,7 +138,13 @@ def check_tensors(
 
 
 def check_options(
-    loss_type: str, level: str, epsilon: float, delta: float | None, max_length: int | None
+    loss_type: str,
+    level: str,
+    epsilon: float,
+    delta: float | None,
+    max_length: int | None,
+    beta: float,
+    ref: Tensor | None,
 ) -> None:
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
@@ -152,3 +158,5 @@ def check_options(
         raise ValueError(f"delta must be positive or None, got {delta}")
     if loss_type == "dr_grpo" and (max_length is None or max_length < 1):
         raise ValueError(f"max_completion_length must be at least 1 with loss_type dr_grpo, got {max_length}")
+    if beta != 0 and ref is None:
+        raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta {beta}")

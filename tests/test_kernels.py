@@ -37,6 +37,17 @@ def put(*tensors):
     return [t.detach().to(DEVICE).requires_grad_(t.is_floating_point()) for t in tensors]
 
 
+class Watched:
+    """A kernel that reports the grid of each launch."""
+
+    def __init__(self, kernel, report):
+        self.kernel, self.report = kernel, report
+
+    def __getitem__(self, grid):
+        self.report(grid)
+        return self.kernel[grid]
+
+
 @pytest.fixture(autouse=True)
 def small_strips(monkeypatch):
     """So that small shapes have several strips, chunks and blocks."""
@@ -237,20 +248,14 @@ def test_fused_equals_the_four_references(given, level):
 def test_fused_sweeps_the_vocabulary_once_forward_and_once_backward(monkeypatch):
     launched = []
     for name in ("forward_kernel", "gradient_kernel"):
-        kernel = getattr(linear, name)
-        counted = type(
-            "Counted", (), {"__getitem__": lambda self, grid, n=name, k=kernel: launched.append(n) or k[grid]}
-        )
-        monkeypatch.setattr(linear, name, counted())
+        watched = Watched(getattr(linear, name), lambda _, name=name: launched.append(name))
+        monkeypatch.setattr(linear, name, watched)
     inputs = fused_data()
     value, _ = triton_backend.fused_grpo(*inputs, beta=0.0)
     assert launched == ["forward_kernel"]
     value.backward()
-    assert launched == [
-        "forward_kernel",
-        "gradient_kernel",
-        "gradient_kernel",
-    ]  # 70 columns: two chunks of 64
+    # 70 columns: two chunks of 64
+    assert launched == ["forward_kernel", "gradient_kernel", "gradient_kernel"]
 
 
 def test_everything_masked_is_exactly_zero():
@@ -332,9 +337,7 @@ def test_lesson_6_grids_have_one_dimension(monkeypatch):
     modules = [(m, n) for m in (linear, selected, loss) for n in dir(m) if n.endswith("_kernel")]
     modules.append((advantage, "advantage_kernel"))
     for module, name in modules:
-        kernel = getattr(module, name)
-        seen = type("Seen", (), {"__getitem__": lambda self, grid, k=kernel: grids.append(grid) or k[grid]})
-        monkeypatch.setattr(module, name, seen())
+        monkeypatch.setattr(module, name, Watched(getattr(module, name), grids.append))
     inputs = fused_data()
     value, _ = triton_backend.fused_grpo(*inputs, beta=0.0, importance_sampling_level="sequence")
     value.backward()

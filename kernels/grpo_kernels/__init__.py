@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -22,8 +24,7 @@ def backend(device: str | torch.device, name: str = "auto") -> ModuleType:
 
     Args:
         name: "auto" takes Triton where it runs. Triton's interpreter (TRITON_INTERPRET=1) serves CPU tensors
-        too,
-            but only on demand.
+            too, but only on demand.
     Raises:
         ValueError: no such backend, or Triton was asked for where it does not run.
     """
@@ -32,9 +33,14 @@ def backend(device: str | torch.device, name: str = "auto") -> ModuleType:
     on_gpu = torch.device(device).type == "cuda"  # ROCm goes by that name too
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernels must be auto or torch on {device}, got 'triton', which needs CUDA or ROCm")
-    if name == "triton" or (name == "auto" and on_gpu and importlib.util.find_spec("triton")):
+    if name == "triton" or (name == "auto" and on_gpu and _triton_installed()):
         return importlib.import_module("grpo_kernels.triton_backend")
     return importlib.import_module("grpo_kernels.torch_backend")
+
+
+@cache
+def _triton_installed() -> bool:
+    return find_spec("triton") is not None
 
 
 def linear_logprob(
@@ -82,11 +88,11 @@ def fused_grpo(
     vocabulary, log-probs to the loss; the backward pass is one more sweep.
 
     Args:
-        hidden: (M, H) at the positions that predict the tokens `ids` (M,); `weight` (V, H). rewards: (B,) one
-        per completion, with `group_ids` (B,) its group. sequence_ids: (M,) int64, the completion of each
-        token. options: `mask`, `old_logprobs` (None: on-policy), `ref_logprobs`, `temperature`, `softcap`;
-        `scale`, `ddof` and
-            `eps` of the advantages; all keywords of `grpo_loss`.
+        hidden: (M, H) at the positions that predict the tokens `ids` (M,); `weight` (V, H).
+        rewards: (B,) one per completion, with `group_ids` (B,) its group.
+        sequence_ids: (M,) int64, the completion of each token.
+        options: `mask`, `old_logprobs` (None: on-policy), `ref_logprobs`, `temperature`, `softcap`; `scale`,
+            `ddof` and `eps` of the advantages; all keywords of `grpo_loss`.
     Raises:
         ValueError: arguments that do not fit together; the message names them.
     """

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from grpo.advantage import check_advantage
 from grpo_kernels import checks
+from grpo_kernels.config import sum_type
+from grpo_kernels.launch import sum_dtype
 from grpo_kernels.loss_kernels import advantage_kernel
 
 BLOCK_I, BLOCK_J = 16, 128
@@ -29,8 +30,7 @@ def group_advantage(
 
 @torch.library.custom_op("grpo_kernels::advantage", mutates_args=())
 def _advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> Tensor:
-    dtype = torch.promote_types(rewards.dtype, torch.float32)
-    out = torch.empty(len(rewards), dtype=dtype, device=rewards.device)
+    out = torch.empty(len(rewards), dtype=sum_dtype(rewards), device=rewards.device)
     if len(rewards):
         advantage_kernel[(triton.cdiv(len(rewards), BLOCK_I),)](
             rewards.contiguous(),
@@ -42,12 +42,11 @@ def _advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: f
             EPS=eps,
             BLOCK_I=BLOCK_I,
             BLOCK_J=BLOCK_J,
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32,
+            ACC=sum_type(out.dtype),
         )
     return out
 
 
 @_advantage.register_fake
 def _(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> Tensor:
-    dtype = torch.promote_types(rewards.dtype, torch.float32)
-    return torch.empty(len(rewards), dtype=dtype, device=rewards.device)
+    return torch.empty(len(rewards), dtype=sum_dtype(rewards), device=rewards.device)

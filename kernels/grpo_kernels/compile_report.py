@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo_kernels import advantage, linear, loss, selected
-from grpo_kernels.config import blocks
+from grpo_kernels.config import INTERPRETED, blocks
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -82,7 +82,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     return types
 
 
-def variants() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
+def variants(target: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """(name, dtype, kernel, constants) of everything that the launchers can start, up to options."""
     options = {"SCALE": 1.0, "CAP": None, "ENTROPY": True, "UPCAST": False, "stride_hk": 1, "stride_wk": 1}
     products = {
@@ -93,7 +93,8 @@ def variants() -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     }
     for dtype in DTYPES:
         for name, kernel in products.items():
-            yield name, dtype, kernel, options | {"STRIP": linear.STRIP, "CHUNK": linear.CHUNK}
+            sizes = blocks(DTYPES[dtype], name, target) | {"STRIP": linear.STRIP, "CHUNK": linear.CHUNK}
+            yield name, dtype, kernel, options | sizes
         row = options | {"stride_v": 1, "ACC": tl.float32, "BLOCK_N": selected.WIDTH, "num_warps": 8}
         yield "selected forward", dtype, selected.selected_forward_kernel, row
         yield "selected backward", dtype, selected.selected_backward_kernel, row
@@ -175,10 +176,8 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
 def report(targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
     rows = []
     for target in targets:
-        for name, dtype, kernel, constants in variants():
+        for name, dtype, kernel, constants in variants(target):
             if dtype in dtypes:
-                if name in ("forward", "gradient", "hidden", "weight"):
-                    constants = constants | blocks(DTYPES[dtype], name, target)
                 built = compiled(kernel, constants, dtype, TARGETS[target])
                 rows.append({"target": target, "kernel": name, "dtype": dtype, **figures(built, target)})
     return rows
@@ -195,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     arguments = parser.parse_args(argv)
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED:
         parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")
     line = "{:8}{:22}{:6}{:>10}{:>9}{:>9}  {:10}{:>4}{:>11}"
     print(

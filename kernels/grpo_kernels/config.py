@@ -1,7 +1,7 @@
 """Block sizes of the kernels, by input type. Fixed: one chosen by M would make a row depend on the others.
 
-docs/kernels.md says how they follow from the roofline, `python -m grpo_kernels.compile_report` what they cost
-in registers and shared memory. None has been timed on a GPU.
+`python -m grpo_kernels.compile_report` says what they cost in registers and shared memory. None has been
+timed on a GPU.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ _DOUBLE = dict.fromkeys(_KERNELS, (32, 32, 16, 4, 2))
 _INTERPRETED = dict.fromkeys(_KERNELS, (16, 32, 16, 4, 1))  # small, so that small shapes have several blocks
 
 
+def sum_type(dtype: torch.dtype) -> tl.dtype:
+    """The kernels' constant ACC for inputs of type `dtype`: what their sums are made in."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
 def blocks(dtype: torch.dtype, name: str, target: str | None = None) -> dict[str, Any]:
     """Constants of the kernel `name` for inputs of type `dtype`; target: None is `current_target()`."""
     if INTERPRETED:
@@ -44,7 +49,7 @@ def blocks(dtype: torch.dtype, name: str, target: str | None = None) -> dict[str
         "BLOCK_N": n,
         "BLOCK_K": k,
         "PRECISION": "ieee",  # TF32 would be wrong in the fourth digit
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "ACC": sum_type(dtype),
         "num_warps": warps,
         "num_stages": stages,
     }

@@ -54,3 +54,40 @@ def gradient_of(
         tanh = z / CAP
         return g * (1 - tanh * tanh) * (CAP * SCALE)
     return g * SCALE
+
+
+@triton.jit
+def empty_sums(ROWS: tl.constexpr, ACC: tl.constexpr):
+    """m, s, sc and the selected logit of rows that have seen no column."""
+    m = tl.full((ROWS,), -3.4e38, dtype=ACC)  # finite, and below every float32 logit
+    zero = tl.zeros((ROWS,), dtype=ACC)
+    return m, zero, zero, zero
+
+
+@triton.jit
+def store_row(ids, logprob, entropy, stats, row, live, m, s, sc, selected, M, V, ENTROPY: tl.constexpr):
+    """Writes log-prob and entropy of the rows and, for the backward pass, m, s and c to stats (3, M)."""
+    label = tl.load(ids + row, mask=live, other=0)
+    log_s, c = tl.log(s), sc / s
+    value = selected - m - log_s
+    # An id outside the vocabulary was selected nowhere: NaN, rather than a number that looks right.
+    value = tl.where((label >= 0) & (label < V), value, float("nan"))
+    tl.store(logprob + row, value, mask=live)
+    if ENTROPY:
+        tl.store(entropy + row, log_s - c, mask=live)
+    tl.store(stats + row, m, mask=live)
+    tl.store(stats + M + row, s, mask=live)
+    tl.store(stats + M + M + row, c, mask=live)
+
+
+@triton.jit
+def load_row(stats, up, up_entropy, row, live, M, ENTROPY: tl.constexpr, ACC: tl.constexpr):
+    """m, s and c of the rows, and the upstream gradients of their log-prob and entropy."""
+    m = tl.load(stats + row, mask=live, other=0.0)
+    s = tl.load(stats + M + row, mask=live, other=1.0)
+    c = tl.load(stats + M + M + row, mask=live, other=0.0)
+    of_logprob = tl.load(up + row, mask=live, other=0.0).to(ACC)
+    of_entropy = of_logprob * 0
+    if ENTROPY:
+        of_entropy = tl.load(up_entropy + row, mask=live, other=0.0).to(ACC)
+    return m, s, c, of_logprob, of_entropy

@@ -1,4 +1,4 @@
-"""What the launchers of the log-prob kernels share: outputs, constants, and which rows have a gradient."""
+"""What the launchers share: types, outputs and constants, and which rows have a gradient."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 
 def sum_dtype(x: Tensor) -> torch.dtype:
+    """What sums over values like x are made and returned in."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from grpo.logprob import check_range
 from grpo_kernels import checks
 from grpo_kernels.config import INTERPRETED, blocks
 from grpo_kernels.launch import outputs, refuse_second_derivative, scales, upstream
@@ -55,7 +56,7 @@ def linear_logprob(
     """
     checks.linear(hidden, weight, ids, mask, temperature, softcap)
     if validate:
-        checks.ids(ids, mask, weight.shape[0])
+        check_range(ids if mask is None else ids[mask], weight.shape[0])
     logprob, entropies, _ = linear_forward(hidden, weight, ids, mask, temperature, softcap, entropy)
     return logprob, entropies if entropy else None
 
@@ -63,9 +64,8 @@ def linear_logprob(
 def _live_first(live: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """(M,) row indices, the live ones first and in order; and (1,) how many those are, on the device."""
     if live is None:
-        return torch.arange(len(x), device=x.device), torch.full(
-            (1,), len(x), dtype=torch.int32, device=x.device
-        )
+        count = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
+        return torch.arange(len(x), device=x.device), count
     order = torch.argsort(live.logical_not().to(torch.uint8), stable=True)
     return order, live.sum(dtype=torch.int32).view(1)
 

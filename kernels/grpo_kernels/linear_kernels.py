@@ -9,7 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.device import NEGLIGIBLE, gradient_of, online, transformed
+from grpo_kernels.device import (
+    NEGLIGIBLE,
+    empty_sums,
+    gradient_of,
+    load_row,
+    online,
+    store_row,
+    transformed,
+)
 
 
 @triton.jit
@@ -48,10 +56,8 @@ def forward_kernel(
     size: strips * M.
     """
     program, row_blocks = tl.program_id(0), tl.cdiv(M, BLOCK_M)
-    block, strip = (
-        program % row_blocks,
-        program // row_blocks,
-    )  # neighbours share a strip of W: it stays in L2
+    # Neighbours share a strip of W, which stays in the L2 cache.
+    block, strip = program % row_blocks, program // row_blocks
     live_rows = tl.load(count)
     if block * BLOCK_M >= live_rows:
         return
@@ -59,10 +65,7 @@ def forward_kernel(
     live = place < live_rows
     row = tl.load(order + place, mask=live, other=0)
     label = tl.load(ids + row, mask=live, other=-1)
-    m = tl.full((BLOCK_M,), -3.4e38, dtype=ACC)  # finite, and below every float32 logit
-    s = tl.zeros((BLOCK_M,), dtype=ACC)
-    sc = tl.zeros((BLOCK_M,), dtype=ACC)
-    selected = tl.zeros((BLOCK_M,), dtype=ACC)
+    m, s, sc, selected = empty_sums(BLOCK_M, ACC)
     for start in range(strip * STRIP, min(strip * STRIP + STRIP, V), BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
         z = _logits(
@@ -90,10 +93,7 @@ def combine_kernel(
         return
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     live = place < live_rows
-    m = tl.full((BLOCK_M,), -3.4e38, dtype=ACC)
-    s = tl.zeros((BLOCK_M,), dtype=ACC)
-    sc = tl.zeros((BLOCK_M,), dtype=ACC)
-    selected = tl.zeros((BLOCK_M,), dtype=ACC)
+    m, s, sc, selected = empty_sums(BLOCK_M, ACC)
     here = partial + place
     for _ in range(0, strips):
         m2 = tl.load(here, mask=live, other=0.0)
@@ -107,23 +107,8 @@ def combine_kernel(
         s = s * faded + s2 * faded2
         m = risen
         here += M
-    _write(ids, order, logprob, entropy, stats, place, live, m, s, sc, selected, M, V, ENTROPY)
-
-
-@triton.jit
-def _write(ids, order, logprob, entropy, stats, place, live, m, s, sc, selected, M, V, ENTROPY: tl.constexpr):
     row = tl.load(order + place, mask=live, other=0)
-    label = tl.load(ids + row, mask=live, other=0)
-    log_s, c = tl.log(s), sc / s
-    value = selected - m - log_s
-    # An id outside the vocabulary was selected nowhere: NaN, rather than a number that looks right.
-    value = tl.where((label >= 0) & (label < V), value, float("nan"))
-    tl.store(logprob + row, value, mask=live)
-    if ENTROPY:
-        tl.store(entropy + row, log_s - c, mask=live)
-    tl.store(stats + row, m, mask=live)
-    tl.store(stats + M + row, s, mask=live)
-    tl.store(stats + M + M + row, c, mask=live)
+    store_row(ids, logprob, entropy, stats, row, live, m, s, sc, selected, M, V, ENTROPY)
 
 
 @triton.jit(do_not_specialize=["M", "V", "first", "stop"])
@@ -149,14 +134,7 @@ def gradient_kernel(
         hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, stop, H,
         SCALE, CAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ACC, UPCAST,
     )  # fmt: skip
-    m = tl.load(stats + row, mask=live, other=0.0)
-    s = tl.load(stats + M + row, mask=live, other=1.0)
-    c = tl.load(stats + M + M + row, mask=live, other=0.0)
-    u = tl.load(up + row, mask=live, other=0.0).to(ACC)
-    if ENTROPY:
-        u_entropy = tl.load(up_entropy + row, mask=live, other=0.0).to(ACC)
-    else:
-        u_entropy = tl.zeros((BLOCK_M,), dtype=ACC)
+    m, s, c, u, u_entropy = load_row(stats, up, up_entropy, row, live, M, ENTROPY, ACC)
     g = gradient_of(z, m, s, c, u, u_entropy, column[None, :] == label[:, None], CAP, SCALE, ENTROPY)
     out = gradient + place.to(tl.int64)[:, None] * CHUNK + local[None, :]
     tl.store(out, g.to(gradient.dtype.element_ty), mask=live[:, None] & (column < stop)[None, :])

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from grpo.loss import check_options, check_tensors
 from grpo_kernels import checks
+from grpo_kernels.config import sum_type
+from grpo_kernels.launch import sum_dtype
 from grpo_kernels.loss_kernels import loss_kernel, segment_sum_kernel, spread_kernel
 
 METRICS = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
@@ -43,9 +44,9 @@ def grpo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`grpo.loss.grpo_loss` in Triton: same arguments, results and errors."""
     check_tensors(logprobs, old_logprobs, ref_logprobs, sequence_ids, mask)
-    check_options(loss_type, importance_sampling_level, epsilon, delta, max_completion_length)
-    if beta != 0 and ref_logprobs is None:
-        raise ValueError(f"ref_logprobs must be given when beta is not 0, got None with beta {beta}")
+    check_options(
+        loss_type, importance_sampling_level, epsilon, delta, max_completion_length, beta, ref_logprobs
+    )
     checks.same_device(
         logprobs=logprobs,
         old_logprobs=old_logprobs,
@@ -97,13 +98,13 @@ def loss_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """() loss, (5,) metrics, (M,) gradient of the loss by the log-probs."""
     M, B = len(logprobs), len(advantages)
-    dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    dtype = sum_dtype(logprobs)
     new: dict[str, Any] = {"dtype": dtype, "device": logprobs.device}
     if M == 0:
         return torch.zeros((), **new), torch.zeros(5, **new), torch.zeros(0, **new)
     logprobs, advantages, sequence_ids = (x.contiguous() for x in (logprobs, advantages, sequence_ids))
     old, ref, mask = (x if x is None else x.contiguous() for x in (old, ref, mask))
-    constants = {"BLOCK": BLOCK, "ACC": tl.float64 if dtype == torch.float64 else tl.float32}
+    constants = {"BLOCK": BLOCK, "ACC": sum_type(dtype)}
     masked = mask is not None
     live = torch.ones_like(sequence_ids, dtype=torch.bool) if mask is None else mask
     old = logprobs if old is None else old
@@ -119,8 +120,8 @@ def loss_forward(
     if sequence_level and B:
         segment_sum_kernel[(B,)](logprobs, old, order, bounds, log_ratio, DIFFERENCE=True, **constants)
 
-    tokens = live.sum() if num_loss_tokens is None else torch.tensor(num_loss_tokens, device=logprobs.device)
-    tokens = tokens.clamp_min(1).to(dtype)
+    tokens = live.sum().to(dtype) if num_loss_tokens is None else torch.full((), num_loss_tokens, **new)
+    tokens = tokens.clamp_min(1)
     sequences = max(1, B if num_sequences is None else num_sequences)
     if per_length or loss_type == "dr_grpo":
         each = 1 if per_length else max_completion_length or 1
@@ -173,7 +174,7 @@ def loss_forward(
 @loss_forward.register_fake
 def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     new: dict[str, Any] = {
-        "dtype": torch.promote_types(logprobs.dtype, torch.float32),
+        "dtype": sum_dtype(logprobs),
         "device": logprobs.device,
     }
     return torch.empty((), **new), torch.empty(5, **new), torch.empty(len(logprobs), **new)

@@ -16,12 +16,6 @@ def _k3(x, TERMS: tl.constexpr):
 
 
 @triton.jit
-def _log_ratio(logprobs, old, place, live, ACC: tl.constexpr):
-    own = tl.load(logprobs + place, mask=live, other=0.0).to(ACC)
-    return own, own - tl.load(old + place, mask=live, other=0.0).to(ACC)
-
-
-@triton.jit
 def segment_sum_kernel(
     values, old, order, bounds, out, BLOCK: tl.constexpr, DIFFERENCE: tl.constexpr, ACC: tl.constexpr
 ):
@@ -61,7 +55,8 @@ def loss_kernel(
         live = live & (tl.load(mask + place, mask=live, other=0) != 0)
     sequence = tl.load(sequence_ids + place, mask=live, other=0)
     A = tl.load(advantages + sequence, mask=live, other=0.0).to(ACC)
-    logp, log_ratio = _log_ratio(logprobs, old, place, live, ACC)
+    logp = tl.load(logprobs + place, mask=live, other=0.0).to(ACC)
+    log_ratio = logp - tl.load(old + place, mask=live, other=0.0).to(ACC)
     length = tl.load(lengths + sequence, mask=live, other=1).to(ACC)
     if SEQUENCE:
         log_ratio = tl.load(sequence_log_ratio + sequence, mask=live, other=0.0) / length

@@ -12,12 +12,13 @@ import torch
 import triton
 from torch import Tensor
 
+from grpo.logprob import check_range
 from grpo_kernels import checks
-from grpo_kernels.config import INTERPRETED, blocks
+from grpo_kernels.config import INTERPRETED, sum_type
 from grpo_kernels.launch import outputs, refuse_second_derivative, scales, upstream
 from grpo_kernels.selected_kernels import selected_backward_kernel, selected_forward_kernel
 
-WIDTH = 4096  # columns per step
+WIDTH = 64 if INTERPRETED else 4096  # columns per step
 
 
 def selected_logprob(
@@ -33,7 +34,7 @@ def selected_logprob(
     """`grpo.logprob.selected_logprob` in Triton; `validate` as in `linear_logprob`."""
     checks.selected(logits, ids, mask, temperature, softcap)
     if validate:
-        checks.ids(ids, mask, logits.shape[1])
+        check_range(ids if mask is None else ids[mask], logits.shape[1])
     logprob, entropies, _ = selected_forward(logits, ids, mask, temperature, softcap, entropy)
     return logprob, entropies if entropy else None
 
@@ -61,8 +62,8 @@ def selected_forward(
             V,
             *logits.stride(),
             ENTROPY=entropy,
-            BLOCK_N=64 if INTERPRETED else WIDTH,
-            ACC=blocks(logits.dtype, "forward")["ACC"],
+            BLOCK_N=WIDTH,
+            ACC=sum_type(logits.dtype),
             num_warps=8,
             **scales(temperature, softcap),
         )
@@ -92,8 +93,7 @@ def selected_backward(
     if M == 0:
         return gradient
     up, up_entropy, live = upstream([grad_logprob, grad_entropy], mask, stats[0])
-    width = 64 if INTERPRETED else WIDTH
-    selected_backward_kernel[(M * triton.cdiv(V, width),)](
+    selected_backward_kernel[(M * triton.cdiv(V, WIDTH),)](
         logits,
         ids,
         _keep(live, logits),
@@ -105,8 +105,8 @@ def selected_backward(
         V,
         *logits.stride(),
         ENTROPY=grad_entropy is not None,
-        BLOCK_N=width,
-        ACC=blocks(logits.dtype, "forward")["ACC"],
+        BLOCK_N=WIDTH,
+        ACC=sum_type(logits.dtype),
         num_warps=8,
         **scales(temperature, softcap),
     )

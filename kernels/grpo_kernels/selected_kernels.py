@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from grpo_kernels.device import gradient_of, online, transformed
+from grpo_kernels.device import empty_sums, gradient_of, load_row, online, store_row, transformed
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -21,28 +21,16 @@ def selected_forward_kernel(
             tl.store(entropy + row, tl.zeros((), ACC))
         return
     label = tl.load(ids + row)
-    m = tl.full((1,), -3.4e38, dtype=ACC)
-    s = tl.zeros((1,), dtype=ACC)
-    sc = tl.zeros((1,), dtype=ACC)
-    selected = tl.zeros((1,), dtype=ACC)
+    m, s, sc, selected = empty_sums(1, ACC)
     for start in range(0, V, BLOCK_N):
         column = start + tl.arange(0, BLOCK_N)
-        x = tl.load(logits + row * stride_m + column.to(tl.int64) * stride_v, mask=column < V, other=0.0).to(
-            ACC
-        )
-        z = transformed(x, SCALE, CAP)
+        x = tl.load(logits + row * stride_m + column.to(tl.int64) * stride_v, mask=column < V, other=0.0)
+        z = transformed(x.to(ACC), SCALE, CAP)
         selected += tl.sum(tl.where(column == label, z, 0.0), 0)
         z = tl.where(column < V, z, float("-inf"))[None, :]
         m, s, sc = online(m, s, sc, z, ENTROPY)
     one = row + tl.zeros((1,), tl.int64)
-    log_s, c = tl.log(s), sc / s
-    value = tl.where((label >= 0) & (label < V), selected - m - log_s, float("nan"))
-    tl.store(logprob + one, value)
-    if ENTROPY:
-        tl.store(entropy + one, log_s - c)
-    tl.store(stats + one, m)
-    tl.store(stats + M + one, s)
-    tl.store(stats + M + M + one, c)
+    store_row(ids, logprob, entropy, stats, one, one >= 0, m, s, sc, selected, M, V, ENTROPY)
 
 
 @triton.jit(do_not_specialize=["V"])
@@ -61,12 +49,7 @@ def selected_backward_kernel(
     x = tl.load(logits + row * stride_m + column.to(tl.int64) * stride_v, mask=column < V, other=0.0).to(ACC)
     z = transformed(x, SCALE, CAP)[None, :]
     one = row + tl.zeros((1,), tl.int64)
-    m, s, c = tl.load(stats + one), tl.load(stats + M + one), tl.load(stats + M + M + one)
-    u = tl.load(up + one).to(ACC)
-    if ENTROPY:
-        u_entropy = tl.load(up_entropy + one).to(ACC)
-    else:
-        u_entropy = tl.zeros((1,), dtype=ACC)
+    m, s, c, u, u_entropy = load_row(stats, up, up_entropy, one, one >= 0, M, ENTROPY, ACC)
     hit = column[None, :] == tl.load(ids + one)[:, None]
     g = gradient_of(z, m, s, c, u, u_entropy, hit, CAP, SCALE, ENTROPY)
     tl.store(out, tl.sum(g, 0).to(gradient.dtype.element_ty), mask=column < V)
