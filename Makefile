@@ -1,7 +1,7 @@
 # make train   the demo, from nothing to a trained model and a table; ARGS="--max_steps 4" changes settings
 # make test    all tests; ARGS="-k loss" chooses
 # make lint    ruff and mypy
-# make bench   every script in benchmarks/
+# make bench   every script in benchmarks/; BENCH=benchmarks/kernels.py chooses, ARGS are its options
 #
 # Each target makes .venv and installs what it needs, once: the stamps in .venv/stamps remember. A machine without a
 # GPU can save a download of gigabytes: make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
@@ -14,7 +14,7 @@ BIN := .venv/bin
 STAMPS := .venv/stamps
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) --constraint constraints.txt
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
-BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCH ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
 .NOTPARALLEL:
 .PHONY: train test lint bench
@@ -30,7 +30,7 @@ lint: $(STAMPS)/dev
 	$(BIN)/python -m mypy
 
 bench: $(STAMPS)/bench
-	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
+	@set -e; for script in $(BENCH); do echo "$$script"; $(BIN)/python "$$script" $(ARGS); done
 
 $(STAMPS)/venv:
 	$(PYTHON) -m venv .venv

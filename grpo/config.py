@@ -279,7 +279,7 @@ def _validate_combinations(c: Config) -> None:
             raise ValueError(f"delta must be None with loss_type=cispo, got {c.delta}: use epsilon_high")
         if c.epsilon_high is None:
             raise ValueError("epsilon_high must be given with loss_type=cispo (5.0 is usual), got None")
-    elif c.epsilon >= 1:
+    if c.epsilon >= 1:
         raise ValueError(f"epsilon must be below 1, got {c.epsilon}")
     if c.epsilon_high is not None and c.epsilon_high <= 0:
         raise ValueError(f"epsilon_high must be above 0, got {c.epsilon_high:g}")

@@ -55,15 +55,16 @@ class GGUFFile:
     """One open GGUF file. `config`: HF config dict.
 
     Raises:
-        ValueError: damaged, or an architecture, RoPE scaling or tokenizer that is not supported.
-        ImportError: the package `gguf` is not installed.
+        ValueError: damaged; an architecture, RoPE scaling or tokenizer that is not supported; no package `gguf`.
     """
 
     def __init__(self, path: Path):
         try:
             from gguf import GGUFReader
         except ImportError as error:
-            raise ImportError(f"{path}: GGUF files need the extra `gguf`: pip install gguf") from error
+            raise ValueError(
+                f"{path}: GGUF files need the package gguf: pip install 'reflect-grpo[gguf]'"
+            ) from error
         self.path = path
         try:
             # Memory-mapped: only what is looked at is read.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -55,7 +54,8 @@ class Interrupts:
         if self.received or not self._deferred:
             raise KeyboardInterrupt
         self.received = True
-        print("\nstopping: saving what is done (once more to stop at once)", file=sys.stderr, flush=True)
+        # Not print: the signal may have come in the middle of one, and a buffer cannot be entered twice.
+        os.write(2, b"\nstopping: saving what is done (once more to stop at once)\n")
 
 
 def leave_quietly() -> None:

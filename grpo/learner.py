@@ -31,6 +31,8 @@ from grpo.model import Decoder
 from grpo.optimizer import MasterAdamW, scheduled_learning_rate
 
 LossFunction = Callable[[int, Batch], tuple[Tensor, dict[str, Tensor]]]
+ADVICE = "try a lower learning_rate, dtype float32, or a larger beta"
+SUPERVISED_ADVICE = "try a lower warm_start_learning_rate, or dtype float32"
 
 
 class NonFiniteError(RuntimeError):
@@ -135,13 +137,18 @@ class Learner:
             return -logprobs.sum() / count, {}  # masked tokens are 0 in logprobs
 
         packed = pack_sequences(list(sequences), max_tokens=self.config.max_tokens_per_micro_batch)
-        metrics = self._update([batch.to(self.device) for batch in packed], loss_function, learning_rate)
+        batches = [batch.to(self.device) for batch in packed]
+        where = f"supervised step {self.optimizer.num_updates + 1}"
+        metrics = self._update(batches, loss_function, learning_rate, where=where, advice=SUPERVISED_ADVICE)
         return {**metrics, "learning_rate": learning_rate, "num_loss_tokens": float(count)}
 
-    def reset_optimizer(self) -> None:
-        """Forgets moments and counters (between warm start and RL); the weights stay."""
-        self.optimizer.reset_moments()
-        self.num_steps = self.num_tokens = 0
+    def check_weights(self) -> None:
+        """Raises NonFiniteError when an update has made weights that are NaN or infinite: do not save them."""
+        if (name := self.optimizer.first_non_finite_weight()) is not None:
+            raise NonFiniteError(
+                f"the last update made weights that are NaN or infinite, first of them {name}; they were not "
+                f"saved: {ADVICE}"
+            )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """(tensors, counters) that continue the run exactly. The tensors are live: write them at once."""
@@ -215,14 +222,24 @@ class Learner:
             return loss, metrics
 
         for _ in range(config.num_iterations):
-            results.append(self._update(batches, loss_function, learning_rate))
+            where = f"step {self.num_steps + 1}"
+            results.append(self._update(batches, loss_function, learning_rate, where=where, advice=ADVICE))
         keys = {key for result in results for key in result}
         return {key: statistics.fmean(r[key] for r in results if key in r) for key in sorted(keys)}
 
     def _update(
-        self, batches: list[Batch], loss_function: LossFunction, learning_rate: float
+        self,
+        batches: list[Batch],
+        loss_function: LossFunction,
+        learning_rate: float,
+        *,
+        where: str,
+        advice: str,
     ) -> dict[str, float]:
-        """Backward over the micro-batches, clip, one AdamW step. Metrics add up, except `.../max`."""
+        """Backward over the micro-batches, clip, one AdamW step. Metrics add up, except `.../max`.
+
+        `where` and `advice` are for the error when a loss or gradient is not finite.
+        """
         self.optimizer.zero_grad()
         totals: dict[str, Tensor] = {}
         losses, norms = [], []
@@ -236,25 +253,25 @@ class Learner:
                 combine = torch.maximum if key.endswith("/max") else torch.add
                 totals[key] = combine(totals[key], value.detach()) if key in totals else value.detach()
         loss_values, norm_values = [x.item() for x in losses], [x.item() for x in norms]
-        self._check_finite(loss_values, norm_values)
+        if (problem := self._non_finite(loss_values, norm_values)) is not None:
+            raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
         grad_norm = norm_values[-1] if norm_values else 0.0
         limit = self.config.max_grad_norm
-        clipped = bool(limit) and grad_norm > limit
+        clipped = grad_norm > limit
         # Taken also when no episode had a signal: the moments decay as they do in any other step.
         self.optimizer.step(learning_rate, scale=limit / (grad_norm + 1e-6) if clipped else 1.0)
         return {"loss": sum(loss_values), "grad_norm": grad_norm} | {k: v.item() for k, v in totals.items()}
 
-    def _check_finite(self, losses: list[float], norms: list[float]) -> None:
+    def _non_finite(self, losses: list[float], norms: list[float]) -> str | None:
+        """Which micro-batch broke, and what of it; None when all is finite."""
         for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
             what = f"loss is {loss}" if not math.isfinite(loss) else f"gradient norm is {norm}"
             parameter = self.optimizer.first_non_finite()
             where = f"; first parameter with a non-finite gradient: {parameter}" if parameter else ""
-            raise NonFiniteError(
-                f"step {self.num_steps + 1}, micro-batch {index + 1} of {len(losses)}: {what}{where}. The "
-                "update was not taken; try a lower learning_rate, dtype float32, or a larger beta"
-            )
+            return f"micro-batch {index + 1} of {len(losses)}: {what}{where}"
+        return None
 
     def _logprobs(
         self, model: Decoder, batch: Batch, *, temperature: float, entropy: bool = False

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "model*.safetensors"]
 
 
@@ -22,7 +23,7 @@ def resolve(name_or_path: str | Path) -> Path:
         return path
     if path.is_file():
         raise ValueError(f"{path} must be a folder or a .gguf file; pass the folder that holds it")
-    if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and path.suffix != ".gguf":
+    if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return _from_hub(name)
     raise FileNotFoundError(f"{name}: no such folder or file, and not a Hub id of the form OWNER/NAME")
 

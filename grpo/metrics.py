@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo.run_dir import append_jsonl
+
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" and the metrics logged then
 Rule = Callable[[Sequence[Record]], str | None]  # what the metrics so far give cause to say
 
@@ -68,17 +70,17 @@ class Metrics:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl and one on the console. NaN and infinity become null."""
         record: Record = {"step": step} | {name: _number(metrics[name]) for name in sorted(metrics)}
-        _append(self.run_dir / "metrics.jsonl", record)
+        append_jsonl(self.run_dir / "metrics.jsonl", record)
         self._say(console_line(record, self.max_steps))
         self._scalars(record)
         for name, advice in self.warnings.update(record).items():
-            _append(self.run_dir / "metrics.jsonl", {"step": step, "warning": name, "advice": advice})
+            append_jsonl(self.run_dir / "metrics.jsonl", {"step": step, "warning": name, "advice": advice})
             self._say(f"warning: {advice}")
 
     def timings(self, step: int, seconds: Mapping[str, float]) -> None:
         """One line in timings.jsonl: seconds, token rates, whatever differs from run to run."""
         record: Record = {"step": step} | {name: _number(seconds[name]) for name in sorted(seconds)}
-        _append(self.run_dir / "timings.jsonl", record)
+        append_jsonl(self.run_dir / "timings.jsonl", record)
         self._scalars(record, prefix="timings/")
 
     def close(self) -> None:
@@ -124,12 +126,6 @@ def read_jsonl(path: Path) -> list[Record]:
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _append(path: Path, record: Record) -> None:
-    # opened anew for each line: a step takes seconds, and a killed run then has lost no line that it printed
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def _number(value: Any) -> float | int | None:

@@ -109,6 +109,10 @@ class MasterAdamW:
         """Name of the first parameter, in the model's order, whose gradient holds a NaN or an infinity."""
         return next((name for name, g in self.gradients.items() if not torch.isfinite(g).all()), None)
 
+    def first_non_finite_weight(self) -> str | None:
+        """Likewise of the weights, as the model computes with them: a large float32 may be inf in 16 bits."""
+        return next((name for name, p in self.parameters.items() if not torch.isfinite(p).all()), None)
+
     @torch.no_grad()
     def step(self, learning_rate: float, *, scale: float = 1.0) -> None:
         """One AdamW update with the accumulated gradient times `scale` (the clipping factor)."""
@@ -126,11 +130,6 @@ class MasterAdamW:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
-
-    def reset_moments(self) -> None:
-        """Back to the moments of a new optimiser; the weights stay."""
-        self.adamw.state.clear()
-        self.num_updates = 0
 
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, float32: the live tensors, to be written before the next step."""

@@ -125,6 +125,8 @@ def evaluation_sampling(parts: Parts) -> Iterator[None]:
 def choose_device(name: str) -> str:
     """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError: this machine has no such device."""
     if name != "auto":
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device must be auto, cpu, cuda, cuda:1 and so on, or mps, got {name!r}")
         try:
             torch.empty(0, device=name)
         except (RuntimeError, AssertionError) as error:  # each backend says it in its own way

@@ -179,8 +179,9 @@ def _write_failure(final: Path, error: Exception, written: int) -> str:
 
 
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """One line. The file is opened anew for each: a killed run has then lost no line that it printed."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:

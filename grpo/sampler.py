@@ -134,6 +134,8 @@ class Sampler:
         logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
         if logits.dtype != torch.float32:
             logits = self._buffer(torch.float32, len(hidden)).copy_(logits)
+        if logits.device.type == "mps":  # which has no float64; its memory is the CPU's anyway
+            logits = logits.cpu()
         device_noise = None
         if noise is not None:
             device_noise = torch.tensor(noise, dtype=torch.float64).to(logits.device, non_blocking=True)

@@ -39,9 +39,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Feed:
-    """Append these tokens: a list, or a function of the last sampled turn that gives one."""
+    """Append these tokens: a list, or a function of the last sampled turn that gives at most `limit` of them.
+
+    The caches grow when a function gives more, at some cost; without a limit UNKNOWN_FEED is taken for one.
+    """
 
     ids: list[int] | Callable[[Turn], list[int]]
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,7 @@ class RowState:
             if isinstance(item, Sample):
                 total += item.limit
             else:
-                total += unknown if callable(item.ids) else len(item.ids)
+                total += (item.limit or unknown) if callable(item.ids) else len(item.ids)
         return total
 
     def begin(self) -> bool:

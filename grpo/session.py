@@ -64,7 +64,12 @@ class Session:
         )
 
     def save(self, learner: Learner, folder: Path, step: int) -> None:
-        """A checkpoint in `folder`: the run's own, or that of its unfinished warm start."""
+        """A checkpoint in `folder`: the run's own, or that of its unfinished warm start.
+
+        Raises:
+            NonFiniteError: the weights are NaN or infinite; what was saved before stays.
+        """
+        learner.check_weights()
         of_run = folder == self.folder
         tensors, counters = learner.state()
         checkpoint.save(
@@ -129,8 +134,13 @@ def _finished(config: Config, folder: Path) -> bool:
 
 def saved_weights(folder: Path | None) -> str:
     """Where a run that failed left weights: advice for the end of its error message."""
-    steps = checkpoint.steps(folder) if folder else []
-    if folder is None or not (steps or (folder / "start").is_dir()):
+    if folder is None:
         return "No weights were saved yet"
-    path = folder / "checkpoints" if steps else folder / "start"
-    return f"A new run can begin with the weights in {path} (model_name_or_path)"
+    unfinished = folder / "warm_start"
+    places = [
+        *(run / "checkpoints" for run in (folder, unfinished) if checkpoint.steps(run)),
+        *(start for start in [folder / "start"] if start.is_dir()),
+    ]
+    if not places:
+        return "No weights were saved yet"
+    return f"A new run can begin with the weights in {places[0]} (model_name_or_path)"

@@ -8,7 +8,6 @@ models may be of any size and family. Left out: another task or decoding per mod
 from __future__ import annotations
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +17,7 @@ from grpo import checkpoint
 from grpo import config as configuration
 from grpo.comparison import CONTROLS
 from grpo.config import Config
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+from grpo.locate import HUB_ID
 
 
 @dataclass(frozen=True)
@@ -154,8 +152,10 @@ def _expand(argument: str) -> list[Source]:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run directory above a checkpoint, if there is one."""
-    return next((parent for parent in folder.resolve().parents if (parent / "config.yaml").is_file()), None)
+    """The run directory of RUN/start or RUN/checkpoints/step-000001, if it is one of these."""
+    above = folder.resolve().parent
+    run = above.parent if above.name == "checkpoints" else above
+    return run if (run / "config.yaml").is_file() else None
 
 
 def _models_of_run(run: Path) -> list[Source]:

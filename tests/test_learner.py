@@ -385,15 +385,6 @@ def test_a_state_that_does_not_fit_changes_nothing():
         assert_same(snapshot(subject), before)
 
 
-def test_reset_optimizer_forgets_everything_but_the_weights():
-    warmed, fresh = learner(), learner()
-    warmed.supervised_step([([1, 2], [([3, 4], [True, True])])], 1e-3)
-    fresh.model.load_state_dict(copy.deepcopy(warmed.model.state_dict()))
-    warmed.reset_optimizer()
-    assert warmed.step(episodes()) == fresh.step(episodes())
-    assert_same(snapshot(warmed), snapshot(fresh))
-
-
 # --- updates that fail
 
 

@@ -119,9 +119,10 @@ def test_logprobs_equal_a_full_forward(family, temperature):
 @pytest.mark.parametrize("greedy", [True, False])
 def test_texts_do_not_depend_on_the_number_of_rows_at_a_time(model, greedy):
     runs = [
-        texts(Sampler(model, stop_token_ids=STOPS, greedy=greedy, max_rows=rows).run(make_rows()))
+        texts(Sampler(model, stop_token_ids=STOPS, greedy=greedy, max_rows=rows).run(make_rows(group=16)))
         for rows in (1, 7, 64)
     ]
+    assert len(runs[0]) == 64
     assert runs[0] == runs[1] == runs[2]
 
 

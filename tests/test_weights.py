@@ -454,7 +454,7 @@ def test_damaged_gguf(tmp_path):
 def test_gguf_package_missing(tmp_path, monkeypatch):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match="extra `gguf`: pip install gguf"):
+    with pytest.raises(ValueError, match=r"need the package gguf: pip install 'reflect-grpo\[gguf\]'"):
         weights.load(tmp_path / "model.gguf")
 
 

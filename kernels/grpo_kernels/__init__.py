@@ -1,7 +1,9 @@
 """GRPO's heavy functions for any trainer: log-probs, advantages, loss, and all three in one call.
 
 Each function takes its backend from the device of its first argument: Triton on CUDA and ROCm, the PyTorch
-references of grpo/ elsewhere. `backend` names one explicitly.
+references of grpo/ elsewhere. `backend` names one explicitly. With `validate=True` ids outside the vocabulary
+raise ValueError on every backend. Otherwise Triton does not look, since looking waits for the device, and gives
+NaN for them.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ def fused_grpo(
         rewards: (B,) one per completion, with `group_ids` (B,) its group.
         sequence_ids: (M,) int64, the completion of each token.
         options: `mask`, `old_logprobs` (None: on-policy), `ref_logprobs`, `temperature`, `softcap`; `scale`,
-            `ddof` and `eps` of the advantages; all keywords of `grpo_loss`.
+            `ddof` and `eps` of the advantages; all keywords of `grpo_loss`; `validate`, see the module.
     Raises:
         ValueError: arguments that do not fit together; the message names them.
     """

@@ -29,11 +29,14 @@ def fused_grpo(
     scale: str = "group",
     ddof: int = 1,
     eps: float = 1e-4,
+    validate: bool = False,
     **loss_options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     checks.same_device(hidden=hidden, rewards=rewards, group_ids=group_ids, sequence_ids=sequence_ids)
     advantages = group_advantage(rewards, group_ids, scale=scale, ddof=ddof, eps=eps)
-    logprobs, _ = linear_logprob(hidden, weight, ids, mask=mask, temperature=temperature, softcap=softcap)
+    logprobs, _ = linear_logprob(
+        hidden, weight, ids, mask=mask, temperature=temperature, softcap=softcap, validate=validate
+    )
     return grpo_loss(
         logprobs, old_logprobs, ref_logprobs, advantages, sequence_ids, mask=mask, **loss_options
     )

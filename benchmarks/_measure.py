@@ -1,0 +1,123 @@
+"""What the benchmarks share: times in rounds, peak memory, and what machine it was.
+
+Times of different candidates are taken in turns, one of each per round, so that a slow minute of the machine
+hits all of them; figures are medians with quartiles. On a GPU a time lies between two events, after the L2
+cache was overwritten. Left out: confidence intervals; compare ratios within one run.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU listed in docs/kernels.md
+WARM_UP = 1  # rounds that are not counted: they compile, allocate, and fill caches
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What figures depend on beside the code."""
+    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.startswith("cuda"):
+        return {**found, "device": torch.cuda.get_device_name(device), **_clocks()}
+    model, flags = platform.processor(), ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+        fields = {key.strip(): value.strip() for key, _, value in lines}  # of the last core
+        model, flags = fields.get("model name", model), fields.get("flags", "")
+    vector = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
+    return {**found, "device": f"{model} ({', '.join(vector)})", "threads": torch.get_num_threads()}
+
+
+def _clocks() -> dict[str, str]:
+    """What nvidia-smi says of the clocks: a GPU that is throttled or locked is another GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return {"clocks": "unknown (no nvidia-smi)"}
+    query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,clocks_throttle_reasons.active"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return {"clocks": f"{query}: {done.stdout.strip() or done.stderr.strip()}"}
+
+
+def seconds(
+    candidates: Mapping[str, Callable[[], Any]], device: str, *, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round. What a candidate returns is freed before the next one runs."""
+    clock = _gpu_seconds if device.startswith("cuda") else _cpu_seconds
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for index in range(WARM_UP + rounds):
+        for name, call in candidates.items():
+            gc.collect()
+            taken = clock(call)
+            if index >= WARM_UP:
+                times[name].append(taken)
+    return times
+
+
+def _cpu_seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _gpu_seconds(call: Callable[[], Any]) -> float:
+    torch.empty(FLUSHED_BYTES, dtype=torch.int8, device="cuda").zero_()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """median, and the quartiles around it (the same number for a single time)."""
+    if len(times) == 1:
+        return {"median": times[0], "low": times[0], "high": times[0]}
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"median": statistics.median(times), "low": low, "high": high}
+
+
+def peak_bytes(call: Callable[[], Any], device: str) -> int:
+    """Most bytes allocated at once during `call` beyond those before it, its results included.
+
+    Counted from PyTorch's allocations, not from the process: exact, and the same in every run. Memory that
+    other libraries take for themselves is not in it.
+    """
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        result = call()
+    del result
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    changes = sorted(
+        (event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"
+    )
+    held = peak = 0
+    for _, size in changes:
+        held += size
+        peak = max(peak, held)
+    return peak
