@@ -7,12 +7,14 @@ parsed and never evaluated, and the work is linear in the text. Left out: calls 
 
 from __future__ import annotations
 
+import json
 import re
 
 from grpo.tasks.call_json import Call, Unreadable, json_calls
 from grpo.tasks.call_python import python_calls
 
 MAX_CHARACTERS = 8_000
+PLACES = 100  # opening braces of running text that `scattered_calls` looks at, so that its work stays linear
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FENCE = re.compile(r"`{3,}")
@@ -105,3 +107,21 @@ def _read(text: str, python_syntax: bool) -> list[Call]:
         if not python_syntax or fault.reason != "parse" or text[0] == "{":
             raise
     return python_calls(text)
+
+
+def scattered_calls(text: str) -> list[Call]:
+    """Calls in JSON anywhere in running text, at most PLACES of them looked at."""
+    calls: list[Call] = []
+    decoder = json.JSONDecoder()
+    place = -1
+    for _ in range(PLACES):
+        place = text.find("{", max(place + 1, 0))
+        if place < 0:
+            break
+        try:
+            _, end = decoder.raw_decode(text, place)
+            calls += json_calls(text[place:end])
+        except (ValueError, RecursionError, Unreadable):
+            continue
+        place = end - 1
+    return calls
