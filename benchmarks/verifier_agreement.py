@@ -1,13 +1,13 @@
 """Does the function-calling verifier agree with the Berkeley leaderboard's own checker, on its own data?
 
-    python benchmarks/verifier_agreement.py                      the table, and an example of each disagreement
-    python benchmarks/verifier_agreement.py --output DIR         the same, and DIR/agreement.csv, DIR/agreement.json
+    python benchmarks/verifier_agreement.py                 the table, and an example of each disagreement
+    python benchmarks/verifier_agreement.py --output DIR    the same, and all of them in DIR, as CSV and JSON
 
 Every answer of the files is written out as calls, then changed in one way at a time (another case, a number
-as a string, an argument less, ...), and judged by both. docs/verifiers.md says who is right where they differ.
-Needs the package bfcl-eval, of whose requirements none is used: the checker asks one imported table whether a
-model cannot write dots in names, and that table, whose import would load every provider's client, is replaced
-by one that says no. It runs in seconds.
+as a string, an argument less, ...), and judged by both. docs/verifiers.md says who is right where they
+differ. Needs the package bfcl-eval, of whose requirements none is used: the checker asks one imported table
+whether a model cannot write dots in names, and that table, whose import would load every provider's client,
+is replaced by one that says no. It runs in seconds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ COLUMNS = ("answers", "both accept", "both reject", "only bfcl accepts", "only o
 
 
 def load_checker() -> Checker:
-    """bfcl-eval's checker as a function (functions, calls, truth, category) -> right?; None where it raises."""
+    """bfcl-eval's checker: (functions, calls, truth, category) -> right or not, None where it raises."""
 
     class NoDotsReplaced(dict[str, Any]):
         def __missing__(self, model: str) -> Any:
@@ -76,14 +76,17 @@ def alternatives(values: Any) -> list[Any]:
 
 def first_answer(truth: Truth) -> Calls:
     return [
-        (name, {key: concrete(alternatives(values)[0]) for key, values in args.items() if alternatives(values)})
+        (
+            name,
+            {key: concrete(alternatives(values)[0]) for key, values in args.items() if alternatives(values)},
+        )
         for call in truth
         for name, args in call.items()
     ]
 
 
 def right_answers(truth: Truth) -> Iterator[tuple[str, Calls]]:
-    """What the files say is right: first values, each alternative, optional arguments left out, another order."""
+    """What the files say is right: first values, each alternative, nothing optional, another order."""
     base = first_answer(truth)
     accepted = [args for call in truth for args in call.values()]
     yield "first accepted values", base
@@ -142,7 +145,10 @@ CHANGES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
         lambda v: isinstance(v, list) and any(isinstance(x, str) and x.swapcase() != x for x in v),
         lambda v: [x.swapcase() if isinstance(x, str) else x for x in v],
     ),
-    "object without its first key": (lambda v: isinstance(v, dict) and bool(v), lambda v: dict([*v.items()][1:])),
+    "object without its first key": (
+        lambda v: isinstance(v, dict) and bool(v),
+        lambda v: dict([*v.items()][1:]),
+    ),
     "object with one key more": (lambda v: isinstance(v, dict), lambda v: {**v, "extra": 1}),
     "object as its JSON": (lambda v: isinstance(v, dict | list), lambda v: json.dumps(v)),
 }
@@ -192,7 +198,9 @@ def compare(check: Checker, folder: Path) -> tuple[dict[str, Counter[str]], dict
         gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
         for kinds in (right_answers(truth), changed_answers(truth)):
             for kind, calls in kinds:
-                text = json.dumps([{"name": name, "arguments": args} for name, args in calls], ensure_ascii=False)
+                text = json.dumps(
+                    [{"name": name, "arguments": args} for name, args in calls], ensure_ascii=False
+                )
                 reason = verify(text, gold, accepted=True).reason
                 column = column_of(check(entry["function"], calls, truth, category), reason == "ok")
                 row = counts.setdefault(kind, Counter())
@@ -233,14 +241,18 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{kind:34}" + "".join(f"{row[column]:19}" for column in COLUMNS))
     for (kind, column), examples in found.items():
         for example in examples[: own.examples]:
-            print(f"\n{column}: {kind}\n  {example['id']}, ours: {example['ours']}\n  {example['answer'][:300]}")
+            print(
+                f"\n{column}: {kind}\n  {example['id']}, ours: {example['ours']}\n  {example['answer'][:300]}"
+            )
     if own.output:
         own.output.mkdir(parents=True, exist_ok=True)
         with (own.output / "agreement.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["kind", *COLUMNS])
             writer.writerows([kind, *(row[column] for column in COLUMNS)] for kind, row in counts.items())
-        listed = [{"kind": kind, "column": column, **one} for (kind, column), all in found.items() for one in all]
+        listed = [
+            {"kind": kind, "column": column, **one} for (kind, column), all in found.items() for one in all
+        ]
         (own.output / "agreement.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     return 0
 

@@ -59,9 +59,7 @@ class Chat:
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
 
-    def prompt(
-        self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None
-    ) -> list[int]:
+    def prompt(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation and of the header of the next answer.
 
         Where the template knows no system role, the system text becomes the beginning of the user message.

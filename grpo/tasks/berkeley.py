@@ -41,7 +41,11 @@ class Berkeley:
     def scan(self, skipped: Skipped) -> Iterator[tuple[int, Record]]:
         self._lines = []
         for category in CATEGORIES:
-            answers = {} if "irrelevance" in category else _by_id(self._lines_of(f"possible_answer/{_file(category)}"))
+            answers = (
+                {}
+                if "irrelevance" in category
+                else _by_id(self._lines_of(f"possible_answer/{_file(category)}"))
+            )
             for line in self._lines_of(_file(category)):
                 identifier = json.loads(line)["id"]
                 if "irrelevance" not in category and identifier not in answers:

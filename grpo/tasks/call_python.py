@@ -61,7 +61,7 @@ def _value(node: ast.expr | None) -> Any:
         return _constant(node.value)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _value(node.operand) if isinstance(node.operand, ast.Constant) else None
-        if type(number) not in (int, float):
+        if isinstance(number, bool) or not isinstance(number, int | float):
             raise Unreadable("non_literal")
         return -number
     if isinstance(node, ast.List | ast.Tuple):

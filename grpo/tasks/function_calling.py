@@ -1,9 +1,10 @@
-"""Function calling: given tools and a question, write the calls that answer it ("Reflect, Retry, Reward", section 4).
+"""Function calling: given tools and a question, write the calls that answer it.
 
-The reward is exact: on xLAM / APIGen data (a file of yours) the calls must equal the given ones; on the
-Berkeley files (the package bfcl-eval) each argument must be one of the accepted values. Where no tool fits, the
-right answer is no call. Left out: running the calls, several turns with results, transcripts for a warm
-start (an honest explanation of a wrong call would have to be written by someone who understands it).
+The paper's first task ("Reflect, Retry, Reward", arXiv 2505.24726). On xLAM / APIGen data (a file of yours)
+the calls must equal the given ones; on the Berkeley files (the package bfcl-eval) each argument must be one
+of the accepted values. Where no tool fits, the right answer is no call. Left out: running the calls, several
+turns with results, and transcripts for a warm start: an honest explanation of a wrong call would have to come
+from someone who understands it.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from grpo.tasks.xlam import Xlam
 DEFAULT_CATEGORIES = "simple_python+multiple+parallel+parallel_multiple+irrelevance"
 
 # For templates without tools. Short, since it is paid for at every turn.
-PLAIN_PROMPT = """You can call the functions below. Answer the question with a JSON list of the calls that it needs, \
-each as {{"name": ..., "arguments": {{...}}}}, and nothing else. If no function fits, say so in words.
-
-{tools}"""
+PLAIN_PROMPT = (
+    "You can call the functions below. Answer the question with a JSON list of the calls that it needs, each "
+    'as {{"name": ..., "arguments": {{...}}}}, and nothing else. If no function fits, say so in words.\n\n'
+    "{tools}"
+)
 
 
 def verify(text: str, gold: list[Call], python_syntax: bool = False, accepted: bool = False) -> Verdict:
@@ -134,8 +136,7 @@ class FunctionCalling:
         if offset + count > self._splits.size(split):
             raise ValueError(
                 f"split {split!r} has {self._splits.size(split)} examples, but offset {offset} plus count "
-                f"{count} were asked for; add categories, raise max_tools or max_characters, or give a larger "
-                "data_path"
+                f"{count} were asked for; add categories or data, or raise max_tools or max_characters"
             )
         return [self._example(record) for record in self._splits.records(split, offset, offset + count)]
 

@@ -20,7 +20,10 @@ from typing import Any, Protocol
 from grpo.tasks import SPLITS
 from grpo.tasks.call_json import Call
 
-HELDOUT_SHARE, VALIDATION_SHARE = 0.3, 0.1  # of the components; one with more records than HELDOUT_SHARE trains
+HELDOUT_SHARE, VALIDATION_SHARE = (
+    0.3,
+    0.1,
+)  # of the components; one with more records than HELDOUT_SHARE trains
 
 # Type names of the Berkeley files (JSON Schema by way of Python) and of the xLAM files (Python's own).
 _TYPES = {
@@ -57,7 +60,7 @@ class Source(Protocol):
     accepted: bool
 
     def scan(self, skipped: Skipped) -> Iterator[tuple[int, Record]]:
-        """Every usable record, with a number under which `read` finds it again; the others go to `skipped`."""
+        """Every usable record, with the number by which `read` finds it again; others go to `skipped`."""
         ...
 
     def read(self, number: int) -> Record: ...
@@ -108,10 +111,14 @@ class Splits:
                 numbers.append(number)
                 first_tool.append(group)
         if not sizes:
-            raise ValueError(f"{source} holds no usable record: {self.skipped if self.skipped.count else 'none at all'}")
+            raise ValueError(
+                f"{source} holds no usable record: {self.skipped if self.skipped.count else 'none at all'}"
+            )
         if self.skipped.count:
             seen = self.skipped.count + sum(sizes.values())
-            warnings.warn(f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}", stacklevel=4)
+            warnings.warn(
+                f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}", stacklevel=4
+            )
         split_of = _assign(groups, sizes)
         self._numbers: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
         for number, group in zip(numbers, first_tool, strict=True):

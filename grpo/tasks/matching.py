@@ -14,7 +14,9 @@ from grpo.tasks.call_json import Call
 Defaults = dict[str, dict[str, Any]]  # default values by function name and argument name
 
 
-def compare(calls: list[Call], gold: list[Call], accepted: bool = False, defaults: Defaults | None = None) -> str:
+def compare(
+    calls: list[Call], gold: list[Call], accepted: bool = False, defaults: Defaults | None = None
+) -> str:
     """ "ok", or the first that differs: wrong_count, wrong_name, wrong_keys, wrong_value.
 
     Args:

@@ -1,9 +1,9 @@
 """xLAM / APIGen files: query, tools and answers, as published, read in a stream.
 
 A file is a JSON array of records or JSON lines. It is read once from end to end and again record by record
-where examples are asked for, so a file of gigabytes takes no more memory than its longest record, plus about a
-hundred bytes per record. What cannot be used is counted and named; what leaves the rest of the file unreadable is an
-error. Left out: compressed files and Parquet.
+where examples are asked for, so a file of gigabytes takes no more memory than its longest record, plus about
+a hundred bytes per record. What cannot be used is counted and named; what leaves the rest of the file
+unreadable is an error. Left out: compressed files and Parquet.
 """
 
 from __future__ import annotations
