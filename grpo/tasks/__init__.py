@@ -97,6 +97,13 @@ class WarmStartTask(Task, Protocol):
 
 
 @runtime_checkable
+class TolerantTask(Task, Protocol):
+    """A task with a second, milder judgement, which evaluation reports beside the reward's."""
+
+    def tolerant(self, example: Example, text: str) -> Verdict: ...
+
+
+@runtime_checkable
 class OpeningTask(Task, Protocol):
     """A task that writes more than a system message before its prompt: tools, or earlier turns.
 
