@@ -363,7 +363,11 @@ def test_a_tasks_milder_judgement_is_reported_beside_the_rewards():
     mild.task = MildTask()
     plain, both = measure(strict, make_examples(6)), measure(mild, make_examples(6))
     assert both.first_try == plain.first_try and both.second_try == plain.second_try
-    assert [record["first"]["tolerant"] for record in both.records] == ["ok"] * 3 + ["wrong_value", "ok", "ok"]
+    assert [record["first"]["tolerant"] for record in both.records] == ["ok"] * 3 + [
+        "wrong_value",
+        "ok",
+        "ok",
+    ]
     assert both.records[3]["retry"]["tolerant"] == "ok"
     figures = evaluate.report({"model": both})
     tolerant = figures["models"]["model"]["tolerant"]

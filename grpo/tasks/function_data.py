@@ -20,10 +20,10 @@ from typing import Any, Protocol
 from grpo.tasks import SPLITS
 from grpo.tasks.call_json import Call
 
-HELDOUT_SHARE, VALIDATION_SHARE = (
-    0.3,
-    0.1,
-)  # of the components; one with more records than HELDOUT_SHARE trains
+# Shares of the components. Small sources hold out more: 500 examples are what tells 40% from 48%.
+HELDOUT_SHARE, SMALL_HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.4, 0.1
+SMALL = 10_000  # records
+MAX_COMPONENT = 0.2  # of the records; a larger component goes to train
 
 # Type names of the Berkeley files (JSON Schema by way of Python) and of the xLAM files (Python's own).
 _TYPES = {
@@ -165,16 +165,17 @@ def _assign(groups: _Groups, sizes: Counter[int]) -> dict[int, str]:
     first: dict[int, str] = {}
     for name in sorted(groups.names):
         first.setdefault(groups.root(groups.names[name]), name)
-    limit = HELDOUT_SHARE * totals.total() if len(totals) > 1 else 0
-    return {root: "train" if totals[root] > limit else _split_of(name) for root, name in first.items()}
+    limit = MAX_COMPONENT * totals.total() if len(totals) > 1 else 0
+    share = SMALL_HELDOUT_SHARE if totals.total() < SMALL else HELDOUT_SHARE
+    return {root: "train" if totals[root] > limit else _split_of(name, share) for root, name in first.items()}
 
 
-def _split_of(name: str) -> str:
+def _split_of(name: str, heldout_share: float) -> str:
     digest = hashlib.sha256(f"function_calling:{name}".encode("utf-8", "surrogatepass")).digest()
     place = int.from_bytes(digest[:6], "big") / 2.0**48
-    if place < HELDOUT_SHARE:
+    if place < heldout_share:
         return "heldout"
-    return "validation" if place < HELDOUT_SHARE + VALIDATION_SHARE else "train"
+    return "validation" if place < heldout_share + VALIDATION_SHARE else "train"
 
 
 # --- tools --------------------------------------------------------------------------------------------------
