@@ -16,7 +16,7 @@ import pytest
 from tiny import CHATML, STOPS, build, byte_tokenizer, decoder, token_id
 
 from grpo.chat import Chat
-from grpo.tasks import SPLITS, Example, OpeningTask, WarmStartTask, function_data, get_task, opening, xlam
+from grpo.tasks import SPLITS, Example, OpeningTask, WarmStartTask, get_task, opening, xlam
 from grpo.tasks.berkeley import CATEGORIES
 from grpo.tasks.function_calling import DEFAULT_CATEGORIES, FunctionCalling
 from grpo.tasks.function_data import SMALL_HELDOUT_SHARE, defaults_of, tool
@@ -388,15 +388,35 @@ def test_what_hangs_together_too_much_is_trained_on(tmp_path: Path) -> None:
     assert len(only["train"]) == 400
 
 
-def test_records_that_are_left_out_still_tie_their_tools(tmp_path: Path) -> None:
-    chain = [record(0, "a"), record(1, "b")]
-    apart = FunctionCalling(data_path=lines(tmp_path / "apart.jsonl", chain), max_tools=1)
-    assert len({apart._splits.size(split) for split in SPLITS}) > 1
-    splits = function_data.Splits
-    tied = FunctionCalling(
-        data_path=lines(tmp_path / "tied.jsonl", [*chain, record(2, "a", "b")]), max_tools=1
-    )
-    assert isinstance(tied._splits, splits) and tied._splits.size("train") == 2
+def test_a_component_of_everything_is_cut_by_tools(tmp_path: Path) -> None:
+    # A ring of 300 tools, each record offers two neighbours: one component.
+    records = [record(i, f"t{i % 300}", f"t{(i + 1) % 300}") for i in range(3000)]
+    with pytest.warns(
+        UserWarning, match=r"left out (\d+) of 3000 records, which offer tools of several splits"
+    ):
+        task = FunctionCalling(data_path=lines(tmp_path / "data.jsonl", records))
+    parts = everything(task)
+    for one, other in itertools.combinations(SPLITS, 2):
+        assert not tool_names(parts[one]) & tool_names(parts[other])
+    sizes = {split: len(part) for split, part in parts.items()}
+    assert sum(sizes.values()) == 3000 - task._splits.left_out
+    assert sizes["train"] > 500 and sizes["heldout"] > 300 and sizes["validation"] >= 10
+    # Beside it, components of their own keep all their records.
+    more = [*records, *(record(i) for i in range(3000, 3300))]
+    with pytest.warns(UserWarning, match=f"left out {task._splits.left_out} of 3300"):
+        both = everything(FunctionCalling(data_path=lines(tmp_path / "more.jsonl", more)))
+    assert sum(map(len, both.values())) == 3300 - task._splits.left_out
+
+
+def test_records_that_are_not_used_still_tie_their_tools(tmp_path: Path) -> None:
+    pair = [record(i, f"a{i}") for i in range(100)] + [record(100 + i, f"b{i}") for i in range(100)]
+    ties = [record(200 + i, f"a{i}", f"b{i}") for i in range(100)]
+    tied = FunctionCalling(data_path=lines(tmp_path / "tied.jsonl", [*pair, *ties]), max_tools=1)
+    for part in everything(tied).values():
+        assert {name[1:] for name in tool_names(part) if name[0] == "a"} == {
+            name[1:] for name in tool_names(part) if name[0] == "b"
+        }
+    assert sum(map(len, everything(tied).values())) == 200
 
 
 def test_too_many_examples_asked_for(tmp_path: Path) -> None:

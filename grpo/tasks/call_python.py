@@ -1,6 +1,7 @@
 """Calls in Python's syntax, `f(a=1)` or `[f(a=1), g(b="x")]`, read with `ast` and never evaluated.
 
 Keyword arguments only, with literals as values: what JSON can say. Left out: everything else of the language.
+(An expression of thousands of operators is `parse` or `non_literal`, as deep as this Python's parser goes.)
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Function-calling records, their tools as JSON schemas, and splits that share no tool.
 
 A held-out example must offer only tools that training has never seen. So records that share a tool name, over
-any number of steps, are one component, and a hash of its first name decides the split of all of it: which
-split a tool is in never depends on the options. A component too large to be held out goes to train. Left
-out: noticing that two names mean the same tool.
+any number of steps, are one component, and a hash of its first name decides the split of all of it. A
+component too large to be held out goes to train, if the others leave enough to hold out. If they do not, it
+is cut: each of its tools has a split, and records that offer tools of several splits are left out. None of
+this depends on the options. Left out: noticing that two names mean the same tool.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from grpo.tasks.call_json import Call
 # Shares of the components. Small sources hold out more: 500 examples are what tells 40% from 48%.
 HELDOUT_SHARE, SMALL_HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.4, 0.1
 SMALL = 10_000  # records
-MAX_COMPONENT = 0.2  # of the records; a larger component goes to train
+MAX_COMPONENT = 0.2  # of the records; a larger component goes to train, or is cut
+WANTED_HELDOUT = 512  # records; with fewer, large components are cut
 
 # Type names of the Berkeley files (JSON Schema by way of Python) and of the xLAM files (Python's own).
 _TYPES = {
@@ -82,6 +84,8 @@ class Skipped:
 
     def __str__(self) -> str:
         more = self.count - len(self.first)
+        if not self.count:
+            return "none at all"
         return "; ".join(self.first) + (f"; and {more} more" if more else "")
 
 
@@ -94,37 +98,37 @@ class Splits:
         keep: whether to use a record. One that is not used still ties its tools together.
         seed: order within each split.
     Raises:
-        ValueError: the source has no record, or `keep` leaves none.
+        ValueError: the source has no usable record.
     """
 
     def __init__(self, source: Source, keep: Callable[[Record], bool], seed: int) -> None:
         self.source, self.skipped = source, Skipped()
-        groups = _Groups()
-        numbers, first_tool = array("Q"), array("L")
-        sizes: Counter[int] = Counter()  # records by their first tool
+        tools, rows, kept = _Tools(), _Rows(), array("B")
+        numbers = array("Q")
         for number, record in source.scan(self.skipped):
             # Without any tool a record is a component of its own. The prefix keeps its id from being a name.
             names = [tool["function"]["name"] for tool in record.tools] or [f"\0{record.id}"]
-            group = groups.join(names)
-            sizes[group] += 1
-            if keep(record):
-                numbers.append(number)
-                first_tool.append(group)
-        if not sizes:
-            raise ValueError(
-                f"{source} holds no usable record: {self.skipped if self.skipped.count else 'none at all'}"
-            )
+            rows.append(tools.join(names), [tools.places[tools.numbers[name]] for name in names])
+            numbers.append(number)
+            kept.append(keep(record))
+        if not numbers:
+            raise ValueError(f"{source} holds no usable record: {self.skipped}")
         if self.skipped.count:
-            seen = self.skipped.count + sum(sizes.values())
-            warnings.warn(
-                f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}", stacklevel=4
+            seen = self.skipped.count + len(numbers)
+            _warn(f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}")
+        splits = _assign(tools, rows)
+        self.left_out = splits.count(_LEFT_OUT)
+        if self.left_out:
+            _warn(
+                f"{source}: left out {self.left_out} of {len(numbers)} records, which offer tools of several "
+                "splits: too many tools hang together to hold some of them out otherwise"
             )
-        split_of = _assign(groups, sizes)
         self._numbers: dict[str, array[int]] = {split: array("Q") for split in SPLITS}
-        for number, group in zip(numbers, first_tool, strict=True):
-            self._numbers[split_of[groups.root(group)]].append(number)
-        for split, part in self._numbers.items():
-            Random(f"function calling order {seed} {split}").shuffle(part)
+        for number, split, used in zip(numbers, splits, kept, strict=True):
+            if used and split != _LEFT_OUT:
+                self._numbers[SPLITS[split]].append(number)
+        for name, part in self._numbers.items():
+            Random(f"function calling order {seed} {name}").shuffle(part)
 
     def size(self, split: str) -> int:
         return len(self._numbers[split])
@@ -133,49 +137,86 @@ class Splits:
         return [self.source.read(number) for number in self._numbers[split][start:stop]]
 
 
-class _Groups:
-    """Union-find over tool names."""
+_TRAIN, _VALIDATION, _HELDOUT = (SPLITS.index(split) for split in ("train", "validation", "heldout"))
+_LEFT_OUT = len(SPLITS)
+
+
+class _Tools:
+    """Tool names: their components (union-find), and the place of each in [0, 1)."""
 
     def __init__(self) -> None:
-        self.names: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}
+        self.places = array("d")
         self._parents = array("L")
 
-    def root(self, node: int) -> int:
-        while self._parents[node] != node:
-            self._parents[node] = node = self._parents[self._parents[node]]
-        return node
+    def root(self, tool: int) -> int:
+        while self._parents[tool] != tool:
+            self._parents[tool] = tool = self._parents[self._parents[tool]]
+        return tool
 
     def join(self, names: list[str]) -> int:
         """Puts the names into one component and gives the first name's number."""
-        numbers = []
         for name in names:
-            number = self.names.setdefault(name, len(self._parents))
-            if number == len(self._parents):
-                self._parents.append(number)
-            numbers.append(number)
-            self._parents[self.root(number)] = self.root(numbers[0])
-        return numbers[0]
+            if name not in self.numbers:
+                self._parents.append(len(self.numbers))
+                self.numbers[name] = len(self.numbers)
+                self.places.append(_place(name))
+            self._parents[self.root(self.numbers[name])] = self.root(self.numbers[names[0]])
+        return self.numbers[names[0]]
 
 
-def _assign(groups: _Groups, sizes: Counter[int]) -> dict[int, str]:
-    """The split of each component, by its root."""
-    totals: Counter[int] = Counter()
-    for number, size in sizes.items():
-        totals[groups.root(number)] += size
-    first: dict[int, str] = {}
-    for name in sorted(groups.names):
-        first.setdefault(groups.root(groups.names[name]), name)
-    limit = MAX_COMPONENT * totals.total() if len(totals) > 1 else 0
-    share = SMALL_HELDOUT_SHARE if totals.total() < SMALL else HELDOUT_SHARE
-    return {root: "train" if totals[root] > limit else _split_of(name, share) for root, name in first.items()}
+class _Rows:
+    """Of each record its first tool, and the span of its tools' places."""
+
+    def __init__(self) -> None:
+        self.first, self.low, self.high = array("L"), array("d"), array("d")
+
+    def append(self, first: int, places: list[float]) -> None:
+        self.first.append(first)
+        self.low.append(min(places))
+        self.high.append(max(places))
 
 
-def _split_of(name: str, heldout_share: float) -> str:
+def _assign(tools: _Tools, rows: _Rows) -> array[int]:
+    """The split of each record, as an index into SPLITS or _LEFT_OUT."""
+    sizes = Counter(tools.root(tool) for tool in rows.first)
+    share = SMALL_HELDOUT_SHARE if len(rows.first) < SMALL else HELDOUT_SHARE
+
+    def split(place: float) -> int:
+        if place < share:
+            return _HELDOUT
+        return _VALIDATION if place < share + VALIDATION_SHARE else _TRAIN
+
+    own: dict[int, int] = {}  # the split of a component, by its root
+    for name in sorted(tools.numbers):
+        own.setdefault(tools.root(tools.numbers[name]), split(tools.places[tools.numbers[name]]))
+    large = {root for root, size in sizes.items() if size > MAX_COMPONENT * len(rows.first)}
+    roots = [tools.root(tool) for tool in rows.first]
+    whole = array("B", (_TRAIN if root in large else own[root] for root in roots))
+    if not large or whole.count(_HELDOUT) >= WANTED_HELDOUT:
+        return whole
+    # The splits are intervals, so tools are in one split if the lowest and the highest place are.
+    ends = ((split(low), split(high)) for low, high in zip(rows.low, rows.high, strict=True))
+    cut = array(
+        "B",
+        (
+            own[root] if root not in large else low if low == high else _LEFT_OUT
+            for root, (low, high) in zip(roots, ends, strict=True)
+        ),
+    )
+    # Where one tool is in every record a cut leaves nothing to train on, or nothing to hold out.
+    better = whole.count(_HELDOUT) < cut.count(_HELDOUT) <= cut.count(_TRAIN)
+    return cut if better else whole
+
+
+def _place(name: str) -> float:
+    """Where a tool lies in [0, 1): its own, whatever the source."""
     digest = hashlib.sha256(f"function_calling:{name}".encode("utf-8", "surrogatepass")).digest()
-    place = int.from_bytes(digest[:6], "big") / 2.0**48
-    if place < heldout_share:
-        return "heldout"
-    return "validation" if place < heldout_share + VALIDATION_SHARE else "train"
+    return int.from_bytes(digest[:6], "big") / 2.0**48
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)  # the line that builds the task
 
 
 # --- tools --------------------------------------------------------------------------------------------------
