@@ -464,7 +464,7 @@ def test_every_berkeley_example_is_there_and_no_tool_is_in_two_splits(berkeley: 
     assert berkeley.skipped.count == 2 and sum(map(len, parts.values())) == 3473
     for one, other in itertools.combinations(SPLITS, 2):
         assert not tool_names(parts[one]) & tool_names(parts[other])
-    found = {example.id.partition(":")[0] for part in parts.values() for example in part}
+    found = {example.id.rpartition("_")[0] for part in parts.values() for example in part}
     assert found == set(CATEGORIES)
     assert all("irrelevance" in e.id for part in parts.values() for e in part if not e.data["gold"])
     assert all(len(part) > 100 for part in parts.values())
@@ -474,12 +474,36 @@ def test_the_choice_of_categories_moves_no_example(berkeley: FunctionCalling) ->
     split_of = {example.id: split for split, part in everything(berkeley).items() for example in part}
     chosen = FunctionCalling(categories="simple_python+irrelevance")
     parts = everything(chosen)
-    assert {e.id.partition(":")[0] for e in parts["train"]} == {"simple_python", "irrelevance"}
+    assert {e.id.rpartition("_")[0] for e in parts["train"]} == {"simple_python", "irrelevance"}
     assert sum(map(len, parts.values())) == 640
     assert all(split_of[e.id] == split for split, part in parts.items() for e in part)
-    assert {e.id.partition(":")[0] for e in FunctionCalling().examples("train", 600)} == set(CATEGORIES[:5])
+    assert {e.id.rpartition("_")[0] for e in FunctionCalling().examples("train", 600)} == set(CATEGORIES[:5])
     few = FunctionCalling(categories=["multiple"], max_tools=2, max_characters=1500)
     assert all(len(e.data["tools"]) <= 2 for part in everything(few).values() for e in part)
+
+
+@pytest.mark.parametrize("damage", ["no file", "no JSON", "no answer"])
+def test_files_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    folder = tmp_path / "bfcl_eval/data"
+    (folder / "possible_answer").mkdir(parents=True)
+    (tmp_path / "bfcl_eval/__init__.py").write_text("raise RuntimeError('the package is never imported')")
+    function = {"name": "f", "description": "", "parameters": {"type": "dict", "properties": {}}}
+    for category in CATEGORIES:
+        question = [[{"role": "user", "content": "Well?"}]]
+        line = json.dumps({"id": f"{category}_0", "question": question, "function": [function]})
+        answer = json.dumps({"id": f"{category}_0", "ground_truth": [{"f": {}}]})
+        (folder / f"BFCL_v4_{category}.json").write_text(line + "\n")
+        (folder / "possible_answer" / f"BFCL_v4_{category}.json").write_text(answer)
+    monkeypatch.delitem(sys.modules, "bfcl_eval", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert sum(map(len, everything(FunctionCalling(categories="all")).values())) == 10
+    broken = folder / "possible_answer/BFCL_v4_multiple.json"
+    if damage == "no file":
+        broken.unlink()
+    else:
+        broken.write_text("" if damage == "no answer" else "{")
+    with pytest.raises(ValueError, match="BFCL_v4_multiple|no answer to multiple_0"):
+        FunctionCalling()
 
 
 def answer_of(example: Example) -> str:

@@ -21,6 +21,7 @@ CATEGORIES = (
     "live_simple live_multiple live_parallel live_parallel_multiple live_irrelevance"
 ).split()
 INSTALL = "pip install --no-deps bfcl-eval"
+TESTED = "the version of bfcl-eval that this was tested with is in constraints.txt"
 
 
 class Berkeley:
@@ -33,7 +34,7 @@ class Berkeley:
 
     def __init__(self, chosen: set[str]) -> None:
         self.folder, self.chosen = _folder(), chosen
-        self._lines: list[tuple[str, bytes, bytes]] = []  # category, question, answer
+        self._lines: list[tuple[bytes, bytes]] = []  # question, answer
 
     def __str__(self) -> str:
         return f"the Berkeley files in {self.folder}"
@@ -41,55 +42,47 @@ class Berkeley:
     def scan(self, skipped: Skipped) -> Iterator[tuple[int, Record]]:
         self._lines = []
         for category in CATEGORIES:
-            answers = (
-                {}
-                if "irrelevance" in category
-                else _by_id(self._lines_of(f"possible_answer/{_file(category)}"))
-            )
-            for line in self._lines_of(_file(category)):
-                identifier = json.loads(line)["id"]
-                if "irrelevance" not in category and identifier not in answers:
-                    self._skip(skipped, category, identifier, "has no answer")
-                    continue
-                self._lines.append((category, line, answers.get(identifier, b'{"ground_truth": []}')))
-                record = self.read(len(self._lines) - 1)
+            for line, answer in self._pairs(category):
+                number = len(self._lines)
+                self._lines.append((line, answer))
+                record = self.read(number)
                 if missing := _without_accepted_value(record.gold):
-                    why = f"no value is accepted for {missing}, so no answer is right"
-                    self._skip(skipped, category, identifier, why)
+                    if category in self.chosen:
+                        skipped.add(record.id, f"no value is accepted for {missing}, so no answer is right")
                     continue
-                yield len(self._lines) - 1, record
+                yield number, record
 
     def read(self, number: int) -> Record:
-        category, question, answer = self._lines[number]
+        question, answer = self._lines[number]
         entry, truth = json.loads(question), json.loads(answer)["ground_truth"]
         tools = [tool(one["name"], one["description"], one["parameters"]) for one in entry["function"]]
         gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
-        return Record(f"{category}:{entry['id']}", _messages(entry["question"][0]), tools, gold)
+        return Record(entry["id"], _messages(entry["question"][0]), tools, gold)
 
-    def _skip(self, skipped: Skipped, category: str, identifier: str, why: str) -> None:
-        if category in self.chosen:
-            skipped.add(identifier, why)
+    def _pairs(self, category: str) -> Iterator[tuple[bytes, bytes]]:
+        """Questions with their answers; where no tool fits, no answer is written down."""
+        questions = self._by_id(_file(category))
+        no_calls = dict.fromkeys(questions, b'{"ground_truth": []}')
+        answers = no_calls if "irrelevance" in category else self._by_id(f"possible_answer/{_file(category)}")
+        if missing := questions.keys() - answers.keys():
+            raise ValueError(f"{self}: no answer to {min(missing)}; {TESTED}")
+        for identifier, line in questions.items():
+            yield line, answers[identifier]
 
-    def _lines_of(self, name: str) -> list[bytes]:
+    def _by_id(self, name: str) -> dict[str, bytes]:
         try:
-            return [line for line in (self.folder / name).read_bytes().splitlines() if line.strip()]
-        except OSError as error:
-            raise ValueError(
-                f"{self.folder / name} cannot be read ({error.strerror}): this bfcl-eval lays its data out "
-                f"differently; the tested version is in constraints.txt"
-            ) from None
+            lines = (self.folder / name).read_bytes().splitlines()
+            return {json.loads(line)["id"]: line for line in lines if line.strip()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / name} cannot be read ({error}); {TESTED}") from None
 
 
 def category_of(record: Record) -> str:
-    return record.id.partition(":")[0]
+    return record.id.rpartition("_")[0]  # live_simple_112-68-0
 
 
 def _file(category: str) -> str:
     return f"BFCL_v4_{category}.json"
-
-
-def _by_id(lines: list[bytes]) -> dict[str, bytes]:
-    return {json.loads(line)["id"]: line for line in lines}
 
 
 def _folder() -> Path:
