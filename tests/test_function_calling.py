@@ -80,6 +80,7 @@ GOLD = [call(x=1)]
         ('{"name": "f", "arguments": {"x": -Infinity}}', "nonfinite"),
         ('{"name": "f", "arguments": {"x": 1e999}}', "nonfinite"),
         ('{"name": "f", "arguments": {"x": NaN, "x": 1}', "parse"),  # no JSON comes first
+        ('{"name": "f", "arguments": {"x": NaN, "x": 1}}', "dup_key"),
         ('{"name": "f", "arguments": {"x": 1e-999}}', "wrong_value"),  # 0
         ('{"name": "f", "arguments": {"x": 01}}', "parse"),
         ('{"name": "f", "arguments": {"x": +1}}', "parse"),
@@ -173,6 +174,21 @@ def test_python_syntax(text: str, expected: str, recwarn: pytest.WarningsRecorde
     assert not recwarn.list
 
 
+def test_backticks_inside_strings_are_no_fence() -> None:
+    gold = [call(x="a ```b``` c")]
+    written = json.dumps(gold[0])
+    for text in (
+        written,
+        f"[{written}]",
+        f"```json\n{written}\n```",
+        f"Here:\n```\n{written}\n```\nDone.",
+        f"<tool_call>{written}</tool_call>",
+    ):
+        assert reason(text, gold) == "ok", text
+    # In mid-line they cannot be told from fences.
+    assert reason(f"Here: ```{written}```", gold) == "multi_block"
+
+
 def test_python_values() -> None:
     gold = [call("a.b", x=[1, [2, None]], y={"k": [-1.5, "ä"]}, z=False)]
     text = "a.b(x=(1, (2, None)), y={'k': [-1.5, 'ä']}, z=False)"
@@ -251,6 +267,9 @@ def test_the_first_difference_names_the_verdict() -> None:
         ([call("h", c=3), call("g", b=9)], "wrong_name"),
     ):
         assert compare(calls, gold) == expected
+    # "" in a list stands for "left out" among accepted values only.
+    assert compare([call("f")], [call("f", a=["", 1])]) == "wrong_keys"
+    assert compare([call("f")], [call("f", a=["", 1])], accepted=True) == "ok"
 
 
 ACCEPTED = [call("f", city=["Paris", "paris"], unit=["C", ""], days=[3])]

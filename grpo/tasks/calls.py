@@ -103,8 +103,7 @@ def _read(text: str, python_syntax: bool) -> list[Call]:
     try:
         return json_calls(text)
     except Unreadable as fault:
-        # A Python call or list of calls is no JSON; what begins with a brace can be neither.
-        if not python_syntax or fault.reason != "parse" or text[0] == "{":
+        if not python_syntax or fault.reason != "parse":  # a Python call is no JSON
             raise
     return python_calls(text)
 
