@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from grpo.chat import Chat
 from grpo.tasks import SPLITS, Example, OpeningTask, WarmStartTask, get_task, opening, xlam
 from grpo.tasks.berkeley import CATEGORIES
 from grpo.tasks.function_calling import DEFAULT_CATEGORIES, FunctionCalling
-from grpo.tasks.function_data import SMALL_HELDOUT_SHARE, defaults_of, tool
+from grpo.tasks.function_data import SMALL_HELDOUT_SHARE, _place, defaults_of, tool
 
 QWEN_TOOLS = (
     "{% if tools %}<|im_start|>system\n"
@@ -250,6 +251,14 @@ def test_records_are_found_wherever_the_window_ends(
     assert {e.prompt for part in everything(task).values() for e in part} == {f"ä🙂 {i}" for i in range(8)}
 
 
+def test_a_number_is_not_cut_by_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xlam, "CHUNK", 1)
+    path = tmp_path / "data.json"
+    path.write_text("[123, 456]")
+    with pytest.raises(ValueError, match=r"record 1 \(line 1\): must be an object, got a number; record 2 "):
+        FunctionCalling(data_path=str(path))
+
+
 def test_a_record_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(xlam, "CHUNK", 100)
     monkeypatch.setattr(xlam, "MAX_RECORD", 1000)
@@ -377,13 +386,16 @@ def test_order_and_splits_are_the_same_every_time(tmp_path: Path) -> None:
     assert done.stdout.split() == [e.id for e in train]  # another process, with another hash seed
 
 
-def test_what_hangs_together_too_much_is_trained_on(tmp_path: Path) -> None:
-    large = [record(i, "common", f"t{i}") for i in range(400)]
+@pytest.mark.parametrize("place", ["train", "heldout"])
+def test_what_hangs_together_too_much_is_trained_on(tmp_path: Path, place: str) -> None:
+    # whatever the hash says of the tool that everything shares
+    held = place == "heldout"
+    common = next(f"!{i}" for i in range(99) if (_place(f"!{i}") < SMALL_HELDOUT_SHARE) == held)
+    large = [record(i, common, f"t{i}") for i in range(400)]
     small = [record(i) for i in range(400, 1000)]
     parts = everything(FunctionCalling(data_path=lines(tmp_path / "data.jsonl", [*large, *small])))
-    assert (
-        "common" in tool_names(parts["train"]) and len(parts["train"]) > 650 and len(parts["heldout"]) > 150
-    )
+    assert common in tool_names(parts["train"])
+    assert len(parts["train"]) > 650 and len(parts["heldout"]) > 150
     only = everything(FunctionCalling(data_path=lines(tmp_path / "one.jsonl", large)))
     assert len(only["train"]) == 400
 
@@ -470,6 +482,12 @@ def test_every_berkeley_example_is_there_and_no_tool_is_in_two_splits(berkeley: 
     assert all(len(part) > 100 for part in parts.values())
 
 
+def test_roles_take_turns(berkeley: FunctionCalling) -> None:
+    for example in itertools.chain(*everything(berkeley).values()):
+        roles = [message["role"] for message in example.data["history"]] + ["user"]
+        assert all(one != other for one, other in itertools.pairwise(roles)), example.id
+
+
 def test_the_choice_of_categories_moves_no_example(berkeley: FunctionCalling) -> None:
     split_of = {example.id: split for split, part in everything(berkeley).items() for example in part}
     chosen = FunctionCalling(categories="simple_python+irrelevance")
@@ -478,6 +496,9 @@ def test_the_choice_of_categories_moves_no_example(berkeley: FunctionCalling) ->
     assert sum(map(len, parts.values())) == 640
     assert all(split_of[e.id] == split for split, part in parts.items() for e in part)
     assert {e.id.rpartition("_")[0] for e in FunctionCalling().examples("train", 600)} == set(CATEGORIES[:5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is skipped in other categories is not this choice's matter
+        FunctionCalling(categories="multiple+live_multiple")
     few = FunctionCalling(categories=["multiple"], max_tools=2, max_characters=1500)
     assert all(len(e.data["tools"]) <= 2 for part in everything(few).values() for e in part)
 
