@@ -4,19 +4,22 @@ A conversation is a prompt to which pieces are only appended: sampled ids, then 
 turn, the next user message, the header of the next answer). The glue is found by difference: a dummy
 conversation with a marker as the answer is rendered, and what follows the marker is the glue. So the ids of
 turn n are a prefix of those of turn n + 1 whatever the template does to history (strips `<think>`, trims
-white space), and a tokenizer with encode(decode(ids)) != ids does no harm. Left out: tools and images in
-templates.
+white space), and a tokenizer with encode(decode(ids)) != ids does no harm. Tools go to the template, where
+it takes them, with the prompt alone. Left out: tool results as messages, and images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 _DATE = "26 Jul 2024"  # Llama 3 templates print today unless given a date; no run may change at midnight
 _QUESTION = "DUMMY-QUESTION"
 _ANSWER = "DUMMY-ANSWER"
+_TOOL = "dummy_tool"
 
 
 class Chat:
@@ -56,20 +59,26 @@ class Chat:
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
 
-    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+    def prompt(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation and of the header of the next answer.
 
         Where the template knows no system role, the system text becomes the beginning of the user message.
 
+        Args:
+            messages: role and content each.
+            tools: JSON schemas of the functions that the model may call; only where `takes_tools`.
         Raises:
-            ValueError: the first message is a system message and no user message follows it.
+            ValueError: the first message is a system message and no user message follows it, or tools for a
+                template that would drop them.
         """
+        if tools is not None and not self.takes_tools:
+            raise ValueError("tools must be None with this chat template, which takes none")
         if messages and messages[0]["role"] == "system" and not self._has_system_role:
             if len(messages) < 2 or messages[1]["role"] != "user":
                 raise ValueError("messages must have a user message after the system message")
             text = f"{messages[0]['content']}\n\n{messages[1]['content']}"
             messages = [{"role": "user", "content": text}, *messages[2:]]
-        return self._encode(self._render(messages))
+        return self._encode(self._render(messages, tools))
 
     def glue(self, completion_ids: Sequence[int], finish_reason: str, user: str) -> list[int]:
         """Ids to append after a sampled turn so that the model may answer `user`.
@@ -107,9 +116,20 @@ class Chat:
         assert isinstance(text, str)
         return text
 
-    def _render(self, messages: list[dict[str, str]]) -> str:
+    @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template writes out the tools that it is given. Others ignore them, or raise."""
+        function = {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
+        messages = [{"role": "user", "content": _QUESTION}]
+        try:
+            return _TOOL in self._render(messages, [{"type": "function", "function": function}])
+        except Exception:  # as in _probe_system_role: the way out is to write the tools as text
+            return False
+
+    def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> str:
         text = self.tokenizer.apply_chat_template(
             messages,
+            tools=tools,  # type: ignore[arg-type]
             chat_template=self._template,
             tokenize=False,
             add_generation_prompt=True,

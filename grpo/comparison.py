@@ -115,7 +115,7 @@ def model_figures(result: ModelResult) -> Figures:
     reflections = [record["reflection"] for record in failures]
     lengths = [reflection["tokens"] for reflection in reflections]
     cut = sum(reflection["finish_reason"] == "length" for reflection in reflections)
-    return {
+    figures = {
         "first_try": _share(result.first_try),
         "second_try": _share(result.second_try),
         "gain_of_second_try": _interval(paired_difference(result.second_try, result.first_try)),
@@ -131,6 +131,17 @@ def model_figures(result: ModelResult) -> Figures:
             "retry": _reasons(record["retry"] for record in failures),
         },
     }
+    if all("tolerant" in record["first"] for record in result.records):
+        figures["tolerant"] = _tolerant(result.records)
+    return figures
+
+
+def _tolerant(records: Sequence[Record]) -> Figures:
+    """First and second try by the task's milder judgement. The retries are those of the strict failures."""
+    first = [record["first"]["tolerant"] == "ok" for record in records]
+    retry = [record["retry"] is not None and record["retry"]["tolerant"] == "ok" for record in records]
+    second = [one or other for one, other in zip(first, retry, strict=True)]
+    return {"first_try": _share(first), "second_try": _share(second)}
 
 
 def _controls(failures: Sequence[Record]) -> dict[str, Figures]:

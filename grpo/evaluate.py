@@ -25,7 +25,7 @@ from grpo.comparison import CONTROLS, ModelResult, Record, report
 from grpo.episode import Episode
 from grpo.rollout import Attempt, Rollout
 from grpo.table import table
-from grpo.tasks import Example
+from grpo.tasks import Example, TolerantTask
 
 __all__ = ["BLOCK", "CONTROLS", "ModelResult", "main", "measure", "report", "table"]
 
@@ -49,7 +49,8 @@ def measure(
 
     One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; and for failures
     `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both None elsewhere),
-    `controls` {name: {text, reason}} (elsewhere empty).
+    `controls` {name: {text, reason}} (elsewhere empty). For a TolerantTask `first` and `retry` hold that
+    reason too, as `tolerant`.
 
     Args:
         rollout: policy and task; its sampler's decoding settings are used as they are.
@@ -159,7 +160,7 @@ def _record(rollout: Rollout, attempt: Attempt, episode: Episode | None, control
     record: Record = {
         "id": example.id,
         "prompt": example.prompt,
-        "first": {**first, "finish_reason": turn.finish_reason},
+        "first": {**first, "finish_reason": turn.finish_reason, **_tolerant(rollout, example, attempt.text)},
         "reflection": None,
         "retry": None,
         "controls": controls,
@@ -173,8 +174,15 @@ def _record(rollout: Rollout, attempt: Attempt, episode: Episode | None, control
             "leaks": rollout.task.leaks(example, text),
         }
         retry = {"text": episode.texts["retry"], "reason": episode.reasons[0]}
-        record["retry"] = {**retry, "tokens": len(_ids(episode, "retry"))}
+        tolerant = _tolerant(rollout, example, retry["text"])
+        record["retry"] = {**retry, "tokens": len(_ids(episode, "retry")), **tolerant}
     return record
+
+
+def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
+    """The reason of the milder judgement, for tasks that have one."""
+    task = rollout.task
+    return {"tolerant": task.tolerant(example, text).reason} if isinstance(task, TolerantTask) else {}
 
 
 # --- the stored blocks --------------------------------------------------------------------------------------

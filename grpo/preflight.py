@@ -11,7 +11,7 @@ import importlib.util
 
 from grpo.config import Config
 from grpo.parts import Parts
-from grpo.tasks import Example, WarmStartTask
+from grpo.tasks import Example, WarmStartTask, opening
 
 LONGEST = 32  # prompts with the most characters; the one with the most tokens is looked for among them
 
@@ -28,7 +28,7 @@ def check(config: Config, parts: Parts) -> None:
             "task writes no transcripts to start from (it has no method `transcript`)"
         )
     examples = _examples(config, parts)
-    longest = sorted(examples, key=lambda example: len(example.prompt))[-LONGEST:]
+    longest = sorted(examples, key=lambda example: _characters(parts, example))[-LONGEST:]
     _check_room(config, parts, max(longest, key=lambda example: len(parts.rollout.prompt_ids(example))))
 
 
@@ -50,6 +50,11 @@ def _examples(config: Config, parts: Parts) -> list[Example]:
             settings = " and ".join(f"{name}={count}" for name, count in need.items())
             raise ValueError(f"{settings} must not ask for more than the task has: {error}") from error
     return examples
+
+
+def _characters(parts: Parts, example: Example) -> int:
+    """Roughly, the length of the prompt. Tools and earlier turns are most of it where there are any."""
+    return sum(len(str(part)) for part in opening(parts.task, example, parts.chat).values())
 
 
 def _check_room(config: Config, parts: Parts, example: Example) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from grpo.chat import Chat
 from grpo.episode import Episode
 from grpo.sampler import Feed, Finished, Row, Sample, Sampler, Turn
-from grpo.tasks import Example, Task, Verdict
+from grpo.tasks import Example, Task, Verdict, opening
 
 # The stage is part of the key of the sampling noise, so that no two stages of a run share a random number.
 STAGES = {"failures": 0, "rollout": 1, "validation": 2, "evaluation": 3}
@@ -86,9 +86,8 @@ class Rollout:
     # --- ids of the contexts --------------------------------------------------------------------------------
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Ids of system message (if the task has one), user message and generation prompt."""
-        system = [{"role": "system", "content": self.task.system}] if self.task.system else []
-        return self.chat.prompt([*system, {"role": "user", "content": example.prompt}])
+        """Ids of what the task opens with (system message or tools, if any), user message, answer header."""
+        return self.chat.prompt(**opening(self.task, example, self.chat))
 
     def reflection_prompt_ids(self, failure: Attempt) -> list[int]:
         """Ids up to the point where the reflection begins: prompt, failed attempt, instruction."""

@@ -79,6 +79,10 @@ def _figures(models: Mapping[str, Figures]) -> str:
     lines = [_row("percent [95% interval]", list(models))]
     lines.append(_row("first try right", [_share(f["first_try"]) for f in figures]))
     lines.append(_row("second try right", [_share(f["second_try"]) for f in figures]))
+    if any("tolerant" in f for f in figures):
+        found = [f.get("tolerant", {}) for f in figures]
+        lines.append(_row("first try, tolerant", [_share(one.get("first_try")) for one in found]))
+        lines.append(_row("second try, tolerant", [_share(one.get("second_try")) for one in found]))
     lines.append(_row("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
     lines.append(_row("retries right", [_share(f["retry_success"]) for f in figures]))
     for name in CONTROLS:

@@ -18,7 +18,7 @@ import math
 import random
 
 from grpo.chat import Chat
-from grpo.tasks import Example, Task, Transcript, WarmStartTask
+from grpo.tasks import Example, Task, Transcript, WarmStartTask, opening
 
 TrainingSequence = tuple[
     list[int], list[tuple[list[int], list[bool]]]
@@ -62,8 +62,7 @@ def _sequence(
     task: WarmStartTask, chat: Chat, example: Example, reflections: int, rng: random.Random
 ) -> TrainingSequence:
     first = task.transcript(example, rng)
-    system = [{"role": "system", "content": task.system}] if task.system else []
-    prompt = chat.prompt([*system, {"role": "user", "content": example.prompt}])
+    prompt = chat.prompt(**opening(task, example, chat))
     attempt = chat.encode_turn(first.attempt)
     if first.reflection is None:
         return prompt, [(attempt, [True] * len(attempt))]

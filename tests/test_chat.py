@@ -184,6 +184,24 @@ def test_system_message_is_folded_only_where_it_must_be() -> None:
         chat.prompt(MESSAGES[:1])
 
 
+def test_tools_go_to_templates_that_write_them_out() -> None:
+    tools = [{"type": "function", "function": {"name": "add", "description": "", "parameters": {}}}]
+    takes = byte_tokenizer(template="{% for t in tools or [] %}{{ t.function.name }};{% endfor %}" + CHATML)
+    chat = Chat(takes, [token(takes, "<|im_end|>")])
+    assert chat.takes_tools
+    assert takes.decode(chat.prompt(MESSAGES, tools)) == "add;" + takes.decode(chat.prompt(MESSAGES))
+    assert chat.prompt(MESSAGES, []) == chat.prompt(MESSAGES) == chat.prompt(MESSAGES, None)
+    # glue between turns never repeats the tools
+    assert "add" not in takes.decode(chat.glue([5], "length", AGAIN))
+    raising = CHATML + "{% if tools %}{{ raise_exception('no tools') }}{% endif %}"
+    for template in (CHATML, MISTRAL, raising):
+        tokenizer = byte_tokenizer(template=template)
+        chat = Chat(tokenizer, [token(tokenizer, "<|im_end|>")])
+        assert not chat.takes_tools
+        with pytest.raises(ValueError, match="tools must be None with this chat template"):
+            chat.prompt(MESSAGES, tools)
+
+
 def test_decode() -> None:
     tokenizer = byte_tokenizer(template=PHI3)
     stops = [token(tokenizer, "<|endoftext|>"), ids(tokenizer, "!")[0]]  # a stop token need not be special

@@ -346,3 +346,33 @@ def test_measure_needs_nothing_of_a_task_but_the_protocol():
         leaks=HintTask().leaks,
     )
     assert measure(rollout, make_examples(2)).settings["task"] == "hints"
+
+
+class MildTask(HintTask):
+    """Also has a milder judgement: "wrong" will do, except for problem 3."""
+
+    def examples(self, split, count, offset=0):
+        return make_examples(offset + count)[offset:]
+
+    def tolerant(self, example, text):
+        return Verdict("ok" if text == "right" or example.id != "p3" else "wrong_value")
+
+
+def test_a_tasks_milder_judgement_is_reported_beside_the_rewards():
+    strict, mild = make_rollout(), make_rollout()
+    mild.task = MildTask()
+    plain, both = measure(strict, make_examples(6)), measure(mild, make_examples(6))
+    assert both.first_try == plain.first_try and both.second_try == plain.second_try
+    assert [record["first"]["tolerant"] for record in both.records] == ["ok"] * 3 + [
+        "wrong_value",
+        "ok",
+        "ok",
+    ]
+    assert both.records[3]["retry"]["tolerant"] == "ok"
+    figures = evaluate.report({"model": both})
+    tolerant = figures["models"]["model"]["tolerant"]
+    assert tolerant["first_try"]["count"] == 5 and tolerant["second_try"]["count"] == 6
+    text = evaluate.table(figures)
+    assert "first try, tolerant" in text and "second try, tolerant" in text
+    without = evaluate.report({"model": plain})
+    assert "tolerant" not in without["models"]["model"] and "tolerant" not in evaluate.table(without)

