@@ -20,6 +20,7 @@ import json
 import random
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,10 +40,12 @@ from grpo.episode import Episode
 from grpo.learner import Learner, NonFiniteError
 from grpo.metrics import Metrics, verdict_metrics
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.session import LOGS, WARM_START_LOG, Session
+from grpo.session import LOGS, WARM_START_LOG, AboveBar, Session
+from grpo.signatures import nothing_right
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 WARM_START_BLOCK = 20  # supervised steps between checkpoints of the warm start
+MEMORY_BLOCK = 4  # supervised steps after which unused memory is returned; an RL step takes as long
 
 
 class Run(Session):
@@ -88,6 +91,8 @@ class Run(Session):
                     run_dir.append_jsonl(self.folder / WARM_START_LOG, {"step": done, **result})
                     bar.set_postfix(loss=f"{result['loss']:.3f}")
                     bar.update()
+                    if done % MEMORY_BLOCK == 0:
+                        parts.return_unused_memory()
                     if done % WARM_START_BLOCK == 0:
                         self.save(learner, folder, done)
                         saved = done
@@ -107,6 +112,7 @@ class Run(Session):
                 examples,
                 attempts_per_example=config.attempts_per_example,
                 failures_per_example=config.failures_per_example,
+                weights="start",
                 progress=self.progress(bar),
             )
         counts = failures.summary(path)
@@ -121,24 +127,35 @@ class Run(Session):
         config = self.config
         learner = self.learner(config)
         saved = self.restore(learner, self.folder, LOGS)
-        metrics = Metrics(self.folder, config.tensorboard, dtype=config.dtype, max_steps=config.max_steps)
+        metrics = Metrics(
+            self.folder,
+            config.tensorboard,
+            dtype=config.dtype,
+            max_steps=config.max_steps,
+            console=AboveBar(),  # type: ignore[arg-type]  # as far as `print` is concerned it is a file
+        )
+        numbers = range(saved + 1, config.max_steps + 1)
+        steps = tqdm(numbers, desc="training", unit="step", initial=saved, total=config.max_steps)
         try:
             self._validate(saved, metrics)
-            for step in range(saved + 1, config.max_steps + 1):
+            for step in steps:
                 self.interrupts.check()
                 self._step(learner, step, self._groups(pool, step), metrics)
+                if (problem := nothing_right(metrics.warnings.history)) is not None:
+                    raise failures.NoSignalError(problem)
                 self._validate(step, metrics)
                 due = config.save_steps and step % config.save_steps == 0
                 if due or step in (self.best_step(), config.max_steps):
                     self.save(learner, self.folder, step)
                     saved = step
-        except (Interrupted, NonFiniteError):
+        except (Interrupted, NonFiniteError, failures.NoSignalError):
             # Of several updates on one batch a later one may have failed: no state that a run can go on from.
             between_steps = learner.optimizer.num_updates == learner.num_steps * config.num_iterations
             if learner.num_steps > saved and between_steps:
                 self.save(learner, self.folder, learner.num_steps)
             raise
         finally:
+            steps.close()
             metrics.close()
 
     def _groups(self, pool: list[Attempt], step: int) -> list[Attempt]:
@@ -175,6 +192,7 @@ class Run(Session):
             "peak_memory_gb": parts.peak_memory_gb(built.device),
         }
         metrics.timings(step, timings)
+        parts.return_unused_memory()
 
     def _episodes(self, groups: list[Attempt], step: int) -> list[Episode]:
         config, rollout = self.config, self.parts.rollout
@@ -220,6 +238,7 @@ class Run(Session):
         results = {}
         for label, source in sources.items():
             parts.load_into(built, source)
+            parts.return_unused_memory()
             with (
                 tqdm(total=len(examples), desc=f"evaluate {label}", unit="problem") as bar,
                 parts.evaluation_sampling(built),
@@ -238,7 +257,7 @@ class Run(Session):
         print(evaluate.table(figures))
 
 
-def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run] = Run) -> None:
+def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run]) -> None:
     """All stages of `kind`. The settings are stored once the parts that they name could be built."""
     with run_dir.lock(folder):
         kernels = grpo_kernels.backend(parts.choose_device(config.device), config.kernels)
@@ -249,19 +268,34 @@ def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run] = 
         interrupts.defer()
         where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
         print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
-        stages.warm_start()
-        stages.train(stages.collect_failures())
-        stages.evaluate()
+        with stages.timed("warm start"):
+            stages.warm_start()
+        with stages.timed("failures"):
+            pool = stages.collect_failures()
+        with stages.timed("training"):
+            stages.train(pool)
+        with stages.timed("evaluation"):
+            stages.evaluate()
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; what a user can cause ends in one line on stderr. Returns the exit status."""
+def main(
+    argv: list[str] | None = None,
+    kind: type[Run] = Run,
+    prepare: Callable[[Path], None] | None = None,
+) -> int:
+    """Runs the command; what a user can cause ends in one line on stderr. Returns the exit status.
+
+    `kind` and `prepare`, which is given the run directory before the run, are for the controls of
+    benchmarks/evidence.py.
+    """
     folder, status = None, EXIT_FAILED
     try:
         with Interrupts() as interrupts:
             config = configuration.parse(sys.argv[1:] if argv is None else argv)
             folder = session.directory(config)
-            run(config, folder, interrupts)
+            if prepare is not None:
+                prepare(folder)
+            run(config, folder, interrupts, kind)
         return EXIT_OK
     except (Interrupted, KeyboardInterrupt):
         begun = folder is not None and (folder / "config.yaml").exists()

@@ -7,9 +7,9 @@
     python benchmarks/evidence.py table RUN...          tries and gains of runs, with paired 95% intervals
 
 The three controls begin from the weights in RUN/start and meet the same problems with the same noise as RUN,
-so that they differ in nothing but what is claimed. Further options (`--KEY VALUE`) are those of train.py.
-Each command leaves a run directory, goes on after a kill with `python train.py --resume` (seeds, longer), and
-writes DIR/evidence.json.
+so that they differ in nothing but what is claimed. Each command but the last leaves a run directory; those of
+`seeds` and `longer` go on after a kill with `python train.py --resume RUN`. `seeds` takes the options of
+train.py as well (`--KEY VALUE`). `table` writes evidence.json beside the first run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import train  # noqa: E402
 from grpo import config as configuration  # noqa: E402
 from grpo import run_dir, session, warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
-from grpo.interrupts import Interrupts  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
@@ -64,6 +63,7 @@ class MoreSupervision(train.Run):
         start, step = time.perf_counter(), 0
         with tqdm(total=round(self.seconds), desc="supervised", unit="s") as bar:
             while time.perf_counter() - start < self.seconds:
+                self.interrupts.check()
                 batch = warmstart.sequences(
                     task,
                     chat,
@@ -80,18 +80,25 @@ class MoreSupervision(train.Run):
         self.save(learner, self.folder, step)
 
 
-def continue_run(kind: type[train.Run], run: Path, name: str, **changes: Any) -> Path:
-    """Runs `kind` from RUN/start with the settings of RUN, in a new run directory beside it."""
-    source = configuration.load(run / "config.yaml")
-    config = replace(
-        source, model_name_or_path=str(run / "start"), warm_start_steps=0, run_name=name, **changes
-    )
-    folder = session.directory(config)
-    # The weights before RL are the same, and so would be their answers.
-    shutil.copy(run / "evaluation-vanilla.jsonl", folder)
-    with Interrupts() as interrupts:
-        train.run(config, folder, interrupts, kind)
-    return folder
+def continue_run(kind: type[train.Run], run: Path, name: str, *options: str) -> tuple[int, Path | None]:
+    """Runs `kind` from RUN/start with the settings of RUN, in a new run directory beside it.
+
+    Returns:
+        the exit status, and the directory if it came to that.
+    """
+    folder: Path | None = None
+
+    def prepare(created: Path) -> None:
+        nonlocal folder
+        folder = created
+        # The weights before RL are the same, and so would be their answers.
+        shutil.copy(run / "evaluation-vanilla.jsonl", created)
+        if kind is not train.Run:
+            (created / session.CONTROL).write_text(f"{kind.__name__} of {run}\n", encoding="utf-8")
+
+    argv = ["--config", str(run / "config.yaml"), "--model_name_or_path", str(run / "start")]
+    argv += ["--warm_start_steps", "0", "--output_dir", str(run.parent), "--run_name", name, *options]
+    return train.main(argv, kind, prepare), folder
 
 
 def rl_seconds(run: Path) -> float:
@@ -172,13 +179,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for run in own.runs:
         if own.what == "shuffled":
-            folder = continue_run(ShuffledRewards, run, f"{run.name}-shuffled")
+            code, folder = continue_run(ShuffledRewards, run, f"{run.name}-shuffled")
         elif own.what == "supervised":
             MoreSupervision.seconds = rl_seconds(run)
-            folder = continue_run(MoreSupervision, run, f"{run.name}-supervised")
+            code, folder = continue_run(MoreSupervision, run, f"{run.name}-supervised")
         else:
-            steps = configuration.load(run / "config.yaml").max_steps
-            folder = continue_run(train.Run, run, f"{run.name}-longer", max_steps=2 * steps)
+            steps = str(2 * configuration.load(run / "config.yaml").max_steps)
+            code, folder = continue_run(train.Run, run, f"{run.name}-longer", "--max_steps", steps)
+        if code or folder is None:
+            return code or 1
         print(table([row(folder)]))
     return 0
 

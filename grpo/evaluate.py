@@ -20,6 +20,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo.interrupts import EXIT_INTERRUPTED, Interrupts, leave_quietly
+
+if __name__ == "__main__":
+    leave_quietly()  # a Ctrl-C during the imports below, which take seconds
+
 from grpo import blocks
 from grpo.comparison import CONTROLS, ModelResult, Record, report
 from grpo.episode import Episode
@@ -60,8 +65,8 @@ def measure(
         stage: of the noise key: "evaluation", or "validation" during training.
         store: JSON lines file for the records. What it already holds is not computed again.
         identity: says whose weights these are; a store made with another one is refused.
-        progress: called with (examples in whole blocks, examples in all) after each block and, so that the
-            caller can stop between, while a block is sampled.
+        progress: called with (examples done, about, and examples in all) while a block is sampled; the caller
+            may stop there.
     Raises:
         ValueError: an unknown control, or `store` was made for other examples, settings or weights.
     """
@@ -74,14 +79,14 @@ def measure(
     path = None if store is None else Path(store)
     records = _stored(path, examples, {**settings, "identity": identity}) if path else []
 
-    def report_progress(*_: int) -> None:
+    def report_progress(share: float = 0.0) -> None:
         if progress:
-            progress(len(records), len(examples))
+            progress(len(records) + int(share * block), len(examples))
 
     report_progress()
     for start in range(len(records), len(examples), block):
         part = examples[start : start + block]
-        new = _measure_block(rollout, part, controls, stage, report_progress)
+        new = _measure_block(rollout, part, controls, stage, _phases(report_progress, len(part) / block))
         if path:
             blocks.append(path, new, _end_line(start // block, part, {**settings, "identity": identity}))
         records += new
@@ -92,13 +97,29 @@ def measure(
 # --- one block ----------------------------------------------------------------------------------------------
 
 
+def _phases(report: Callable[[float], None], size: float) -> list[Progress]:
+    """For each of a block's sampler runs, a `progress` that reports the share of the block behind it.
+
+    The reflections take most of the time.
+    """
+
+    def phase(begin: float, end: float) -> Progress:
+        return lambda done, rows: report(size * (begin + (end - begin) * done / max(1, rows)))
+
+    return [phase(0.0, 0.2), phase(0.2, 0.8), phase(0.8, 0.99)]
+
+
 def _measure_block(
-    rollout: Rollout, examples: Sequence[Example], controls: Sequence[str], stage: str, progress: Progress
+    rollout: Rollout,
+    examples: Sequence[Example],
+    controls: Sequence[str],
+    stage: str,
+    progress: Sequence[Progress],
 ) -> list[Record]:
-    attempts = rollout.attempts(examples, stage=stage, progress=progress)
+    attempts = rollout.attempts(examples, stage=stage, progress=progress[0])
     failures = [attempt for attempt in attempts if not attempt.verdict.ok]
-    episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress)
-    verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress)
+    episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
+    verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress[2])
     reflected = iter(zip(episodes, verdicts, strict=True))
     return [
         _record(rollout, attempt, *((None, {}) if attempt.verdict.ok else next(reflected)))
@@ -190,19 +211,12 @@ def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
 
 def _settings(rollout: Rollout, controls: Sequence[str], block: int, stage: str) -> dict[str, Any]:
     """What the records depend on beside the weights and the examples."""
-    sampler = rollout.sampler
     return {
-        "task": rollout.task.name,
-        "seed": rollout.seed,
+        **rollout.settings,
+        "max_reflection_length": rollout.max_reflection_length,
         "stage": stage,
         "block": block,
         "controls": list(controls),
-        "max_completion_length": rollout.max_completion_length,
-        "max_reflection_length": rollout.max_reflection_length,
-        "temperature": sampler.temperature,
-        "greedy": sampler.greedy,
-        "top_p": sampler.top_p,
-        "top_k": sampler.top_k,
     }
 
 
@@ -245,24 +259,25 @@ def main(argv: list[str] | None = None) -> int:
 
     own, rest = sources.parser().parse_known_args(argv)
     try:
-        found = sources.resolve(own.checkpoints)
-        config = sources.settings(found, own, rest)
-        if own.output and Path(own.output).is_dir():
-            raise ValueError(f"output must be a file, got the folder {own.output}")
-        results = {source.label: _measure_source(source, config, own) for source in found}
+        with Interrupts():
+            found = sources.resolve(own.checkpoints)
+            config = sources.settings(found, own, rest)
+            if own.output and Path(own.output).is_dir():
+                raise ValueError(f"output must be a file, got the folder {own.output}")
+            results = {source.label: _measure_source(source, config, own) for source in found}
         figures = report(results)
         if own.output:
             Path(own.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, FloatingPointError) as error:
+    except (CheckpointError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; the same command goes on after the last whole block" if own.output else ""
         print(f"interrupted{hint}", file=sys.stderr)
-        return 130
+        return EXIT_INTERRUPTED
     print(table(figures))
     return 0
 

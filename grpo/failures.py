@@ -19,6 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from grpo.interrupts import EXIT_INTERRUPTED, Interrupts, leave_quietly
+
+if __name__ == "__main__":
+    leave_quietly()  # a Ctrl-C during the imports below, which take seconds
+
 from grpo import blocks
 from grpo.rollout import Attempt, Rollout
 from grpo.sampler import Turn
@@ -44,6 +49,7 @@ def build(
     *,
     attempts_per_example: int = 1,
     failures_per_example: int = 1,
+    weights: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Attempt]:
     """Samples, verifies and stores the failures of `examples`; goes on with what `path` already holds.
@@ -54,15 +60,22 @@ def build(
         examples: in a fixed order; a continued build must be given the same ones.
         attempts_per_example: first answers sampled per example (the paper's k).
         failures_per_example: wrong answers kept per example at the most, the first ones sampled.
+        weights: says whose answers these are; a file of others is not continued.
         progress: called with (examples in whole blocks, examples in all) after each block and, so that the
             caller can stop between, while a block is sampled.
     Raises:
-        ValueError: `path` holds blocks of other examples.
+        ValueError: `path` holds blocks of other examples, settings or weights.
     """
     path = Path(path)
+    settings = {
+        "weights": weights,
+        **rollout.settings,
+        "attempts_per_example": attempts_per_example,
+        "failures_per_example": failures_per_example,
+    }
     done = blocks.keep_whole(path) * BLOCK
     if done:
-        _check_same_examples(path, examples)
+        _check_same(path, examples, settings)
 
     def report_progress(*_: int) -> None:
         if progress:
@@ -80,9 +93,8 @@ def build(
         kept = [
             a for group in per_example for a in [a for a in group if not a.verdict.ok][:failures_per_example]
         ]
-        blocks.append(
-            path, [_to_json(attempt) for attempt in kept], _summary(start // BLOCK, block, per_example)
-        )
+        end_line = {**_summary(start // BLOCK, block, per_example), "settings": settings}
+        blocks.append(path, [_to_json(attempt) for attempt in kept], end_line)
         done = start + BLOCK
     report_progress()
     return load(path)
@@ -161,9 +173,14 @@ def _from_json(line: dict[str, Any]) -> Attempt:
     )
 
 
-def _check_same_examples(path: Path, examples: Sequence[Example]) -> None:
+def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> None:
     for line in blocks.read(path):
         if "block" in line:
+            changed = [name for name in settings if line["settings"].get(name) != settings[name]]
+            if changed:
+                before = line["settings"]
+                came = ", ".join(f"{name}: {before.get(name)} -> {settings[name]}" for name in changed)
+                raise ValueError(f"{path} was built with other settings ({came}): write a new file")
             block = examples[line["block"] * BLOCK :][:BLOCK]
             built_from = (line["first"], line["last"], line["examples"])
             if not block or (block[0].id, block[-1].id, len(block)) != built_from:
@@ -193,21 +210,30 @@ def main(argv: list[str] | None = None) -> int:
     )
     own, rest = parser.parse_known_args(argv)
     try:
-        config = configuration.parse(rest)
-        built = parts.build(config)
-        examples = built.task.examples("train", config.num_examples)
-        with tqdm(total=len(examples), desc="failures", unit="example") as bar:
-            build(
-                own.output,
-                built.rollout,
-                examples,
-                attempts_per_example=config.attempts_per_example,
-                failures_per_example=config.failures_per_example,
-                progress=lambda done, _: bar.update(done - bar.n),
-            )
-    except (ValueError, OSError, FloatingPointError) as error:
+        with Interrupts():
+            # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
+            config = configuration.parse(["--overlong_buffer", "0", *rest])
+            built = parts.build(config)
+            examples = built.task.examples("train", config.num_examples)
+            with tqdm(total=len(examples), desc="failures", unit="example") as bar:
+                build(
+                    own.output,
+                    built.rollout,
+                    examples,
+                    attempts_per_example=config.attempts_per_example,
+                    failures_per_example=config.failures_per_example,
+                    weights=config.model_name_or_path,
+                    progress=lambda done, _: bar.update(done - bar.n),
+                )
+    except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on after the last whole block", file=sys.stderr)
+        return EXIT_INTERRUPTED
     print(describe(summary(own.output)))
     return 0
 

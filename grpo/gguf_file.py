@@ -55,7 +55,8 @@ class GGUFFile:
     """One open GGUF file. `config`: HF config dict.
 
     Raises:
-        ValueError: damaged; an architecture, RoPE scaling or tokenizer that is not supported; no package `gguf`.
+        ValueError: damaged; an architecture, RoPE scaling or tokenizer that is not supported; or the package
+            `gguf` is not installed.
     """
 
     def __init__(self, path: Path):

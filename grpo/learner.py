@@ -10,9 +10,8 @@ The denominators are counted over the whole step before the first backward, so n
 metric depends on how the step is cut into micro-batches. The functions for log-probs, loss and advantages are
 handed in: the PyTorch references or the Triton kernels.
 
-Left out: gradient scaling for float16, more than one device, replay of older episodes.
-
-Shapes: B completions of the step, M selected tokens of a micro-batch.
+Left out: gradient scaling for float16, more than one device, replay of older episodes. Shapes: B completions
+of the step, M selected tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -138,12 +137,12 @@ class Learner:
 
         packed = pack_sequences(list(sequences), max_tokens=self.config.max_tokens_per_micro_batch)
         batches = [batch.to(self.device) for batch in packed]
-        where = f"supervised step {self.optimizer.num_updates + 1}"
-        metrics = self._update(batches, loss_function, learning_rate, where=where, advice=SUPERVISED_ADVICE)
+        where, advice = f"supervised step {self.optimizer.num_updates + 1}", SUPERVISED_ADVICE
+        metrics = self._update(batches, loss_function, learning_rate, where=where, advice=advice)
         return {**metrics, "learning_rate": learning_rate, "num_loss_tokens": float(count)}
 
     def check_weights(self) -> None:
-        """Raises NonFiniteError when an update has made weights that are NaN or infinite: do not save them."""
+        """Raises NonFiniteError when an update has made NaN or infinite weights, which must not be saved."""
         if (name := self.optimizer.first_non_finite_weight()) is not None:
             raise NonFiniteError(
                 f"the last update made weights that are NaN or infinite, first of them {name}; they were not "

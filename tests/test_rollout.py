@@ -6,8 +6,8 @@ import pytest
 import tiny
 
 from grpo.batch import pack
-from grpo.rollout import STAGES
-from grpo.sampler import Sample
+from grpo.rollout import STAGES, attempt_episodes
+from grpo.sampler import Feed, Sample
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
@@ -226,3 +226,34 @@ def test_sampled_tokens_counts_every_turn_and_every_further_retry(parts, pool, r
     turns = [turn for done in [*first, *more] for turn in done.turns]
     assert len(turns) == 4 * 2 * (2 + 2)
     assert parts.rollout.sampled_tokens - before == sum(len(turn.ids) for turn in turns)
+
+
+def test_a_failure_that_comes_twice_in_a_step_gets_other_reflections(parts, pool):
+    """A pool smaller than the step: equal groups would count the same completions double."""
+    first, second = pool[:2]
+    episodes = tiny.episodes(parts, [first, second, first])
+    once = tiny.episodes(parts, [first, second])
+    size = parts.config.num_generations
+    assert [e.completion_ids for e in episodes[: 2 * size]] == [e.completion_ids for e in once]
+    again = [e.completion_ids for e in episodes[2 * size :]]
+    assert not {tuple(ids) for ids in again} & {tuple(e.completion_ids) for e in once[:size]}
+    assert [e.generation for e in episodes[2 * size :]] == list(range(size))
+
+
+def test_an_example_that_comes_twice_gets_other_answers(parts):
+    (example,) = parts.task.examples("train", 1)
+    attempts = parts.rollout.attempts([example, example], stage="rollout", count=4)
+    assert [a.generation for a in attempts] == list(range(8))
+    once = parts.rollout.attempts([example], stage="rollout", count=4)
+    assert [a.turn.ids for a in attempts[:4]] == [a.turn.ids for a in once]
+    assert len({tuple(a.turn.ids) for a in attempts}) == 8
+    groups = attempt_episodes(attempts, 4)
+    assert [(e.group_id, e.generation) for e in groups] == [(i // 4, i % 4) for i in range(8)]
+
+
+def test_the_sampler_is_told_how_long_the_next_user_turn_can_be(parts, pool, rows):
+    """Exactly: caches then never have to grow, and preflight can tell whether a conversation fits."""
+    tiny.episodes(parts, pool)
+    fed = [len(ids) for done in rows[0] for ids in done.fed]
+    limits = [item.limit for done in rows[0] for item in done.row.script if isinstance(item, Feed)]
+    assert all(n <= limit for n, limit in zip(fed, limits, strict=True)) and set(fed) & set(limits)

@@ -2,8 +2,8 @@
 
 Each function takes its backend from the device of its first argument: Triton on CUDA and ROCm, the PyTorch
 references of grpo/ elsewhere. `backend` names one explicitly. With `validate=True` ids outside the vocabulary
-raise ValueError on every backend. Otherwise Triton does not look, since looking waits for the device, and gives
-NaN for them.
+raise ValueError on every backend. Otherwise Triton does not look, since looking waits for the device, and
+gives NaN for them.
 """
 
 from __future__ import annotations

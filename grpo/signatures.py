@@ -1,0 +1,195 @@
+"""How such runs fail, as rules on the metrics so far: the warnings of a run.
+
+They are the failure signatures of "Reflect, Retry, Reward" (arXiv 2505.24726) and of GRPO trainers at large.
+Each rule is a pure function of the history and gives advice, or None. Left out: rules about single steps; one
+step is some groups, too few to judge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Record = dict[str, Any]  # one line of metrics.jsonl: "step" and the metrics logged then
+Rule = Callable[[Sequence[Record]], str | None]  # what the metrics so far give cause to say
+
+# Verdicts that mean "the answer could not be read", as against "the answer was read and is wrong".
+FORMAT_REASONS = frozenset(
+    "no_answer empty too_long illegal_char syntax parse multi_block no_call dup_key nonfinite shape"
+    " positional non_literal".split()
+)
+WINDOW = 5  # steps over which a rule averages
+
+
+class Warnings:
+    """Applies the rules to the metrics so far; a rule that has spoken stays silent for the rest of the run.
+
+    Args:
+        records: lines of metrics.jsonl, warnings among them: what a continued run has behind it.
+        dtype: compute dtype of the run.
+    """
+
+    def __init__(self, records: Iterable[Record] = (), *, dtype: str = "bfloat16") -> None:
+        records = list(records)
+        self.history = [record for record in records if "warning" not in record]
+        self.given = {record["warning"] for record in records if "warning" in record}
+        self.rules: dict[str, Rule] = {**RULES, "sampling_difference": sampling_difference(dtype)}
+
+    def update(self, record: Record) -> dict[str, str]:
+        """Takes the newest metrics and returns what is to be said now for the first time: name -> advice."""
+        self.history.append(record)
+        found = {name: rule(self.history) for name, rule in self.rules.items() if name not in self.given}
+        new = {name: advice for name, advice in found.items() if advice is not None}
+        self.given.update(new)
+        return new
+
+
+def _values(history: Sequence[Record], name: str) -> list[float]:
+    return [record[name] for record in history if record.get(name) is not None]
+
+
+def _recent(history: Sequence[Record], name: str) -> float | None:
+    """Mean of the last WINDOW values, or None while there are fewer."""
+    values = _values(history, name)[-WINDOW:]
+    return sum(values) / WINDOW if len(values) == WINDOW else None
+
+
+def _growth(history: Sequence[Record], name: str) -> float | None:
+    """Mean of the last WINDOW values over that of the first, once the two windows do not overlap."""
+    values = _values(history, name)
+    first = sum(values[:WINDOW])
+    return sum(values[-WINDOW:]) / first if len(values) >= 2 * WINDOW and first > 0 else None
+
+
+def few_signals(history: Sequence[Record]) -> str | None:
+    """Fewer than 5% of the groups have rewards that differ: there is nothing to learn from."""
+    without = _recent(history, "frac_reward_zero_std")
+    if without is None or without <= 0.95:
+        return None
+    return (
+        f"only {1 - without:.0%} of the groups have a signal (rewards that differ): the task is too hard for "
+        "the model, or too easy. Too hard: try an easier task, a warm start (warm_start_steps), or more "
+        "retries_per_reflection."
+    )
+
+
+def no_success(history: Sequence[Record]) -> str | None:
+    """Not one retry of the starting policy was right: if that stays so, all rewards are 0."""
+    if _values(history, "validation/retry") != [0]:
+        return None
+    return (
+        "no retry of the starting model was right: as long as that is so there is nothing to learn from. Try "
+        "an easier task, a warm start (warm_start_steps), or a larger model."
+    )
+
+
+def nothing_right(history: Sequence[Record]) -> str | None:
+    """No answer in the first WINDOW steps was right. All rewards are equal then, and so it will stay."""
+    shares = _values(history, "verdicts/ok")[:WINDOW]
+    if len(shares) < WINDOW or any(shares):
+        return None
+    return (
+        f"not one answer was right in {WINDOW} steps: the task is too hard for this model, and without a "
+        "right one there is nothing to learn from. Try an easier task (task_options), a warm start "
+        "(warm_start_steps), or a larger model"
+    )
+
+
+def growing_length(history: Sequence[Record]) -> str | None:
+    """Completions run into their limit: 30% of them, or 10% while they have become half as long again."""
+    truncated = _recent(history, "completions/clipped_ratio")
+    if truncated is None or truncated < 0.1:
+        return None
+    growth = _growth(history, "completions/mean_length")
+    if truncated < 0.3 and (growth is None or growth < 1.5):
+        return None
+    return (
+        f"{truncated:.0%} of the completions hit their length limit and may be repeating themselves. Read "
+        "some in episodes.jsonl; try overlong_buffer, a higher limit, or a lower learning_rate."
+    )
+
+
+def entropy_collapse(history: Sequence[Record]) -> str | None:
+    """Entropy below a quarter of what it was: the members of a group become copies of each other."""
+    growth = _growth(history, "entropy")
+    if growth is None or growth >= 0.25:
+        return None
+    return (
+        f"entropy fell to {growth:.0%} of its first value: completions of a group become alike and leave "
+        "nothing to compare. Try a lower learning_rate, a higher beta, or a higher epsilon_high."
+    )
+
+
+def idle_reflection(history: Sequence[Record]) -> str | None:
+    """Retries after a reflection improved no more than retries without one: the reflection does nothing."""
+    retry, blind = _values(history, "validation/retry"), _values(history, "validation/retry_blind")
+    if len(retry) < 2 or len(blind) < 2:
+        return None
+    gain, blind_gain = retry[-1] - retry[0], blind[-1] - blind[0]
+    if gain < 0.05 or blind_gain < gain:
+        return None
+    return (
+        f"retries gained {gain:.1%} with a reflection and {blind_gain:.1%} without one: the model learned "
+        "the task and not to reflect. That is a result too; compare the controls that the evaluation prints."
+    )
+
+
+def answer_leakage(history: Sequence[Record]) -> str | None:
+    """More than half of the reflections state an accepted answer, which the retry only has to copy."""
+    share = _recent(history, "leaks")
+    if share is None or share <= 0.5:
+        return None
+    return (
+        f"{share:.0%} of the reflections state an accepted answer: the retry only copies it. Where finding "
+        "the answer is what a reflection is for, this is expected; else change reflection_instruction."
+    )
+
+
+def large_kl(history: Sequence[Record]) -> str | None:
+    """The policy is more than half a nat per token away from the reference."""
+    kl = _recent(history, "kl")
+    if kl is None or kl <= 0.5:
+        return None
+    return (
+        f"kl is {kl:.2f} nats per token: the policy has moved far from where it started. Check beta and "
+        "learning_rate (the paper: 0.001 and 5e-7)."
+    )
+
+
+def format_errors(history: Sequence[Record]) -> str | None:
+    """Most verdicts say that the answer could not be read."""
+    share = _recent(history, "verdicts/format")
+    if share is None or share <= 0.5:
+        return None
+    return (
+        f"{share:.0%} of the answers could not be read by the verifier: the model learns the format first. "
+        "Try a warm start, or a max_completion_length that leaves room for the answer."
+    )
+
+
+def sampling_difference(dtype: str) -> Rule:
+    """The rule for `dtype`: rounding gives about 0.04 nats in bfloat16 on a CPU, below 1e-5 in float32."""
+    bound = 1e-3 if dtype == "float32" else 0.12
+
+    def rule(history: Sequence[Record]) -> str | None:
+        difference = _recent(history, "sampling/sampling_logp_difference/mean")
+        if difference is None or difference <= bound:
+            return None
+        return (
+            f"log-probs of sampler and learner differ by {difference:.3g} nats on average, more than {dtype} "
+            "explains: look for stale sampler weights, another temperature, or other attention masks."
+        )
+
+    return rule
+
+
+RULES: dict[str, Rule] = {
+    "no_success": no_success,
+    "few_signals": few_signals,
+    "growing_length": growing_length,
+    "entropy_collapse": entropy_collapse,
+    "idle_reflection": idle_reflection,
+    "answer_leakage": answer_leakage,
+    "large_kl": large_kl,
+    "format_errors": format_errors,
+}
