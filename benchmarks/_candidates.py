@@ -155,7 +155,7 @@ def _trl(operation: str, device: str) -> Forward:
 def _trl_chunked(operation: str, device: str) -> Forward:
     from trl.kernels import ChunkedLogProbFunction
 
-    width = 8192  # columns; rows go by 4096
+    width = 32768  # columns, as TRL's trainers call it; rows go by 4096
     return _from_logprob(
         lambda h, w, i: ChunkedLogProbFunction.apply(h, w, None, i, 1.0, width, None, 1.0, ())[0]
     )(operation, device)

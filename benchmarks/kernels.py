@@ -60,8 +60,8 @@ def errors(operation: str, forward: Forward, problem: Problem) -> dict[str, floa
     found = {}
     for name, (x, y) in zip(("value", "hidden", "weight"), pairs, strict=True):
         # On-policy the loss itself is 0 up to rounding: its error is then absolute.
-        scale = y.norm() if y.ndim else max(1.0, y.abs().item())
-        found[f"{name}_error"] = float((x.double() - y).norm() / scale)
+        scale = y.detach().norm() if y.ndim else max(1.0, y.abs().item())
+        found[f"{name}_error"] = ((x.detach().double() - y.detach()).norm() / scale).item()
     return found
 
 

@@ -26,9 +26,9 @@ class Chat:
     """Turns messages into token ids for one tokenizer and chat template.
 
     Args:
-        tokenizer: a transformers tokenizer. stop_token_ids: ids that end a turn. The template's own
-        end-of-turn token is added where it is missing:
-            there are checkpoints whose configuration names only the end-of-text token.
+        tokenizer: a transformers tokenizer.
+        stop_token_ids: ids that end a turn. The template's own end-of-turn token is added where missing,
+            since there are checkpoints whose configuration names only the end-of-text token.
         chat_template: Jinja text; None for the tokenizer's own.
     Raises:
         ValueError: no template, a template that cannot hold a conversation, or no stop token.

@@ -91,8 +91,7 @@ def report(results: Mapping[str, ModelResult]) -> Figures:
 
     Args:
         results: by name, the earliest model first. The names untouched, vanilla and trained are compared in
-        that order
-            (what the warm start gave, what training gave); with other names, each model with the first.
+            that order (what the warm start gave, what training gave); with other names, each with the first.
     Raises:
         ValueError: no model, no problems, or models that were measured on other problems or with other
         settings.

@@ -1,9 +1,8 @@
 """Builds what a run needs from its configuration: device, dtype, model, tokenizer, task, sampler, rollout.
 
 Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same
-thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: on machines
-that look alike, bfloat16 matrix products ran 6 times faster than float32 on one 2-core machine, 2 times
-slower on another and 7 times slower on a third.
+thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: of machines that look alike
+some run bfloat16 matrix products ten times faster than float32, others seven times slower (docs/LOG.md).
 """
 
 from __future__ import annotations

@@ -30,8 +30,15 @@ WARM_START_LOG = "warm_start.jsonl"
 class AboveBar:
     """Standard output, with lines written above a progress bar instead of into it."""
 
+    def __init__(self) -> None:
+        self.line = ""
+
     def write(self, text: str) -> None:
-        tqdm.write(text, end="")
+        """`print` writes a line and its end apart, and each `tqdm.write` draws the bar anew."""
+        self.line += text
+        if self.line.endswith("\n"):
+            tqdm.write(self.line, end="")
+            self.line = ""
 
     def flush(self) -> None:
         sys.stdout.flush()

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import _candidates  # noqa: E402
 import _measure  # noqa: E402
 import roofline  # noqa: E402
+import tiles  # noqa: E402
 
 import kernels  # noqa: E402
 
@@ -114,3 +115,13 @@ def test_roofline_formulas():
     slow = roofline.Gpu("slow", peak=1e-9, bandwidth=1.0)
     assert works["forward"].bound(slow) == "compute" and works["combine"].bound(slow) == "memory"
     assert works["forward"].seconds(slow) == pytest.approx(2 * 4096 / 1e3)
+
+
+def test_tiles_compare_with_the_present_one(monkeypatch, capsys):
+    monkeypatch.setattr(tiles, "ROWS", (8, tiles.logprob.TILE_ROWS))
+    monkeypatch.setattr(tiles, "ELEMENTS", (64, tiles.logprob.TILE_ELEMENTS))
+    before = tiles.logprob.TILE_ROWS, tiles.logprob.TILE_ELEMENTS
+    assert tiles.main(["--size", "24x8x40", "--rounds", "1"]) == 0
+    assert (tiles.logprob.TILE_ROWS, tiles.logprob.TILE_ELEMENTS) == before
+    out = capsys.readouterr().out
+    assert out.count("(present) | 1.00 |") == 2 and out.count("| 8 rows, 64 elements |") == 2

@@ -18,10 +18,13 @@ SOURCES = [ROOT / "train.py", *sorted((ROOT / "grpo").rglob("*.py"))]
 
 OTHER_OPTIONS = {"help", "no-deps", "extra-index-url"}  # argparse's, pip's
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
+BENCHMARK_OPTIONS = set(
+    re.findall(r'"--(\w+)"', (ROOT / "benchmarks/kernels.py").read_text(encoding="utf-8"))
+)
 # Names of other programs, and names that the pages make up for their examples.
 FOREIGN = set(
     "train_dataset per_device_train_batch_size adam_epsilon num_train_epochs eval_strategy logging_steps"
-    " eval_reward reward_weights".split()
+    " eval_reward reward_weights linear_cross_entropy chunked_nll selective_log_softmax torch_compile".split()
 )
 FOREIGN_FILES = {"my.yaml", "my_tasks.py", "spelling.py", "compare.json"}
 
@@ -78,7 +81,7 @@ def test_options_exist(page):
     commands = {
         option.lstrip("-") for action in sources.parser()._actions for option in action.option_strings
     }
-    assert options <= set(TYPES) | commands | OWN_OPTIONS | OTHER_OPTIONS
+    assert options <= set(TYPES) | commands | OWN_OPTIONS | BENCHMARK_OPTIONS | OTHER_OPTIONS
 
 
 def test_settings_written_with_a_value_exist(page):

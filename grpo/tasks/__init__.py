@@ -16,7 +16,7 @@ import pkgutil
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 SPLITS = ("train", "validation", "heldout")
 
@@ -158,11 +158,11 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
     """Builds a task from `--task` and `--task_options`.
 
     Args:
-        spec: a registered name, or `package.module:Name` for a class or function anywhere on the import
-        path. options: keyword arguments of that class or function.
+        spec: a registered name, or `package.module:Name` for a class or function anywhere on the import path.
+        options: keyword arguments of that class or function.
     Raises:
-        ValueError: unknown task or option (the message gives the nearest known ones), or what it
-            builds is no task.
+        ValueError: unknown task or option (the message gives the nearest known one), an option of another
+            type than its annotation says, or what it builds is no task.
     """
     options = options or {}
     factory = _import_factory(spec) if ":" in spec else _registered_factory(spec)
@@ -191,6 +191,8 @@ def _registered_factory(name: str) -> Callable[..., Any]:
 
 def _import_factory(spec: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
+    if not module_name or not attribute:
+        raise ValueError(f"task must be a registered name or package.module:Name, got {spec!r}")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -205,14 +207,35 @@ def _import_factory(spec: str) -> Callable[..., Any]:
 
 
 def _check_options(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:
-    parameters = inspect.signature(factory).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return
-    for option in options:
-        if option not in parameters:
-            known = ", ".join(parameters) or "none"
-            hint = _nearest(option, list(parameters))
+    signature = inspect.signature(factory)
+    names = signature.parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in names.values())
+    for option in options if not takes_any else ():
+        if option not in names:
+            known = ", ".join(names) or "none"
+            hint = _nearest(str(option), list(names))
             raise ValueError(f"task_options of {spec!r} must be among: {known}; got {option!r}{hint}")
+    try:
+        signature.bind(**options)
+    except TypeError as error:
+        raise ValueError(f"task_options of {spec!r} do not fit: {error}") from error
+    try:
+        hints = get_type_hints(factory.__init__ if inspect.isclass(factory) else factory)
+    except (TypeError, NameError):  # a callable without annotations, or with some that cannot be looked up
+        hints = {}
+    for option, value in options.items():
+        kinds = get_args(hints.get(option)) or (hints.get(option),)
+        # Only what every option on a command line can be; a task checks richer types itself.
+        if all(kind in _SIMPLE for kind in kinds) and not any(_fits(value, kind) for kind in kinds):
+            expected = " or ".join(_SIMPLE[kind] for kind in kinds)
+            raise ValueError(f"task_options {option} must be {expected}, got {value!r}")
+
+
+_SIMPLE = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def _nearest(name: str, known: list[str]) -> str:

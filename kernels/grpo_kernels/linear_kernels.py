@@ -44,11 +44,28 @@ def _logits(
     return transformed(z, SCALE, CAP)
 
 
+@triton.jit
+def _halves(z, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Left and right half of a tile, which is as wide as the matrix units want it: what follows the product
+    keeps several values for each element, and in halves takes half of the registers.
+    """
+    return tl.split(tl.permute(tl.reshape(z, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _absorb(m, s, sc, selected, z, column, label, V, ENTROPY: tl.constexpr):
+    """The running sums of `online`, and the selected logit, after the columns of z."""
+    selected += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
+    z = tl.where((column < V)[None, :], z, float("-inf"))
+    m, s, sc = online(m, s, sc, z, ENTROPY)
+    return m, s, sc, selected
+
+
 @triton.jit(do_not_specialize=["M", "V", "size"])
 def forward_kernel(
     hidden, weight, ids, order, count, partial, size, M, V, H, stride_hm, stride_hk, stride_wv, stride_wk,
     SCALE: tl.constexpr, CAP: tl.constexpr, STRIP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One strip of STRIP columns for BLOCK_M rows: writes partial (4, strips, M): m, s, sc, selected logit.
@@ -72,9 +89,14 @@ def forward_kernel(
             hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, V, H,
             SCALE, CAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ACC, UPCAST,
         )  # fmt: skip
-        selected += tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1)
-        z = tl.where((column < V)[None, :], z, float("-inf"))
-        m, s, sc = online(m, s, sc, z, ENTROPY)
+        if HALVES:
+            half = start + tl.arange(0, BLOCK_N // 2)
+            left, right = _halves(z, BLOCK_M, BLOCK_N)
+            m, s, sc, selected = _absorb(m, s, sc, selected, left, half, label, V, ENTROPY)
+            half += BLOCK_N // 2
+            m, s, sc, selected = _absorb(m, s, sc, selected, right, half, label, V, ENTROPY)
+        else:
+            m, s, sc, selected = _absorb(m, s, sc, selected, z, column, label, V, ENTROPY)
     out = partial + strip.to(tl.int64) * M + place
     tl.store(out, m, mask=live)
     tl.store(out + size, s, mask=live)
@@ -111,11 +133,24 @@ def combine_kernel(
     store_row(ids, logprob, entropy, stats, row, live, m, s, sc, selected, M, V, ENTROPY)
 
 
+@triton.jit
+def _store_gradient(
+    out, z, sums, local, first, stop, label, live,
+    CAP: tl.constexpr, SCALE: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of the products whose logits are z, in the chunk's columns `local`."""
+    m, s, c, up, up_entropy = sums
+    column = first + local
+    g = gradient_of(z, m, s, c, up, up_entropy, column[None, :] == label[:, None], CAP, SCALE, ENTROPY)
+    inside = live[:, None] & (column < stop)[None, :]
+    tl.store(out + local[None, :], g.to(out.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "V", "first", "stop"])
 def gradient_kernel(
     hidden, weight, ids, order, count, stats, up, up_entropy, gradient, M, V, H, first, stop,
     stride_hm, stride_hk, stride_wv, stride_wk, SCALE: tl.constexpr, CAP: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HALVES: tl.constexpr,
     ENTROPY: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """d(loss) / d(products) for the columns first to stop, compacted: gradient (M, CHUNK), like W."""
@@ -134,10 +169,16 @@ def gradient_kernel(
         hidden, row, live, stride_hm, stride_hk, weight, column, stride_wv, stride_wk, stop, H,
         SCALE, CAP, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, ACC, UPCAST,
     )  # fmt: skip
-    m, s, c, u, u_entropy = load_row(stats, up, up_entropy, row, live, M, ENTROPY, ACC)
-    g = gradient_of(z, m, s, c, u, u_entropy, column[None, :] == label[:, None], CAP, SCALE, ENTROPY)
-    out = gradient + place.to(tl.int64)[:, None] * CHUNK + local[None, :]
-    tl.store(out, g.to(gradient.dtype.element_ty), mask=live[:, None] & (column < stop)[None, :])
+    sums = load_row(stats, up, up_entropy, row, live, M, ENTROPY, ACC)
+    out = gradient + place.to(tl.int64)[:, None] * CHUNK
+    if HALVES:
+        half = part * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        left, right = _halves(z, BLOCK_M, BLOCK_N)
+        _store_gradient(out, left, sums, half, first, stop, label, live, CAP, SCALE, ENTROPY)
+        half += BLOCK_N // 2
+        _store_gradient(out, right, sums, half, first, stop, label, live, CAP, SCALE, ENTROPY)
+    else:
+        _store_gradient(out, z, sums, local, first, stop, label, live, CAP, SCALE, ENTROPY)
 
 
 @triton.jit(do_not_specialize=["M", "width"])

@@ -1,0 +1,79 @@
+"""Which tiles should grpo/logprob.py take? Time and memory of forward plus backward, by the tile's size.
+
+    python benchmarks/tiles.py
+    python benchmarks/tiles.py --size 8192x576x49152 --dtypes bfloat16 --rounds 5
+
+Ratios to the tile that the code has now, round by round in one run; memory beyond inputs and gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+import torch  # noqa: E402
+from _candidates import Problem, backward  # noqa: E402
+from _measure import machine, peak_bytes, seconds  # noqa: E402
+from _sizes import size_of  # noqa: E402
+
+from grpo import logprob  # noqa: E402
+
+ROWS = (256, 2048, 8192)
+ELEMENTS = (1 << 18, 1 << 20, 1 << 22)
+
+
+def with_tile(problem: Problem, rows: int, elements: int) -> Callable[[], tuple[torch.Tensor, ...]]:
+    def call() -> tuple[torch.Tensor, ...]:
+        before = logprob.TILE_ROWS, logprob.TILE_ELEMENTS
+        logprob.TILE_ROWS, logprob.TILE_ELEMENTS = rows, elements
+        try:
+            return backward(logprob.linear_logprob(problem.hidden, problem.weight, problem.ids)[0], problem)
+        finally:
+            logprob.TILE_ROWS, logprob.TILE_ELEMENTS = before
+
+    return call
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/tiles.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--size", type=size_of, default=(4096, 576, 49152), help="MxHxV (default: 4096x576x49152)"
+    )
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
+    own = parser.parse_args(argv)
+    if own.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {own.rounds}")
+    print(", ".join(f"{key}: {value}" for key, value in machine("cpu").items()))
+    now = f"{logprob.TILE_ROWS} rows, {logprob.TILE_ELEMENTS} elements"
+    for dtype in own.dtypes:
+        problem = Problem.make(*own.size, getattr(torch, dtype), "cpu")
+        calls = {f"{r} rows, {e} elements": with_tile(problem, r, e) for r in ROWS for e in ELEMENTS}
+        times = seconds(calls, "cpu", rounds=own.rounds)
+        gradients = problem.hidden.nbytes + problem.weight.nbytes
+        print(
+            "\n{}x{}x{}, {}\n\n| tile | times the present one | extra MB |\n|---|---|---|".format(
+                *own.size, dtype
+            )
+        )
+        for name, call in calls.items():
+            ratio = statistics.median(a / b for a, b in zip(times[name], times[now], strict=True))
+            extra = (peak_bytes(call, "cpu") - gradients) / 1e6
+            print(f"| {name}{' (present)' if name == now else ''} | {ratio:.2f} | {extra:.0f} |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
