@@ -18,9 +18,11 @@ SOURCES = [ROOT / "train.py", *sorted((ROOT / "grpo").rglob("*.py"))]
 
 OTHER_OPTIONS = {"help", "no-deps", "extra-index-url"}  # argparse's, pip's
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
-BENCHMARK_OPTIONS = set(
-    re.findall(r'"--(\w+)"', (ROOT / "benchmarks/kernels.py").read_text(encoding="utf-8"))
-)
+BENCHMARK_OPTIONS = {
+    option
+    for path in (ROOT / "benchmarks").glob("*.py")
+    for option in re.findall(r'"--(\w+)"', path.read_text(encoding="utf-8"))
+}
 # Names of other programs, and names that the pages make up for their examples.
 FOREIGN = set(
     "train_dataset per_device_train_batch_size adam_epsilon num_train_epochs eval_strategy logging_steps"
