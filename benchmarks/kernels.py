@@ -161,6 +161,7 @@ def plot(folder: Path, rows: list[dict[str, Any]]) -> str:
         time_axis.set_xlabel("forward + backward, ms")
         memory_axis.barh(names, [max(1, r["extra_bytes"]) / 1e6 for r in chosen])
         memory_axis.set_xscale("log")
+        memory_axis.set_xlim(left=1)  # the same beginning for all, and room between the ticks
         memory_axis.set_xlabel("peak memory beyond inputs and gradients, MB")
         for axis in (time_axis, memory_axis):
             axis.invert_yaxis()
