@@ -89,6 +89,11 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "low": low, "high": high}
 
 
+def ratio(times: list[float], others: list[float]) -> float:
+    """Median over the rounds of one time to the other: what slowed a round down slowed both."""
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
+
+
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
     """Most bytes allocated at once during `call` beyond those before it, its results included.
 

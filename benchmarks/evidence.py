@@ -92,8 +92,8 @@ def continue_run(kind: type[train.Run], run: Path, name: str, *options: str) -> 
         nonlocal folder
         folder = created
         # The weights before RL are the same, and so would be their answers.
-        for name in ("failures.jsonl", "evaluation-vanilla.jsonl"):
-            shutil.copy(run / name, created)
+        for file in ("failures.jsonl", "evaluation-vanilla.jsonl"):
+            shutil.copy(run / file, created)
         if kind is not train.Run:
             (created / session.CONTROL).write_text(f"{kind.__name__} of {run}\n", encoding="utf-8")
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _candidates import ABOUT, BUILDERS, Forward, Problem, backward, build, eager_logprob, loss_of  # noqa: E402
-from _measure import machine, peak_bytes, seconds, summary  # noqa: E402
+from _measure import machine, peak_bytes, ratio, seconds, summary  # noqa: E402
 from _sizes import size_of  # noqa: E402
 
 OPERATIONS = ("logprob", "grpo")
@@ -99,13 +99,8 @@ def measure(
         row |= {"tflops": 6 * m * h * v / all_of_it["median"] / 1e12}
         row |= {"forward_tflops": 2 * m * h * v / first["median"] / 1e12}
         if "eager" in times:
-            row["times_eager"] = summary(ratios(times[name], times["eager"]))["median"]
+            row["times_eager"] = ratio(times[name], times["eager"])
     return rows, absent
-
-
-def ratios(times: list[float], others: list[float]) -> list[float]:
-    """Round by round, so that what slowed a round down slowed both."""
-    return [a / b for a, b in zip(times, others, strict=True)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

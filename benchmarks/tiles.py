@@ -9,7 +9,6 @@ Ratios to the tile that the code has now, round by round in one run; memory beyo
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _candidates import Problem, backward  # noqa: E402
-from _measure import machine, peak_bytes, seconds  # noqa: E402
+from _measure import machine, peak_bytes, ratio, seconds  # noqa: E402
 from _sizes import size_of  # noqa: E402
 
 from grpo import logprob  # noqa: E402
@@ -69,9 +68,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         )
         for name, call in calls.items():
-            ratio = statistics.median(a / b for a, b in zip(times[name], times[now], strict=True))
             extra = (peak_bytes(call, "cpu") - gradients) / 1e6
-            print(f"| {name}{' (present)' if name == now else ''} | {ratio:.2f} | {extra:.0f} |", flush=True)
+            label = f"{name} (present)" if name == now else name
+            print(f"| {label} | {ratio(times[name], times[now]):.2f} | {extra:.0f} |", flush=True)
     return 0
 
 

@@ -44,11 +44,7 @@ def blocks(dtype: torch.dtype, name: str, target: str | None = None) -> dict[str
     else:
         table = _HALF_BY_TARGET[current_target() if target is None else target]
     m, n, k, warps, stages = table[name]
-    # Of a tile of 256 columns the log-sum-exp and the gradient are made in halves, or registers spill. The
-    # interpreter does it with float32, and float64 takes the other way.
-    halves = {"HALVES": n == 256 or (INTERPRETED and dtype != torch.float64)}
-    return {
-        **(halves if name in ("forward", "gradient") else {}),
+    options = {
         "BLOCK_M": m,
         "BLOCK_N": n,
         "BLOCK_K": k,
@@ -57,6 +53,11 @@ def blocks(dtype: torch.dtype, name: str, target: str | None = None) -> dict[str
         "num_warps": warps,
         "num_stages": stages,
     }
+    if name in ("forward", "gradient"):
+        # Of a tile of 256 columns the log-sum-exp and the gradient are made in halves, or registers spill.
+        # The interpreter does it with float32, and float64 takes the other way.
+        options["HALVES"] = n == 256 or (INTERPRETED and dtype != torch.float64)
+    return options
 
 
 @cache
