@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from grpo.sdpa import attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -33,12 +34,7 @@ def causal_attend(
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         window = windows[layer]
         mask = mask_for(None if window is None or window >= length else window)
-        if q.is_cuda and k.shape[1] != q.shape[1]:
-            # On CUDA most fused kernels take no grouped heads, and the one left keeps all (T, T) scores.
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=k.shape[1] != q.shape[1]
-        )
+        return attention(q, k, v, mask)
 
     return attend
 

@@ -22,9 +22,9 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from grpo.episode import Episode
+from grpo.sdpa import attention
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -221,7 +221,7 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
         parts = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True))
         out = []
         for plan, prompt, branches in zip(plans[key], parts[0::2], parts[1::2], strict=True):
-            out.append(_sdpa(*prompt, mask=plan.prompt_mask))
+            out.append(attention(*prompt, mask=plan.prompt_mask))
             if branches[0].shape[2]:
                 out.append(_attend_branches(plan, branches, prompt))
         return torch.cat(out, dim=2)
@@ -269,14 +269,9 @@ def _attend_branches(plan: _Plan, branches: Sequence[Tensor], prompt: Sequence[T
     padded = branches if plan.pad is None else [x.index_select(2, plan.pad) for x in branches]
     q, k, v = (x[0].unflatten(1, (plan.num_branches, -1)).transpose(0, 1) for x in padded)  # (G, heads, L, D)
     shared_k, shared_v = (x[:, :, :-1].expand(plan.num_branches, -1, -1, -1) for x in prompt[1:])
-    out = _sdpa(q, torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2), mask=plan.branch_mask)
+    out = attention(q, torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2), plan.branch_mask)
     out = out.transpose(0, 1).flatten(1, 2)[None]
     return out if plan.unpad is None else out.index_select(2, plan.unpad)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None) -> Tensor:
-    grouped = q.shape[1] != k.shape[1]
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
 def dense_mask(trees: Sequence[Tree], *, window: int | None = None) -> Tensor:

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from grpo.model import ModelConfig
+from grpo.sdpa import attention
 
 
 class SlotCache:
@@ -262,12 +262,4 @@ class CachedAttention:
                 for prefix, own in zip(self.prefixes.layer(layer), self.own.layer(layer), strict=True)
             )
         mask = self._masks[run, self.config.windows[layer]]
-        out = F.scaled_dot_product_attention(
-            q[tokens].transpose(0, 1)[None],
-            keys[None],
-            values[None],
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out[0].transpose(0, 1)
+        return attention(q[tokens].transpose(0, 1)[None], keys[None], values[None], mask)[0].transpose(0, 1)
