@@ -221,7 +221,7 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
         parts = list(zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True))
         out = []
         for plan, prompt, branches in zip(plans[key], parts[0::2], parts[1::2], strict=True):
-            out.append(attention(*prompt, mask=plan.prompt_mask))
+            out.append(attention(prompt[0], prompt[1], prompt[2], plan.prompt_mask))
             if branches[0].shape[2]:
                 out.append(_attend_branches(plan, branches, prompt))
         return torch.cat(out, dim=2)
