@@ -1,0 +1,195 @@
+"""Tokens per second of the sampler, of other engines, and of the linear layers alone, on the same weights.
+
+    python benchmarks/rollout.py                                          64 rows, prompts of 128 tokens
+    python benchmarks/rollout.py --rows 16 64 128 --prompts 64 128 384 1024 --new 32 128 256
+    python benchmarks/rollout.py --scripts plain reflect --dtypes bfloat16 --peers ours generate
+
+Workloads: `plain` samples one turn per row, `reflect` is the script of an episode: an attempt, fed tokens, a
+reflection, fed tokens, a retry. Prompts are shared by 8 rows. Rows end at lengths drawn beforehand, uniform
+from a quarter of --new up to it, the same for all engines; only tokens of rows that are not done count.
+Engines take turns, round by round; figures are medians, and ratios are medians over the rounds.
+
+`ceiling` is the share of our time that the linear layers alone take, replayed with the tokens of every
+forward pass; `read` is the share that reading all weights once per forward pass takes at the memory bandwidth
+measured here. Packages that are not installed are listed as absent.
+
+Writes rollout.json and rollout.csv to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+import torch  # noqa: E402
+from _measure import machine, ratio, seconds, summary  # noqa: E402
+from _rollouts import ABOUT, BUILDERS, Engine, LinearLayers, Workload, build  # noqa: E402
+
+from grpo import config as configuration  # noqa: E402
+from grpo import weights  # noqa: E402
+from grpo.model import Decoder  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SHARE = 8  # rows per prompt: num_generations of the demo
+FED = 32  # tokens between two turns of `reflect`: a chat template's, and the request for a retry
+ANSWER = 24  # most tokens of an answer
+COLUMNS = [
+    ("engine", "{}"),
+    ("seconds", "{:.2f}"),
+    ("low", "{:.2f}"),
+    ("high", "{:.2f}"),
+    ("tokens_per_second", "{:.0f}"),
+    ("times_ours", "{:.2f}"),
+    ("ceiling", "{:.0%}"),
+    ("read", "{:.0%}"),
+]
+
+
+def workload(script: str, rows: int, prompt: int, new: int, vocab_size: int) -> Workload:
+    long = (max(1, new // 4), new)
+    answer = (ANSWER // 2, ANSWER)
+    turns, feeds = ((long,), ()) if script == "plain" else ((answer, long, answer), (FED, FED))
+    name = f"{script}, {rows} rows, prompt {prompt}, up to {new} new"
+    return Workload.make(
+        name, rows=rows, prompt=prompt, turns=turns, feeds=feeds, share=SHARE, vocab_size=vocab_size
+    )
+
+
+def bandwidth(device: str, megabytes: int = 512) -> float:
+    """Bytes per second read from memory, by a sum over more than the caches hold."""
+    data = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
+    times = seconds({"read": lambda: data.sum()}, device, rounds=5)["read"]
+    return data.nbytes / min(times)
+
+
+def measure(
+    work: Workload,
+    engines: dict[str, Engine],
+    model: Decoder,
+    device: str,
+    rounds: int,
+    bytes_per_second: float,
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """A row for each engine, and for those that failed why."""
+    failed: dict[str, str] = {}
+    linear = LinearLayers(model)
+    calls = {}
+    for name, run in engines.items():
+        try:
+            sampled = linear.record(lambda r=run: r(work)) if name == "ours" else run(work)
+        except Exception as error:  # another engine's failure is a result, not the end of the benchmark
+            if name == "ours":
+                raise
+            failed[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            continue
+        if sampled != work.num_sampled:
+            failed[name] = f"sampled {sampled} tokens where {work.num_sampled} were asked for"
+            continue
+        calls[name] = lambda r=run: r(work)
+    if "ours" in calls:
+        calls["linear"] = lambda: linear.replay(work.num_rows)
+    times = seconds(calls, device, rounds=rounds)
+    rows = []
+    for name in calls:
+        found = summary(times[name])
+        row = {"workload": work.name, "engine": name, "seconds": found["median"], "low": found["low"]}
+        row |= {"high": found["high"], "tokens_per_second": work.num_sampled / found["median"]}
+        if "ours" in times:
+            row["times_ours"] = ratio(times[name], times["ours"])
+        if name == "ours":
+            passes = len(linear.tokens)
+            read = passes * sum(p.nbytes for p in model.parameters()) / bytes_per_second
+            row |= {"ceiling": ratio(times["linear"], times["ours"]), "read": read / found["median"]}
+            row |= {"passes": passes, "tokens": sum(linear.tokens)}
+        rows.append(row)
+    return rows, failed
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in rows:
+        cells = [form.format(row[name]) if name in row else "-" for name, form in COLUMNS]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(folder: Path, where: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "absent": absent, "rows": rows}
+    (folder / "rollout.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with open(folder / "rollout.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"written: {folder / 'rollout.json'}, rollout.csv")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/rollout.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    demo = configuration.Config().model_name_or_path
+    parser.add_argument(
+        "--model", default=demo, help="folder, Hub id, file.gguf or package:... (default: %(default)s)"
+    )
+    parser.add_argument("--device", default=there, choices=["cpu", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    parser.add_argument("--scripts", nargs="+", choices=["plain", "reflect"], default=["plain"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[64], help="(default: %(default)s)")
+    parser.add_argument("--prompts", nargs="+", type=int, default=[128], help="tokens (default: %(default)s)")
+    parser.add_argument(
+        "--new", nargs="+", type=int, default=[64], help="most per turn (default: %(default)s)"
+    )
+    parser.add_argument("--peers", nargs="+", choices=BUILDERS, default=list(BUILDERS), help="(default: all)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
+    own = parser.parse_args(argv)
+    for name in ("rows", "prompts", "new", "rounds"):
+        if min([getattr(own, name)] if name == "rounds" else getattr(own, name)) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(own, name)}")
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    where = machine(own.device)
+    speed = bandwidth(own.device)
+    where["read_gb_per_second"] = round(speed / 1e9, 1)
+    print(", ".join(f"{key}: {value}" for key, value in where.items()))
+    rows: list[dict[str, Any]] = []
+    absent: dict[str, str] = {}
+    for dtype in own.dtypes:
+        model, tokenizer = weights.load(own.model, DTYPES[dtype], own.device)
+        engines, why_not, folder = build(
+            own.peers, model, tokenizer, DTYPES[dtype], own.device, max(own.rows)
+        )
+        absent |= why_not
+        with folder:
+            for script, count, prompt, new in (
+                (s, r, p, n) for s in own.scripts for r in own.rows for p in own.prompts for n in own.new
+            ):
+                work = workload(script, count, prompt, new, model.config.vocab_size)
+                found, failed = measure(work, engines, model, own.device, own.rounds, speed)
+                absent |= {f"{name} ({work.name}, {dtype})": why for name, why in failed.items()}
+                print(f"\n{work.name}, {dtype}: {work.num_sampled} tokens\n\n{table(found)}", flush=True)
+                rows += [{"dtype": dtype, **row} for row in found]
+    print()
+    for name, why in absent.items():
+        about = ABOUT[name.partition(" ")[0]]
+        print(f"absent: {name}: {about}: {why}")
+    write(own.output, where, rows, absent)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
