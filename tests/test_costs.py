@@ -1,0 +1,142 @@
+"""What a decode step and an update cost, in counts that no noisy neighbour changes: FLOPs of matrix products,
+bytes allocated, calls of Python. A change that makes any of them grow fails here, on every machine.
+"""
+
+import random
+import sys
+
+import pytest
+import tiny
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo.batch import pack_sequences
+from grpo.model import Decoder, ModelConfig
+from grpo.sampler import Row, Sample, Sampler
+
+VOCABULARY, PROMPT, NEW, ROWS, SHARE = 1000, 40, 20, 16, 8
+NEVER = 10**6  # a stop token that cannot come: every row samples all its tokens
+
+
+def decoder(num_layers=2, vocab_size=VOCABULARY):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": vocab_size, "num_hidden_layers": num_layers}
+    return Decoder(ModelConfig.from_hf({**tiny.HF_CONFIG, **sizes})).eval()
+
+
+def rows(count=ROWS, new=NEW):
+    rng = random.Random(0)
+    prompts = [tuple(rng.randrange(VOCABULARY) for _ in range(PROMPT)) for _ in range(count // SHARE)]
+    return [Row(prompts[i // SHARE], [Sample(new, key=(i,))]) for i in range(count)]
+
+
+def layer_weights(model):
+    """Numbers in the matrices of all layers: each costs 2 FLOPs per token."""
+    return sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
+
+
+def flops(call):
+    """FLOPs by operation, each product's counted by its shape."""
+    # Torch's counter leaves out the in-place product.
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call()
+    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+
+
+def allocated_bytes(call):
+    """All bytes ever allocated during the call, whether freed or not."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        call()
+    return sum(max(0, event.self_cpu_memory_usage) for event in profile.key_averages())
+
+
+def python_calls(call):
+    """Calls of Python functions and of built-in ones."""
+    count = 0
+
+    def seen(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(seen)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_sampling_multiplies_each_token_once_and_a_shared_prompt_once():
+    model = decoder()
+    sampler = Sampler(model, stop_token_ids=[NEVER])
+    counted = flops(lambda: sampler.run(rows()))
+    sampled, prompts = ROWS * NEW, ROWS // SHARE * (PROMPT - 1)  # a prompt's last token is each row's first
+    head = 2 * model.output_weight.numel() * sampled
+    assert counted["aten.mm"] == 2 * layer_weights(model) * (sampled + prompts) + head
+    # Scores and sums, for the prompt's keys and the row's own so far: no row attends to another's.
+    config = model.config
+    keys = ROWS * sum(PROMPT - 1 + own for own in range(1, NEW + 1))
+    assert counted["aten.bmm"] == config.num_layers * 4 * config.num_heads * config.head_dim * keys
+    assert counted.keys() <= {"aten.mm", "aten.bmm", "aten._scaled_dot_product_flash_attention_for_cpu"}
+
+
+def test_rows_that_are_done_cost_nothing():
+    """16 rows of which 12 end after 2 tokens: the products of 4 rows from then on."""
+    model = decoder()
+    lengths = [2] * 12 + [NEW] * 4
+    work = [
+        Row(row.prefix, [Sample(n, key=(n, i))])
+        for i, (row, n) in enumerate(zip(rows(), lengths, strict=True))
+    ]
+    sampler = Sampler(model, stop_token_ids=[NEVER])
+    counted = flops(lambda: sampler.run(work))["aten.mm"]
+    tokens = sum(lengths) + ROWS // SHARE * (PROMPT - 1)
+    head = 2 * model.output_weight.numel() * sum(lengths)
+    assert counted == 2 * layer_weights(model) * tokens + head
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_step_writes_no_second_copy_of_the_logits(dtype):
+    """Neither softmax nor running sums of (V, B): a larger vocabulary adds little to what is allocated."""
+    per_step = []
+    for vocabulary in (VOCABULARY, 50 * VOCABULARY):
+        model = decoder(vocab_size=vocabulary).to(dtype)
+        sampler = Sampler(model, stop_token_ids=[NEVER])
+        sampler.run(rows())  # the logits' own buffer comes with the first run and stays
+        per_step.append(allocated_bytes(lambda s=sampler: s.run(rows())) / NEW)
+    logits = 49 * VOCABULARY * ROWS * 4
+    assert per_step[1] - per_step[0] < 0.05 * logits
+
+
+def test_python_calls_of_a_decode_step():
+    """70 calls and as many built-in ones for a layer, 8 and 13 for a row: bounds just above what it is."""
+
+    def per_step(num_layers, count):
+        sampler = Sampler(decoder(num_layers), stop_token_ids=[NEVER])
+        short, long = (python_calls(lambda n=n: sampler.run(rows(count, n))) for n in (10, 30))
+        return (long - short) / 20
+
+    base, deeper, wider = per_step(2, 8), per_step(4, 8), per_step(2, 64)
+    assert (deeper - base) / 2 < 190, "for a layer"
+    assert (wider - base) / 56 < 24, "for a row"
+    assert base < 750
+
+
+def test_an_update_multiplies_a_shared_prompt_once():
+    """Forward, and twice that backward, for the tokens of the packed rows; nothing is padded."""
+    learner = tiny.learner(tiny.build())
+    model = learner.model
+    completions, length = 8, 6
+    prompt = [1 + i for i in range(PROMPT)]
+    branches = [([5 + i] * length, [True] * length) for i in range(completions)]
+    packed = pack_sequences([(prompt, branches)], max_tokens=1000)
+    tokens, selected = PROMPT + completions * length, completions * length
+    assert [batch.num_tokens for batch in packed] == [tokens]
+    counted = flops(lambda: learner.supervised_step([(prompt, branches)], 1e-3))
+    products = sum(count for name, count in counted.items() if "mm" in name and "bmm" not in name)
+    # The logits are multiplied out twice (forward, and again in the backward pass), then the two gradients.
+    head = 8 * model.output_weight.numel() * selected
+    assert products == 6 * layer_weights(model) * tokens + head
