@@ -1,0 +1,225 @@
+"""How a GRPO step of ours grows: seconds and memory against each size, the others held fixed.
+
+    python benchmarks/scaling.py                                    group size, prompt and completion length
+    python benchmarks/scaling.py --axes vocabulary model threads --dtype float32
+    python benchmarks/scaling.py --axes generations --values 4 8 16 32 64
+
+Every point is benchmarks/step.py's step in a process of its own, `beta` 0, random weights except for the
+demo's sizes. For each axis the exponent b of seconds ~ size^b is fitted by least squares between the
+logarithms, once over all points and once over the last two: 1 is linear, and where the two differ the curve
+bends. Memory is the peak of the process, weights and optimiser included, so its exponents say how much of it
+grows. Writes scaling.json and scaling.png to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+import torch  # noqa: E402
+from _measure import machine  # noqa: E402
+
+from grpo import config as configuration  # noqa: E402
+from grpo import weights  # noqa: E402
+from grpo.model import Decoder, ModelConfig  # noqa: E402
+
+STEP = Path(__file__).with_name("step.py")
+DEFAULTS: dict[str, int] = {"prompts": 4, "generations": 8, "prompt": 128, "completion": 32}
+# SmolLM2-135M and 360M and Qwen2.5-0.5B, by their published configs
+_LLAMA = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 8192,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "135M": {
+        **_LLAMA,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+    },
+    "360M": {
+        **_LLAMA,
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49152,
+    },
+    "0.5B": {
+        **_LLAMA,
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+    },
+}
+AXES: dict[str, list[Any]] = {
+    "generations": [4, 8, 16, 32],
+    "prompt": [64, 128, 256, 512],
+    "completion": [16, 32, 64, 128],
+    "vocabulary": [49152, 151936],
+    "model": list(MODELS),
+    "threads": [1, 2],
+}
+PARTS = ("rollout", "update", "memory")
+
+
+def save_random_model(config: dict[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype) -> int:
+    """A Hugging Face folder of random weights; returns the number of parameters."""
+    torch.manual_seed(0)
+    model = Decoder(ModelConfig.from_hf(config)).to(dtype)
+    model.source = weights.Source(config, {}, dtype)
+    weights.save(model, tokenizer, folder, dtype)
+    return sum(p.numel() for p in model.parameters())
+
+
+def point(folder: Path, dtype: str, threads: int, steps: int, sizes: dict[str, int]) -> dict[str, float]:
+    """Seconds of rollout and update (medians of the steps) and peak GB of one setting."""
+    command = [sys.executable, str(STEP), "--engine", "ours", "--folder", str(folder), "--dtype", dtype]
+    command += ["--beta", "0", "--steps", str(steps), "--threads", str(threads)]
+    for name, size in sizes.items():
+        command += [f"--{name}", str(size)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    times = {name: statistics.median(seconds) for name, seconds in found["parts"].items()}
+    return {**times, "memory": found["peak_gb"]}
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """Least-squares slope between the logarithms; NaN for a single point."""
+    if len(sizes) < 2:
+        return math.nan
+    return statistics.linear_regression([math.log(s) for s in sizes], [math.log(v) for v in values]).slope
+
+
+def fits(sizes: list[float], points: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """For each part the exponent over all points and over the last two."""
+    series = {name: [p[name] for p in points] for name in PARTS}
+    return {
+        name: {"all": exponent(sizes, values), "last": exponent(sizes[-2:], values[-2:])}
+        for name, values in series.items()
+    }
+
+
+def report(axis: str, labels: list[Any], points: list[dict[str, float]], fit: dict[str, Any]) -> str:
+    lines = [f"| {axis} | rollout s | update s | peak GB |", "|" + "---|" * 4]
+    for label, p in zip(labels, points, strict=True):
+        lines.append(f"| {label} | {p['rollout']:.2f} | {p['update']:.2f} | {p['memory']:.2f} |")
+    for which, text in (("all", "exponent"), ("last", "between the last two")):
+        lines.append(f"| {text} | " + " | ".join(f"{fit[name][which]:.2f}" for name in PARTS) + " |")
+    return "\n".join(lines)
+
+
+def plot(file: Path, results: dict[str, Any]) -> str:
+    """Seconds against size, both logarithmic, a panel for each axis; says what it did."""
+    try:
+        import matplotlib
+    except ImportError:
+        return " (no plot: matplotlib is not installed)"
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.2), squeeze=False)
+    for panel, (axis, found) in zip(axes[0], results.items(), strict=True):
+        for name in ("rollout", "update"):
+            panel.plot(found["sizes"], [p[name] for p in found["points"]], marker="o", label=name)
+        panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
+        panel.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+    return f", {file.name}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/scaling.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--axes", nargs="+", choices=AXES, default=list(AXES)[:3], help="(default: %(default)s)"
+    )
+    parser.add_argument("--values", nargs="+", type=int, help="of the one axis given, in rising order")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1, help="counted steps of a point (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
+    for name, size in DEFAULTS.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=size, help="where it is held fixed (default: %(default)s)"
+        )
+    parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
+    own = parser.parse_args(argv)
+    if own.values and (len(own.axes) > 1 or own.axes[0] == "model" or own.values != sorted(set(own.values))):
+        parser.error(
+            f"--values takes rising numbers for one axis other than model, got {own.values} for {own.axes}"
+        )
+    if own.steps < 1:
+        parser.error(f"--steps must be at least 1, got {own.steps}")
+    where = machine("cpu")
+    print(", ".join(f"{key}: {value}" for key, value in where.items()))
+    dtype = getattr(torch, own.dtype)
+    _, tokenizer = weights.load(configuration.Config().model_name_or_path, dtype)
+    fixed = {name: getattr(own, name) for name in DEFAULTS}
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="scaling-") as temporary:
+        folders: dict[str, tuple[Path, int]] = {}
+
+        def model(name: str, config: dict[str, Any]) -> tuple[Path, int]:
+            if name not in folders:
+                folder = Path(temporary) / name
+                folders[name] = folder, save_random_model(config, tokenizer, folder, dtype)
+            return folders[name]
+
+        for axis in own.axes:
+            labels, points, sizes = own.values or AXES[axis], [], []
+            for label in labels:
+                name, config, threads, here = "135M", MODELS["135M"], own.threads, dict(fixed)
+                if axis == "model":
+                    name, config = label, MODELS[label]
+                elif axis == "vocabulary":
+                    name, config = f"vocabulary {label}", {**config, "vocab_size": label}
+                elif axis == "threads":
+                    threads = label
+                else:
+                    here[axis] = label
+                folder, parameters = model(name, config)
+                sizes.append(float(parameters if axis == "model" else label))
+                points.append(point(folder, own.dtype, threads, own.steps, here))
+            fit = fits(sizes, points)
+            print(f"\n{report(axis, labels, points, fit)}", flush=True)
+            results[axis] = {"labels": labels, "sizes": sizes, "points": points, "exponents": fit}
+    own.output.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "dtype": own.dtype, "fixed": fixed, "axes": results}
+    (own.output / "scaling.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten: {own.output / 'scaling.json'}{plot(own.output / 'scaling.png', results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
