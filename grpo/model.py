@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from grpo.attention import Attend, causal_attend, check_mask
+from grpo.rms_norm import rms_norm
 from grpo.rope import Rope, rotate
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -149,7 +150,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Linear(nn.Linear):
@@ -195,9 +196,7 @@ class Layer(nn.Module):
             # One normalisation for all heads; only the weights differ between q and k.
             q_weight = self.q_norm.weight.expand(config.num_heads, -1)
             k_weight = self.k_norm.weight.expand(config.num_kv_heads, -1)
-            qk = F.rms_norm(qk, (config.head_dim,), None, config.rms_norm_eps) * torch.cat(
-                (q_weight, k_weight)
-            )
+            qk = rms_norm(qk, torch.cat((q_weight, k_weight)), config.rms_norm_eps)
         # q and k lie side by side, so one rotation serves both.
         q, k = rotate(qk, cos, signed_sin).split((config.num_heads, config.num_kv_heads), dim=2)
         out = attend(self.index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
