@@ -190,7 +190,7 @@ def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 def _add(total: Tensor, part: Tensor) -> None:
-    """total += part, of different types. On a CPU in blocks, or torch writes all of `part` in float32 first."""
+    """total += part, of another type. On a CPU in blocks, or torch writes all of `part` in float32 first."""
     if total.device.type != "cpu":
         total.add_(part)
         return

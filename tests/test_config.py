@@ -48,20 +48,12 @@ def test_a_value_equal_to_the_default_still_wins(tmp_path):
 
 
 def test_yaml_may_choose_the_preset_and_the_command_line_another(tmp_path):
-    path = write(tmp_path / "c.yaml", "preset: paper\n")
+    path = write(tmp_path / "c.yaml", "preset: paper_countdown\n")
     assert parse(["--config", path]).max_steps == 1750
     assert parse(["--config", path, "--preset", "demo"]).preset == "demo"
 
 
-def test_the_paper_preset_holds_the_figures_of_the_paper():
-    c = parse(["--preset", "paper"])
-    assert (c.num_generations, c.temperature, c.beta, c.learning_rate) == (8, 0.9, 0.001, 5e-7)
-    assert (c.lr_scheduler_type, c.warmup_steps, c.max_steps) == ("cosine", 0.03, 1750)
-    assert c.groups_per_step * c.num_generations == 256
-    assert c.train_on == "reflection" and c.use_bias_correction_kl is False and c.warm_start_steps == 0
-
-
-@pytest.mark.parametrize("preset", ["demo", "paper"])
+@pytest.mark.parametrize("preset", ["demo", "paper_countdown", "paper_function_calling"])
 def test_task_options_of_presets_fit_the_task(preset):
     from grpo.tasks import get_task
 
@@ -187,8 +179,10 @@ def test_an_empty_yaml_file_sets_nothing(tmp_path):
 def test_missing_files_and_unknown_presets():
     with pytest.raises(ValueError, match="cannot read nowhere.yaml"):
         parse(["--config", "nowhere.yaml"])
-    with pytest.raises(ValueError, match=r"preset must be one of .*, got 'papers'; did you mean paper\?"):
-        parse(["--preset", "papers"])
+    with pytest.raises(
+        ValueError, match=r"preset must be one of .*, got 'paper_countdow'; did you mean paper_countdown\?"
+    ):
+        parse(["--preset", "paper_countdow"])
 
 
 # --- ranges and combinations ------------------------------------------------------------------------------
@@ -278,11 +272,11 @@ def start_run(folder: Path, **settings) -> Path:
 
 
 def test_resume_takes_the_settings_of_the_run(tmp_path):
-    run = start_run(tmp_path / "runs/x-001", max_steps=33, preset="paper")
+    run = start_run(tmp_path / "runs/x-001", max_steps=33, preset="paper_countdown")
     config = parse(["--resume", str(run), "--tensorboard"])
     assert (config.max_steps, config.preset, config.tensorboard, config.resume) == (
         33,
-        "paper",
+        "paper_countdown",
         True,
         str(run),
     )
@@ -313,7 +307,7 @@ def test_resume_says_what_is_missing(tmp_path):
 
 def test_help_lists_every_field_with_the_values_of_the_preset(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse(["--preset", "paper", "--help"])
+        parse(["--preset", "paper_countdown", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     assert all(f"--{name}" in text for name in TYPES)

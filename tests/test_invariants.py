@@ -377,7 +377,7 @@ def test_17_which_kl_the_penalty_descends(correction):
     assert_close(got, expected, rtol=1e-9, atol=1e-12)
     assert (got - other).norm() > 0.1 * got.norm()
     assert Config().use_bias_correction_kl
-    assert not configuration.parse(["--preset", "paper"]).use_bias_correction_kl
+    assert not configuration.parse(["--preset", "paper_countdown"]).use_bias_correction_kl
 
 
 def test_18_noise_belongs_to_its_row(parts):

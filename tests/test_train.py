@@ -155,7 +155,10 @@ BAD = {
     "not a number": ({"learning_rate": "nan"}, ["learning_rate must be finite, got nan"]),
     "top-p": ({"top_p": 0.9}, ["top_p must be 1.0", "in training, got 0.9", "biased"]),
     "delta with cispo": ({"loss_type": "cispo", "delta": 2.0}, ["delta must be None with loss_type=cispo"]),
-    "unknown preset": ({"preset": "demos"}, ["preset must be one of demo, paper, got 'demos'", "demo?"]),
+    "unknown preset": (
+        {"preset": "demos"},
+        ["preset must be one of demo, paper_countdown, paper_function_calling, got 'demos'", "demo?"],
+    ),
     "unknown task": ({"task": "contdown"}, ["task must be one of", "got 'contdown'", "mean countdown?"]),
     "unknown task option": (
         {"task": "countdown", "task_options": "numbres=3"},
