@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SCHEDULES = ("cosine", "linear", "constant")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ADD_BLOCK = 1 << 18  # elements: a block in float32 stays in the cache between its making and its use
+ADD_BLOCK = 1 << 18  # elements: a block made float32 is still in the cache when it is added
 
 
 def scheduled_learning_rate(
@@ -183,15 +183,15 @@ def _master(parameter: nn.Parameter) -> Tensor:
 def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
         if master.grad is not None and parameter.grad is not None:
-            _add(master.grad, parameter.grad)
+            add(master.grad, parameter.grad)
         parameter.grad = None
 
     return hook
 
 
-def _add(total: Tensor, part: Tensor) -> None:
+def add(total: Tensor, part: Tensor) -> None:
     """total += part, of another type. On a CPU in blocks, or torch writes all of `part` in float32 first."""
-    if total.device.type != "cpu":
+    if total.device.type != "cpu" or part.dtype == total.dtype:
         total.add_(part)
         return
     for sums, terms in zip(total.view(-1).split(ADD_BLOCK), part.reshape(-1).split(ADD_BLOCK), strict=True):

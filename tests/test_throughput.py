@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import _rollouts  # noqa: E402
+import operations  # noqa: E402
 import rollout  # noqa: E402
 import scaling  # noqa: E402
 import step  # noqa: E402
@@ -155,9 +156,18 @@ def test_a_random_model_of_any_size_can_be_loaded(model, tmp_path):
         (step, ["--engines", "trl"], "--engines must name ours"),
         (scaling, ["--axes", "model", "--values", "1", "2"], "--values takes rising numbers for one axis"),
         (scaling, ["--steps", "0"], "--steps must be at least 1, got 0"),
+        (operations, ["--rounds", "0"], "--rounds must be at least 1, got 0"),
     ],
 )
 def test_wrong_arguments(script, argv, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         script.main(argv)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_operations_are_compared_with_torchs(monkeypatch, capsys):
+    monkeypatch.setattr(operations, "WEIGHT", (64, 32))
+    monkeypatch.setattr(operations, "TOKENS", 16)
+    assert operations.main(["--rounds", "1", "--threads", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
+    assert len(lines) == 6 and all(float(line.split("|")[-2]) > 0 for line in lines)

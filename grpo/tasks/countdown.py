@@ -1,7 +1,7 @@
 """Countdown: combine all the given numbers, each once, into an expression that equals the target.
 
 The paper (arXiv 2505.24726) plays it with 3 or 4 numbers up to 100 and + - * /; the demo with 3 numbers up
-to 10 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
+to 12 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
 downloaded. Left out: partial credit for the right format, and problems whose only solutions pass through
 negative numbers or fractions (the verifier accepts such answers all the same).
 """

@@ -1,0 +1,97 @@
+"""What this project computes otherwise than torch on a CPU, each against torch's own operation.
+
+    python benchmarks/operations.py                      the shapes of an update of the demo
+    python benchmarks/operations.py --dtypes bfloat16 --rounds 50 --threads 1
+
+`attention`: forward and backward of a tree's branches (grpo/sdpa.py); `rms_norm`: forward and backward
+(grpo/rms_norm.py); `accumulate`: a 16-bit gradient added to its float32 buffer (grpo/optimizer.py). Medians
+of rounds in turns, and the median of the ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+import torch  # noqa: E402
+from _measure import machine, ratio, seconds, summary  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
+
+from grpo import optimizer, rms_norm, sdpa  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
+BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
+WEIGHT = (49152, HIDDEN)
+
+Pair = tuple[Callable[[], object], Callable[[], object]]  # ours, torch's
+
+
+def attention(dtype: torch.dtype) -> Pair:
+    q, dout = (torch.randn(BRANCHES, HEADS, BRANCH, SIZE).to(dtype) for _ in range(2))
+    k, v = (torch.randn(BRANCHES, KV_HEADS, PROMPT + BRANCH, SIZE).to(dtype) for _ in range(2))
+    mask = torch.ones(BRANCH, PROMPT + BRANCH, dtype=torch.bool).tril(PROMPT)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    return (
+        lambda: torch.autograd.grad(sdpa.attention(q, k, v, mask), leaves, dout),
+        lambda: torch.autograd.grad(
+            F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True), leaves, dout
+        ),
+    )
+
+
+def normalise(dtype: torch.dtype) -> Pair:
+    x, dy = (torch.randn(1, TOKENS, HIDDEN).to(dtype) for _ in range(2))
+    leaves = [x.requires_grad_(), torch.rand(HIDDEN).to(dtype).requires_grad_()]
+    return (
+        lambda: torch.autograd.grad(rms_norm.rms_norm(*leaves, EPS), leaves, dy),
+        lambda: torch.autograd.grad(F.rms_norm(x, (HIDDEN,), leaves[1], EPS), leaves, dy),
+    )
+
+
+def accumulate(dtype: torch.dtype) -> Pair:
+    total, part = torch.zeros(WEIGHT), torch.randn(WEIGHT).to(dtype)
+    return lambda: optimizer.add(total, part), lambda: total.add_(part)
+
+
+OPERATIONS = {"attention": attention, "rms_norm": normalise, "accumulate": accumulate}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/operations.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
+    own = parser.parse_args(argv)
+    if own.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {own.rounds}")
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    torch.manual_seed(0)
+    print(", ".join(f"{key}: {value}" for key, value in machine("cpu").items()))
+    print("\n| operation | dtype | ours ms | torch ms | ours / torch |\n|" + "---|" * 5)
+    for name in own.operations:
+        for dtype in own.dtypes:
+            ours, torchs = OPERATIONS[name](DTYPES[dtype])
+            times = seconds({"ours": ours, "torch": torchs}, "cpu", rounds=own.rounds)
+            cells = [f"{1e3 * summary(times[who])['median']:.2f}" for who in ("ours", "torch")]
+            print(
+                f"| {name} | {dtype} | "
+                + " | ".join(cells)
+                + f" | {ratio(times['ours'], times['torch']):.2f} |"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
