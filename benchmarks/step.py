@@ -12,217 +12,31 @@ one of them; look at the spread.
 
 For ours the matrix products' FLOPs are counted by torch's counter, for rollout and update, and given as share
 of the rate of a large square product measured in the same process. A counted FLOP is one that was done: the
-prompts once per group, and no padding. Writes step.json to --output.
+prompts once per group, and no padding. Writes step.json to --output. `--profile` prints the profiler's tables
+of one rollout and one update instead.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+import torch  # noqa: E402
+from _measure import machine  # noqa: E402
 
 ENGINES = {
     "ours": "Sampler and Learner",
     "trl": "GRPOTrainer",
     "trl-continuous": "GRPOTrainer, use_transformers_continuous_batching",
 }
-WORDS = "the a of to in is was for on as with by at from it an be this that which or were are his her".split()
-LEARNING_RATE = 1e-6
-
-
-def prompt_texts(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
-    """Different texts of exactly `length` tokens."""
-    rng, texts = random.Random(seed), []
-    while len(texts) < count:
-        text = ""
-        while len(tokenizer(text)["input_ids"]) < length:
-            text += f" {rng.choice(WORDS)}" if text else rng.choice(WORDS)
-        if len(tokenizer(text)["input_ids"]) == length:  # one word more may be two tokens more
-            texts.append(text)
-    return texts
-
-
-def reward_of(ids: list[int]) -> float:
-    """Anything that differs within a group and needs no text."""
-    return (sum(ids) % 97) / 96
-
-
-def peak_gb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def gemm_rate(dtype: Any, size: int = 2048, rounds: int = 7) -> float:
-    """FLOP/s of a square matrix product, the best of some rounds."""
-    import torch
-
-    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def run_ours(own: argparse.Namespace) -> dict[str, Any]:
-    import grpo_kernels
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from grpo import config as configuration
-    from grpo import parts, weights
-    from grpo.episode import Episode
-    from grpo.learner import Learner
-    from grpo.sampler import Row, Sample, Sampler
-
-    parts.keep_freed_memory()
-    dtype = getattr(torch, own.dtype)
-    model, tokenizer = weights.load(own.folder, dtype)
-    reference = weights.load(own.folder, dtype)[0] if own.beta else None
-    config = configuration.Config(
-        beta=own.beta,
-        learning_rate=LEARNING_RATE,
-        train_on="attempt",
-        temperature=1.0,
-        lr_scheduler_type="constant",
-    )
-    config.max_completion_length, config.warmup_steps = own.completion, 0
-    if own.micro_batch:
-        config.max_tokens_per_micro_batch = own.micro_batch
-    kernels = grpo_kernels.backend("cpu")
-    learner = Learner(
-        model,
-        config,
-        linear_logprob=kernels.linear_logprob,
-        grpo_loss=kernels.grpo_loss,
-        group_advantage=kernels.group_advantage,
-        total_steps=own.steps + 1,
-        reference=reference,
-    )
-    sampler = Sampler(model, stop_token_ids=[model.config.vocab_size])  # one that cannot come
-    prompts = [
-        tuple(tokenizer(t)["input_ids"]) for t in prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
-    ]
-
-    def rollout(step: int) -> list[Episode]:
-        rows = [
-            Row(p, [Sample(own.completion, key=(step, i, g))], (i, g))
-            for i, p in enumerate(prompts)
-            for g in range(own.generations)
-        ]
-        episodes = []
-        for finished in sampler.run(rows):
-            (index, generation), turn = finished.row.tag, finished.turns[0]
-            roles = ["attempt"] * len(turn.ids)
-            prompt, reward = list(finished.row.prefix), reward_of(turn.ids)
-            episodes.append(
-                Episode(
-                    str(index), index, generation, prompt, turn.ids, roles, turn.logprobs, "length", reward
-                )
-            )
-        return episodes
-
-    times: dict[str, list[float]] = {"rollout": [], "update": []}
-    for step in range(own.steps + 1):
-        start = time.perf_counter()
-        episodes = rollout(step)
-        middle = time.perf_counter()
-        learner.step(episodes)
-        end = time.perf_counter()
-        if step:
-            times["rollout"].append(middle - start)
-            times["update"].append(end - middle)
-    peak = peak_gb()
-    flops = {}
-    # Torch's counter leaves out the in-place product.
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        episodes = rollout(own.steps + 1)
-    flops["rollout"] = counter.get_total_flops()
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        learner.step(episodes)
-    flops["update"] = counter.get_total_flops()
-    rate = gemm_rate(dtype)
-    shares = {name: flops[name] / statistics.median(times[name]) / rate for name in times}
-    seconds = [a + b for a, b in zip(times["rollout"], times["update"], strict=True)]
-    return {"seconds": seconds, "parts": times, "peak_gb": peak, "gemm_gflops": rate / 1e9} | {
-        "flops": flops,
-        "share_of_gemm": shares,
-    }
-
-
-def run_trl(own: argparse.Namespace) -> dict[str, Any]:
-    from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.marks: list[float] = []
-
-        def on_step_end(self, *args: Any, **options: Any) -> None:
-            self.marks.append(time.perf_counter())
-
-    tokenizer = AutoTokenizer.from_pretrained(own.folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
-    sequences = own.prompts * own.generations
-    config = GRPOConfig(
-        output_dir=tempfile.mkdtemp(prefix="trl-"),
-        use_cpu=True,
-        bf16=False,
-        fp16=False,
-        gradient_checkpointing=False,
-        model_init_kwargs={"dtype": own.dtype},
-        per_device_train_batch_size=sequences,
-        num_generations=own.generations,
-        max_completion_length=own.completion,
-        generation_kwargs={"min_new_tokens": own.completion},
-        beta=own.beta,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        max_steps=own.steps + 1,
-        shuffle_dataset=False,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        use_transformers_continuous_batching=own.engine == "trl-continuous",
-    )
-    clock = Clock()
-    trainer = GRPOTrainer(
-        model=str(own.folder),
-        reward_funcs=lambda completion_ids, **_: [reward_of(ids) for ids in completion_ids],
-        args=config,
-        train_dataset=Dataset.from_dict({"prompt": texts * (own.steps + 1)}),
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
-    trainer.train()
-    return {
-        "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
-        "peak_gb": peak_gb(),
-    }
-
-
-def run_engine(own: argparse.Namespace) -> int:
-    import torch
-
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    result = run_ours(own) if own.engine == "ours" else run_trl(own)
-    print(json.dumps(result))
-    return 0
 
 
 def measure(own: argparse.Namespace, argv: list[str], folder: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -315,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     parser.add_argument("--trl_python", type=Path, help="interpreter of an environment that has TRL")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--profile", action="store_true", help="print where our time goes, by operation, and stop"
+    )
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # one process's part
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     own = parser.parse_args(argv)
@@ -325,17 +142,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--generations must be at least 2, got {own.generations}")
     if "ours" not in own.engines:
         parser.error("--engines must name ours, which the others are compared with")
-    if own.engine:
-        return run_engine(own)
+    if own.threads:
+        torch.set_num_threads(own.threads)
+    if own.engine:  # TRL's environment need not have what is imported below
+        from _steps import run_ours, run_trl
 
-    import torch
-    from _measure import machine
+        print(json.dumps(run_ours(own) if own.engine == "ours" else run_trl(own)))
+        return 0
 
     from grpo import config as configuration
     from grpo import weights
 
-    if own.threads:
-        torch.set_num_threads(own.threads)
     where = machine("cpu")
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
     model, tokenizer = weights.load(
@@ -344,6 +161,12 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
         weights.save(model, tokenizer, folder, getattr(torch, own.dtype))
         del model
+        if own.profile:
+            from _steps import profile
+
+            own.folder = folder
+            print(profile(own))
+            return 0
         results, absent = measure(own, sys.argv[1:] if argv is None else argv, folder)
     print(f"\n{report(results, absent)}")
     own.output.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import _rollouts  # noqa: E402
+import _steps  # noqa: E402
 import operations  # noqa: E402
 import rollout  # noqa: E402
 import scaling  # noqa: E402
@@ -103,6 +104,13 @@ def test_a_step_of_ours_is_timed_in_its_parts(model, capsys):
     )
 
 
+def test_the_profile_names_the_operations(model, capsys):
+    argv = ["--model", str(model), "--dtype", "float32", "--prompts", "1", "--generations", "2"]
+    assert step.main([*argv, "--prompt", "10", "--completion", "4", "--beta", "0", "--profile"]) == 0
+    rollouts, updates = capsys.readouterr().out.split("\nupdate\n")
+    assert "aten::mm" in rollouts and "Backward" in updates and "Backward" not in rollouts
+
+
 def test_an_engine_without_its_package_is_absent(monkeypatch, model):
     own = argparse.Namespace(engines=["ours", "trl"], rounds=1, trl_python=Path("/nowhere/python"))
 
@@ -122,7 +130,7 @@ def test_an_engine_without_its_package_is_absent(monkeypatch, model):
 
 def test_prompts_have_exactly_their_length(model):
     tokenizer = weights.load(model)[1]
-    texts = step.prompt_texts(tokenizer, 3, 17, seed=0)
+    texts = _steps.prompt_texts(tokenizer, 3, 17, seed=0)
     assert len(set(texts)) == 3
     assert [len(tokenizer(text)["input_ids"]) for text in texts] == [17] * 3
 

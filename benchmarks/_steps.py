@@ -1,0 +1,235 @@
+"""The two trainers of benchmarks/step.py, each as a function from its options to figures.
+
+Same prompts, lengths, rewards and settings for both. Options are those of step.py: folder (of the weights),
+dtype, prompts, generations, prompt, completion, beta, micro_batch, steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+WORDS = "the a of to in is was for on as with by at from it an be this that which or were are his her".split()
+LEARNING_RATE = 1e-6
+
+
+def prompt_texts(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
+    """Different texts of exactly `length` tokens."""
+    rng, texts = random.Random(seed), []
+    while len(texts) < count:
+        text = ""
+        while len(tokenizer(text)["input_ids"]) < length:
+            text += f" {rng.choice(WORDS)}" if text else rng.choice(WORDS)
+        if len(tokenizer(text)["input_ids"]) == length:  # one word more may be two tokens more
+            texts.append(text)
+    return texts
+
+
+def reward_of(ids: list[int]) -> float:
+    """Anything that differs within a group and needs no text."""
+    return (sum(ids) % 97) / 96
+
+
+def peak_gb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def flops_of(call: Callable[[], Any]) -> int:
+    """FLOPs of all matrix products, as torch counts them, and of the in-place one, which it leaves out."""
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
+    """FLOP/s of a square matrix product, the best of some rounds."""
+    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class Ours:
+    """Sampler and learner around one model, and the two halves of a step."""
+
+    def __init__(self, own: argparse.Namespace) -> None:
+        import grpo_kernels
+
+        from grpo import config as configuration
+        from grpo import parts, weights
+        from grpo.learner import Learner
+        from grpo.sampler import Sampler
+
+        parts.keep_freed_memory()
+        dtype = getattr(torch, own.dtype)
+        model, tokenizer = weights.load(own.folder, dtype)
+        config = configuration.Config(
+            beta=own.beta,
+            learning_rate=LEARNING_RATE,
+            train_on="attempt",
+            temperature=1.0,
+            lr_scheduler_type="constant",
+            max_completion_length=own.completion,
+            warmup_steps=0,
+        )
+        if own.micro_batch:
+            config.max_tokens_per_micro_batch = own.micro_batch
+        kernels = grpo_kernels.backend("cpu")
+        self.own = own
+        self.learner = Learner(
+            model,
+            config,
+            linear_logprob=kernels.linear_logprob,
+            grpo_loss=kernels.grpo_loss,
+            group_advantage=kernels.group_advantage,
+            total_steps=own.steps + 1,
+            reference=weights.load(own.folder, dtype)[0] if own.beta else None,
+        )
+        self.sampler = Sampler(model, stop_token_ids=[model.config.vocab_size])  # one that cannot come
+        texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
+        self.prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
+
+    def rollout(self, step: int) -> list[Any]:
+        """Episodes of one step."""
+        from grpo.episode import Episode
+        from grpo.sampler import Row, Sample
+
+        rows = [
+            Row(prompt, [Sample(self.own.completion, key=(step, index, generation))], (index, generation))
+            for index, prompt in enumerate(self.prompts)
+            for generation in range(self.own.generations)
+        ]
+        episodes = []
+        for finished in self.sampler.run(rows):
+            (index, generation), turn = finished.row.tag, finished.turns[0]
+            episodes.append(
+                Episode(
+                    example_id=str(index),
+                    group_id=index,
+                    generation=generation,
+                    prompt_ids=list(finished.row.prefix),
+                    completion_ids=turn.ids,
+                    roles=["attempt"] * len(turn.ids),
+                    logprobs=turn.logprobs,
+                    finish_reason="length",
+                    reward=reward_of(turn.ids),
+                )
+            )
+        return episodes
+
+    def update(self, episodes: list[Any]) -> None:
+        self.learner.step(episodes)
+
+
+def run_ours(own: argparse.Namespace) -> dict[str, Any]:
+    ours = Ours(own)
+    times: dict[str, list[float]] = {"rollout": [], "update": []}
+    for step in range(own.steps + 1):
+        start = time.perf_counter()
+        episodes = ours.rollout(step)
+        middle = time.perf_counter()
+        ours.update(episodes)
+        end = time.perf_counter()
+        if step:
+            times["rollout"].append(middle - start)
+            times["update"].append(end - middle)
+    peak = peak_gb()
+    flops = {
+        "rollout": flops_of(lambda: ours.rollout(own.steps + 1)),
+        "update": flops_of(lambda: ours.update(episodes)),
+    }
+    rate = gemm_rate(getattr(torch, own.dtype))
+    return {
+        "seconds": [a + b for a, b in zip(times["rollout"], times["update"], strict=True)],
+        "parts": times,
+        "peak_gb": peak,
+        "gemm_gflops": rate / 1e9,
+        "flops": flops,
+        "share_of_gemm": {name: flops[name] / statistics.median(times[name]) / rate for name in times},
+    }
+
+
+def profile(own: argparse.Namespace, rows: int = 20) -> str:
+    """Where the time of a step goes, by operation, the second of two steps: two of the profiler's tables."""
+    ours = Ours(own)
+    ours.update(ours.rollout(0))
+    tables = []
+    episodes: list[Any] = []
+    for name, call in (
+        ("rollout", lambda: episodes.extend(ours.rollout(1))),
+        ("update", lambda: ours.update(episodes)),
+    ):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            call()
+        table = profiler.key_averages().table(
+            sort_by="self_cpu_time_total", row_limit=rows, max_name_column_width=48
+        )
+        tables.append(f"{name}\n{table}")
+    return "\n".join(tables)
+
+
+def run_trl(own: argparse.Namespace) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, *args: Any, **options: Any) -> None:
+            self.marks.append(time.perf_counter())
+
+    tokenizer = AutoTokenizer.from_pretrained(own.folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
+    sequences = own.prompts * own.generations
+    config = GRPOConfig(
+        output_dir=tempfile.mkdtemp(prefix="trl-"),
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        gradient_checkpointing=False,
+        model_init_kwargs={"dtype": own.dtype},
+        per_device_train_batch_size=sequences,
+        num_generations=own.generations,
+        max_completion_length=own.completion,
+        generation_kwargs={"min_new_tokens": own.completion},
+        beta=own.beta,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        max_steps=own.steps + 1,
+        shuffle_dataset=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_transformers_continuous_batching=own.engine == "trl-continuous",
+    )
+    clock = Clock()
+    trainer = GRPOTrainer(
+        model=str(own.folder),
+        reward_funcs=lambda completion_ids, **_: [reward_of(ids) for ids in completion_ids],
+        args=config,
+        train_dataset=Dataset.from_dict({"prompt": texts * (own.steps + 1)}),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    trainer.train()
+    return {
+        "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
+        "peak_gb": peak_gb(),
+    }
