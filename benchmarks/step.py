@@ -147,6 +147,8 @@ def main(argv: list[str] | None = None) -> int:
     if own.engine:  # TRL's environment need not have what is imported below
         from _steps import run_ours, run_trl
 
+        # benchmarks/kernels.py would be taken for the package `kernels`, which transformers looks for.
+        sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
         print(json.dumps(run_ours(own) if own.engine == "ours" else run_trl(own)))
         return 0
 

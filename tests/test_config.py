@@ -74,7 +74,7 @@ def test_the_demo_asks_for_no_more_problems_than_there_are():
 
 def test_task_options_merge_within_a_task_and_not_across_tasks():
     merged = parse(["--task_options", '{"numbers": 4}']).task_options
-    assert merged == {"numbers": 4, "high": 10, "operators": "+-", "reflection_stop": 0.6}
+    assert merged == {**parse([]).task_options, "numbers": 4} and len(merged) > 1
     assert parse(["--task", "function_calling"]).task_options == {}
 
 
