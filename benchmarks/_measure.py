@@ -7,6 +7,7 @@ cache was overwritten. Left out: confidence intervals; compare ratios within one
 
 from __future__ import annotations
 
+import csv
 import gc
 import json
 import platform
@@ -15,7 +16,7 @@ import statistics
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,3 +127,27 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+def markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of the columns (key, format) of each row; a dash where a row lacks the key."""
+    lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [form.format(row[name]) if name in row else "-" for name, form in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_rows(
+    folder: Path, name: str, where: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]
+) -> str:
+    """NAME.json with everything and NAME.csv with the rows; returns what to print about it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "absent": absent, "rows": rows}
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with open(folder / f"{name}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, keys)
+        writer.writeheader()
+        writer.writerows(rows)
+    return f"written: {folder / name}.json, {name}.csv"

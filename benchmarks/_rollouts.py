@@ -48,6 +48,11 @@ class Workload:
     def num_sampled(self) -> int:
         return sum(map(sum, self.turns))
 
+    def feed(self, contexts: list[list[int]], turn: int) -> None:
+        """Appends to each row's context the tokens that come before its turn."""
+        for context, feeds in zip(contexts, self.feeds, strict=True):
+            context += feeds[turn - 1] if turn else ()
+
     @staticmethod
     def make(
         name: str,
@@ -124,8 +129,7 @@ def transformers_generate(setting: Setting) -> Engine:
         contexts = [list(prompt) for prompt in workload.prompts]
         total = 0
         for turn in range(len(workload.turns[0])):
-            if turn:
-                contexts = [c + list(f[turn - 1]) for c, f in zip(contexts, workload.feeds, strict=True)]
+            workload.feed(contexts, turn)
             longest = max(map(len, contexts))
             ids = torch.tensor([[0] * (longest - len(c)) + c for c in contexts])
             mask = torch.tensor([[0] * (longest - len(c)) + [1] * len(c) for c in contexts])
@@ -224,8 +228,7 @@ def vllm(setting: Setting) -> Engine:
         contexts = [list(prompt) for prompt in workload.prompts]
         total = 0
         for turn in range(len(workload.turns[0])):
-            if turn:
-                contexts = [c + list(f[turn - 1]) for c, f in zip(contexts, workload.feeds, strict=True)]
+            workload.feed(contexts, turn)
             limits = [lengths[turn] for lengths in workload.turns]
             parameters = [
                 SamplingParams(temperature=1.0, max_tokens=n, min_tokens=n, ignore_eos=True, logprobs=0)

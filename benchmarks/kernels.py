@@ -17,8 +17,6 @@ Writes kernels.csv, kernels.json and kernels.png to --output.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _candidates import ABOUT, BUILDERS, Forward, Problem, backward, build, eager_logprob, loss_of  # noqa: E402
-from _measure import machine, peak_bytes, ratio, seconds, summary  # noqa: E402
+from _measure import machine, markdown, peak_bytes, ratio, seconds, summary, write_rows  # noqa: E402
 from _sizes import size_of  # noqa: E402
 
 OPERATIONS = ("logprob", "grpo")
@@ -105,9 +103,8 @@ def measure(
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        shown = {
+    shown = [
+        {
             **row,
             "forward_ms": 1e3 * row["forward_median"],
             "both_ms": 1e3 * row["both_median"],
@@ -115,21 +112,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             "both_high_ms": 1e3 * row["both_high"],
             "extra_mb": row["extra_bytes"] / 1e6,
         }
-        cells = [form.format(shown[name]) if name in shown else "-" for name, form in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write(folder: Path, where: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": where, "absent": absent, "rows": rows}
-    (folder / "kernels.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(folder / "kernels.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {folder / 'kernels.json'}, kernels.csv{plot(folder, rows)}")
+        for row in rows
+    ]
+    return markdown(COLUMNS, shown)
 
 
 def plot(folder: Path, rows: list[dict[str, Any]]) -> str:
@@ -203,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     print()
     for name, why in absent.items():
         print(f"absent: {name} ({ABOUT[name.partition('/')[2]]}): {why}")
-    write(own.output, where, rows, absent)
+    print(write_rows(own.output, "kernels", where, rows, absent) + plot(own.output, rows))
     return 0
 
 

@@ -19,8 +19,6 @@ Writes rollout.json and rollout.csv to --output.
 from __future__ import annotations
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import machine, ratio, seconds, summary  # noqa: E402
+from _measure import machine, markdown, ratio, seconds, summary, write_rows  # noqa: E402
 from _rollouts import ABOUT, BUILDERS, Engine, LinearLayers, Workload, build  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
@@ -111,27 +109,6 @@ def measure(
     return rows, failed
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = ["| " + " | ".join(name for name, _ in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [form.format(row[name]) if name in row else "-" for name, form in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def write(folder: Path, where: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"machine": where, "absent": absent, "rows": rows}
-    (folder / "rollout.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with open(folder / "rollout.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {folder / 'rollout.json'}, rollout.csv")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/rollout.py",
@@ -181,13 +158,16 @@ def main(argv: list[str] | None = None) -> int:
                 work = workload(script, count, prompt, new, model.config.vocab_size)
                 found, failed = measure(work, engines, model, own.device, own.rounds, speed)
                 absent |= {f"{name} ({work.name}, {dtype})": why for name, why in failed.items()}
-                print(f"\n{work.name}, {dtype}: {work.num_sampled} tokens\n\n{table(found)}", flush=True)
+                print(
+                    f"\n{work.name}, {dtype}: {work.num_sampled} tokens\n\n{markdown(COLUMNS, found)}",
+                    flush=True,
+                )
                 rows += [{"dtype": dtype, **row} for row in found]
     print()
     for name, why in absent.items():
         about = ABOUT[name.partition(" ")[0]]
         print(f"absent: {name}: {about}: {why}")
-    write(own.output, where, rows, absent)
+    print(write_rows(own.output, "rollout", where, rows, absent))
     return 0
 
 
