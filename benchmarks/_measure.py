@@ -7,6 +7,7 @@ cache was overwritten. Left out: confidence intervals; compare ratios within one
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gc
 import json
@@ -21,9 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU listed in docs/kernels.md
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WARM_UP = 1  # rounds that are not counted: they compile, allocate, and fill caches
+
+
+def command_line(file: str, description: str | None) -> argparse.ArgumentParser:
+    """A parser for the script `file`, which describes itself."""
+    return argparse.ArgumentParser(
+        prog=f"python benchmarks/{Path(file).name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -127,6 +140,14 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
         held += size
         peak = max(peak, held)
     return peak
+
+
+def flops(call: Callable[[], Any]) -> dict[str, int]:
+    """FLOPs of products by operation, as torch counts them, and of the in-place one, which it leaves out."""
+    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        call()
+    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
 
 
 def markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -26,9 +26,8 @@ from grpo import weights
 from grpo.model import Decoder
 from grpo.sampler import Feed, Row, Sample, Sampler
 
-TRANSFORMERS_PAGE = (
-    32  # tokens; its default of 256 is longer than most prompts here, so that none were shared
-)
+# Tokens; its default of 256 is longer than most prompts here, so that none were shared.
+TRANSFORMERS_PAGE = 32
 
 
 @dataclass(frozen=True)

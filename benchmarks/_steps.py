@@ -12,11 +12,10 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from _measure import flops
 
 WORDS = "the a of to in is was for on as with by at from it an be this that which or were are his her".split()
 LEARNING_RATE = 1e-6
@@ -40,15 +39,8 @@ def reward_of(ids: list[int]) -> float:
 
 
 def peak_gb() -> float:
+    """Of this process; TRL's environment need not have `grpo.parts.peak_memory_gb`."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-def flops_of(call: Callable[[], Any]) -> int:
-    """FLOPs of all matrix products, as torch counts them, and of the in-place one, which it leaves out."""
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
@@ -147,9 +139,9 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
             times["rollout"].append(middle - start)
             times["update"].append(end - middle)
     peak = peak_gb()
-    flops = {
-        "rollout": flops_of(lambda: ours.rollout(own.steps + 1)),
-        "update": flops_of(lambda: ours.update(episodes)),
+    done = {
+        "rollout": sum(flops(lambda: ours.rollout(own.steps + 1)).values()),
+        "update": sum(flops(lambda: ours.update(episodes)).values()),
     }
     rate = gemm_rate(getattr(torch, own.dtype))
     return {
@@ -157,8 +149,8 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
         "parts": times,
         "peak_gb": peak,
         "gemm_gflops": rate / 1e9,
-        "flops": flops,
-        "share_of_gemm": {name: flops[name] / statistics.median(times[name]) / rate for name in times},
+        "flops": done,
+        "share_of_gemm": {name: done[name] / statistics.median(times[name]) / rate for name in times},
     }
 
 

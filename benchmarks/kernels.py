@@ -16,7 +16,6 @@ Writes kernels.csv, kernels.json and kernels.png to --output.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _candidates import ABOUT, BUILDERS, Forward, Problem, backward, build, eager_logprob, loss_of  # noqa: E402
-from _measure import machine, markdown, peak_bytes, ratio, seconds, summary, write_rows  # noqa: E402
+from _measure import DTYPES, command_line, machine, markdown, peak_bytes, ratio, seconds, summary, write_rows  # noqa: E402
 from _sizes import size_of  # noqa: E402
 
 OPERATIONS = ("logprob", "grpo")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SIZES = {"cpu": [(2048, 576, 49152)], "cuda": [(8192, 4096, 128256)]}
 ERROR_ROWS = 256  # of the comparison with float64, which is slow
 COLUMNS = [
@@ -152,12 +150,7 @@ def plot(folder: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/kernels.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     there = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=there, choices=["cpu", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--sizes", nargs="+", type=size_of, help="MxHxV ... (default: depends on the device)")

@@ -10,7 +10,6 @@ of rounds in turns, and the median of the ratios.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import machine, ratio, seconds, summary  # noqa: E402
+from _measure import DTYPES, command_line, machine, ratio, seconds, summary  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from grpo import optimizer, rms_norm, sdpa  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
 WEIGHT = (49152, HIDDEN)
@@ -62,12 +60,7 @@ OPERATIONS = {"attention": attention, "rms_norm": normalise, "accumulate": accum
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/operations.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")

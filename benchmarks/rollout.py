@@ -18,7 +18,6 @@ Writes rollout.json and rollout.csv to --output.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import machine, markdown, ratio, seconds, summary, write_rows  # noqa: E402
+from _measure import DTYPES, command_line, machine, markdown, ratio, seconds, summary, write_rows  # noqa: E402
 from _rollouts import ABOUT, BUILDERS, Engine, LinearLayers, Workload, build  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
 from grpo import weights  # noqa: E402
 from grpo.model import Decoder  # noqa: E402
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SHARE = 8  # rows per prompt: num_generations of the demo
 FED = 32  # tokens between two turns of `reflect`: a chat template's, and the request for a retry
 ANSWER = 24  # most tokens of an answer
@@ -110,12 +108,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/rollout.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     there = "cuda" if torch.cuda.is_available() else "cpu"
     demo = configuration.Config().model_name_or_path
     parser.add_argument(

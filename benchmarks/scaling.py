@@ -4,20 +4,19 @@
     python benchmarks/scaling.py --axes vocabulary model threads --dtype float32
     python benchmarks/scaling.py --axes generations --values 4 8 16 32 64
 
-Every point is benchmarks/step.py's step in a process of its own, `beta` 0, random weights except for the
-demo's sizes. For each axis the exponent b of seconds ~ size^b is fitted by least squares between the
-logarithms, once over all points and once over the last two: 1 is linear, and where the two differ the curve
-bends. Memory is the peak of the process, weights and optimiser included, so its exponents say how much of it
-grows. Writes scaling.json and scaling.png to --output.
+Every point is benchmarks/step.py's step in a process of its own, with `beta` 0 and random weights. For each
+axis the exponent b of seconds ~ size^b is fitted by least squares between the logarithms, once over all
+points and once over the last two: 1 is linear, and where the two differ the curve bends. Memory is the peak
+of the process, weights and optimiser included, so its exponents say how much of it grows.
+
+Writes scaling.json and scaling.png to --output.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -25,14 +24,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
+import step  # noqa: E402
 import torch  # noqa: E402
-from _measure import machine  # noqa: E402
+from _measure import command_line, machine  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
 from grpo import weights  # noqa: E402
 from grpo.model import Decoder, ModelConfig  # noqa: E402
 
-STEP = Path(__file__).with_name("step.py")
 DEFAULTS: dict[str, int] = {"prompts": 4, "generations": 8, "prompt": 128, "completion": 32}
 # SmolLM2-135M and 360M and Qwen2.5-0.5B, by their published configs
 _LLAMA = {
@@ -93,14 +92,11 @@ def save_random_model(config: dict[str, Any], tokenizer: Any, folder: Path, dtyp
 
 def point(folder: Path, dtype: str, threads: int, steps: int, sizes: dict[str, int]) -> dict[str, float]:
     """Seconds of rollout and update (medians of the steps) and peak GB of one setting."""
-    command = [sys.executable, str(STEP), "--engine", "ours", "--folder", str(folder), "--dtype", dtype]
+    command = [sys.executable, step.__file__, "--engine", "ours", "--folder", str(folder), "--dtype", dtype]
     command += ["--beta", "0", "--steps", str(steps), "--threads", str(threads)]
     for name, size in sizes.items():
         command += [f"--{name}", str(size)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
+    found = step.figures_of(command)
     times = {name: statistics.median(seconds) for name, seconds in found["parts"].items()}
     return {**times, "memory": found["peak_gb"]}
 
@@ -152,12 +148,7 @@ def plot(file: Path, results: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/scaling.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     parser.add_argument(
         "--axes", nargs="+", choices=AXES, default=list(AXES)[:3], help="(default: %(default)s)"
     )

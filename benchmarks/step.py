@@ -30,13 +30,27 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import machine  # noqa: E402
+from _measure import command_line, machine  # noqa: E402
 
 ENGINES = {
     "ours": "Sampler and Learner",
     "trl": "GRPOTrainer",
     "trl-continuous": "GRPOTrainer, use_transformers_continuous_batching",
 }
+
+
+def figures_of(command: list[str]) -> dict[str, Any]:
+    """What a process of `--engine` prints last.
+
+    Raises:
+        RuntimeError: it failed, or printed nothing; the message is the command and what it said of it.
+    """
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        raise RuntimeError(f"{' '.join(command)}\n{said}")
+    return json.loads(lines[-1])
 
 
 def measure(own: argparse.Namespace, argv: list[str], folder: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -49,15 +63,14 @@ def measure(own: argparse.Namespace, argv: list[str], folder: str) -> tuple[dict
                 continue
             python = sys.executable if engine == "ours" or own.trl_python is None else str(own.trl_python)
             command = [python, __file__, *argv, "--engine", engine, "--folder", folder]
-            done = subprocess.run(command, capture_output=True, text=True)
-            lines = done.stdout.strip().splitlines()
-            if done.returncode or not lines:
+            try:
+                latest = figures_of(command)
+            except RuntimeError as error:  # another trainer's failure is a result
                 if engine == "ours":
-                    raise RuntimeError(done.stderr)
-                absent[engine] = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+                    raise
+                absent[engine] = str(error).splitlines()[-1]
                 continue
-            results.setdefault(engine, []).append(json.loads(lines[-1]))
-            latest = results[engine][-1]
+            results.setdefault(engine, []).append(latest)
             print(
                 f"{engine}: {statistics.median(latest['seconds']):.2f} s a step, {latest['peak_gb']:.2f} GB",
                 flush=True,
@@ -97,12 +110,7 @@ def report(results: dict[str, Any], absent: dict[str, str]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/step.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     parser.add_argument(
         "--model", default=None, help="folder, Hub id, file.gguf or package:... (default: the demo's)"
     )

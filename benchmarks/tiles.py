@@ -8,7 +8,6 @@ Ratios to the tile that the code has now, round by round in one run; memory beyo
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _candidates import Problem, backward  # noqa: E402
-from _measure import machine, peak_bytes, ratio, seconds  # noqa: E402
+from _measure import command_line, machine, peak_bytes, ratio, seconds  # noqa: E402
 from _sizes import size_of  # noqa: E402
 
 from grpo import logprob  # noqa: E402
@@ -39,12 +38,7 @@ def with_tile(problem: Problem, rows: int, elements: int) -> Callable[[], tuple[
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/tiles.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = command_line(__file__, __doc__)
     parser.add_argument(
         "--size", type=size_of, default=(4096, 576, 49152), help="MxHxV (default: 4096x576x49152)"
     )

@@ -4,15 +4,19 @@ bytes allocated, calls of Python. A change that makes any of them grow fails her
 
 import random
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from grpo.batch import pack_sequences
-from grpo.model import Decoder, ModelConfig
-from grpo.sampler import Row, Sample, Sampler
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+from _measure import flops  # noqa: E402
+
+from grpo.batch import pack_sequences  # noqa: E402
+from grpo.model import Decoder, ModelConfig  # noqa: E402
+from grpo.sampler import Row, Sample, Sampler  # noqa: E402
 
 VOCABULARY, PROMPT, NEW, ROWS, SHARE = 1000, 40, 20, 16, 8
 NEVER = 10**6  # a stop token that cannot come: every row samples all its tokens
@@ -33,15 +37,6 @@ def rows(count=ROWS, new=NEW):
 def layer_weights(model):
     """Numbers in the matrices of all layers: each costs 2 FLOPs per token."""
     return sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
-
-
-def flops(call):
-    """FLOPs by operation, each product's counted by its shape."""
-    # Torch's counter leaves out the in-place product.
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
-        call()
-    return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
 
 
 def allocated_bytes(call):
