@@ -1,17 +1,16 @@
 """Reflect, retry, reward: trains a language model to reflect on its failures (arXiv 2505.24726), with GRPO.
 
     python train.py                                  the demo: a 135M model on two CPU cores
-    python train.py --preset paper                   the paper's settings, for GPUs
+    python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
     python train.py --resume [RUN_DIR]               goes on exactly where a run was stopped
 
-This file is where all parts meet, stage by stage:
+Where all parts meet, stage by stage:
 
     warm start -> failures -> (rollout -> learner -> validation -> checkpoint) x max_steps -> evaluation
 
 Each stage leaves its result in the run directory and is skipped when it is already there, which is all that
-resuming needs. Left out: several processes (one device trains), and early stopping: the table is about the
-last step.
+resuming needs. Left out: several processes (one device trains), and early stopping.
 """
 
 from __future__ import annotations
@@ -112,6 +111,7 @@ class Run(Session):
                 examples,
                 attempts_per_example=config.attempts_per_example,
                 failures_per_example=config.failures_per_example,
+                keep_solved=not config.only_failures,
                 weights="start",
                 progress=self.progress(bar),
             )

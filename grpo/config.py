@@ -16,7 +16,19 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from transformers import HfArgumentParser
 
-from grpo.fields import Amount, Count, Decay, Natural, Positive, TaskOptions, check, coerce, field, nearest
+from grpo.fields import (
+    Amount,
+    Count,
+    Decay,
+    Natural,
+    Positive,
+    Share,
+    TaskOptions,
+    check,
+    coerce,
+    field,
+    nearest,
+)
 
 PRESETS = Path(__file__).parent / "presets"
 NEWEST = "newest"  # what `--resume` without a directory means
@@ -66,11 +78,15 @@ class Config:
     mask_truncated_completions: bool = field(False, "leave completions that hit their limit out of the loss")
     overlong_buffer: Natural = field(0, "last tokens of a reflection's limit, which cost reward (DAPO)")
     soft_overlong_penalty: Amount = field(1.0, "reward lost at the limit, with overlong_buffer above 0")
+    length_cost: Share = field(
+        0.0, "share of a success's reward that a reflection as long as its limit loses"
+    )
 
     # Dataset of failures
     num_examples: Count = field(256, "train examples that are attempted to find failures")
     attempts_per_example: Count = field(1, "attempts sampled per example")
     failures_per_example: Count = field(1, "most failed attempts kept per example")
+    only_failures: bool = field(True, "drop examples that were right; false: for train_on attempt only")
 
     # Warm start: a short supervised stage on the task's own transcripts
     warm_start_steps: Natural = field(0, "supervised steps before the failures are collected; 0: none")
@@ -273,6 +289,11 @@ def _validate_combinations(c: Config) -> None:
         raise ValueError(
             f"retries_per_reflection must be 1 with train_on={c.train_on}, got {c.retries_per_reflection}: "
             "only one retry can follow the reflection in a trained sequence"
+        )
+    if not c.only_failures and c.train_on != "attempt":
+        raise ValueError(
+            f"only_failures must be true with train_on={c.train_on}, got false: in a right answer there is "
+            "nothing to reflect on"
         )
     if c.loss_type == "cispo":
         if c.delta is not None:

@@ -282,6 +282,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def records_file(output: Path, label: str) -> Path:
+    """Where the records of the model `label` are, beside the figures in `output`."""
+    return output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.jsonl")
+
+
 def _measure_source(source: Any, config: Any, own: argparse.Namespace) -> ModelResult:
     """Loads one model and measures it. The next is loaded when this one is gone: one model in memory."""
     from tqdm import tqdm
@@ -292,8 +297,7 @@ def _measure_source(source: Any, config: Any, own: argparse.Namespace) -> ModelR
     built.sampler.top_p, built.sampler.top_k = own.top_p, own.top_k
     store = None
     if own.output:
-        output = Path(own.output)
-        store = output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', source.label)}.jsonl")
+        store = records_file(Path(own.output), source.label)
     examples = built.task.examples(own.split, config.num_eval)
     with (
         parts.evaluation_sampling(built),

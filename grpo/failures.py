@@ -49,6 +49,7 @@ def build(
     *,
     attempts_per_example: int = 1,
     failures_per_example: int = 1,
+    keep_solved: bool = False,
     weights: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Attempt]:
@@ -60,6 +61,7 @@ def build(
         examples: in a fixed order; a continued build must be given the same ones.
         attempts_per_example: first answers sampled per example (the paper's k).
         failures_per_example: wrong answers kept per example at the most, the first ones sampled.
+        keep_solved: keep the first answer to examples that were right every time too.
         weights: says whose answers these are; a file of others is not continued.
         progress: called with (examples in whole blocks, examples in all) after each block and, so that the
             caller can stop between, while a block is sampled.
@@ -72,6 +74,7 @@ def build(
         **rollout.settings,
         "attempts_per_example": attempts_per_example,
         "failures_per_example": failures_per_example,
+        **({"keep_solved": True} if keep_solved else {}),
     }
     done = blocks.keep_whole(path) * BLOCK
     if done:
@@ -90,9 +93,7 @@ def build(
         per_example = [
             attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(block))
         ]
-        kept = [
-            a for group in per_example for a in [a for a in group if not a.verdict.ok][:failures_per_example]
-        ]
+        kept = [a for group in per_example for a in _kept(group, failures_per_example, keep_solved)]
         end_line = {**_summary(start // BLOCK, block, per_example), "settings": settings}
         blocks.append(path, [_to_json(attempt) for attempt in kept], end_line)
         done = start + BLOCK
@@ -137,6 +138,11 @@ def check_trainable(counts: dict[str, Any]) -> None:
         )
 
 
+def _kept(attempts: list[Attempt], most: int, keep_solved: bool) -> list[Attempt]:
+    wrong = [attempt for attempt in attempts if not attempt.verdict.ok][:most]
+    return wrong or (attempts[:1] if keep_solved else [])
+
+
 def _summary(number: int, block: Sequence[Example], per_example: list[list[Attempt]]) -> dict[str, Any]:
     attempts = [attempt for group in per_example for attempt in group]
     solved = sum(all(attempt.verdict.ok for attempt in group) for group in per_example)
@@ -176,10 +182,11 @@ def _from_json(line: dict[str, Any]) -> Attempt:
 def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> None:
     for line in blocks.read(path):
         if "block" in line:
-            changed = [name for name in settings if line["settings"].get(name) != settings[name]]
+            before = line["settings"]
+            names = dict.fromkeys([*settings, *before])
+            changed = [name for name in names if before.get(name) != settings.get(name)]
             if changed:
-                before = line["settings"]
-                came = ", ".join(f"{name}: {before.get(name)} -> {settings[name]}" for name in changed)
+                came = ", ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
                 raise ValueError(f"{path} was built with other settings ({came}): write a new file")
             block = examples[line["block"] * BLOCK :][:BLOCK]
             built_from = (line["first"], line["last"], line["examples"])
@@ -222,6 +229,7 @@ def main(argv: list[str] | None = None) -> int:
                     examples,
                     attempts_per_example=config.attempts_per_example,
                     failures_per_example=config.failures_per_example,
+                    keep_solved=not config.only_failures,
                     weights=config.model_name_or_path,
                     progress=lambda done, _: bar.update(done - bar.n),
                 )

@@ -17,8 +17,9 @@ Count = Annotated[int, ("at least", 1)]
 Natural = Annotated[int, ("at least", 0)]
 Amount = Annotated[float, ("at least", 0)]
 Positive = Annotated[float, ("above", 0)]
+Share = Annotated[float, ("at least", 0), ("at most", 1)]
 Decay = Annotated[float, ("at least", 0), ("below", 1)]
-_HOLDS = {"at least": operator.ge, "above": operator.gt, "below": operator.lt}
+_HOLDS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
 
 

@@ -84,6 +84,7 @@ def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> R
         max_reflection_length=config.max_reflection_length,
         overlong_buffer=config.overlong_buffer,
         soft_overlong_penalty=config.soft_overlong_penalty,
+        length_cost=config.length_cost,
     )
 
 

@@ -58,6 +58,8 @@ class Rollout:
         overlong_buffer: tokens before the reflection's limit over which the soft overlong penalty rises (0:
             no penalty).
         soft_overlong_penalty: what a reflection that fills its limit loses of its reward.
+        length_cost: the share of a *success's* reward that a reflection as long as its limit loses. Where no
+            retry is right there is nothing to lose, so giving up early is never better than failing late.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Rollout:
         max_reflection_length: int,
         overlong_buffer: int = 0,
         soft_overlong_penalty: float = 0.0,
+        length_cost: float = 0.0,
     ):
         self.sampler, self.task, self.chat = sampler, task, chat
         self.seed = seed
@@ -78,6 +81,7 @@ class Rollout:
         self.max_reflection_length = max_reflection_length
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
+        self.length_cost = length_cost
         self.sampled_tokens = 0  # so far
 
     @property
@@ -150,7 +154,8 @@ class Rollout:
     ) -> list[Episode]:
         """Groups of `num_generations` reflections, each with `retries` retries, group by group.
 
-        The reward of an episode is the share of its retries that verify, less the soft overlong penalty.
+        The reward of an episode is the share of its retries that verify, times (1 - length_cost * length /
+        limit), less the soft overlong penalty.
         The first retry goes on from the reflection's own cache; further ones are a second run.
         """
         rows = []
@@ -248,6 +253,7 @@ class Rollout:
         group, member, _ = done.row.tag
         failure, (reflection, retry), fed = failures[group], done.turns[:2], done.fed[0]
         success = sum(attempt.verdict.ok for attempt in tries) / len(tries)
+        kept = 1.0 - self.length_cost * len(reflection.ids) / self.max_reflection_length
         return Episode(
             example_id=failure.example.id,
             group_id=group,
@@ -257,7 +263,7 @@ class Rollout:
             roles=["reflection"] * len(reflection.ids) + ["context"] * len(fed) + ["retry"] * len(retry.ids),
             logprobs=[*reflection.logprobs, *[0.0] * len(fed), *retry.logprobs],
             finish_reason=reflection.finish_reason,
-            reward=success - self.overlong_cost(len(reflection.ids)),
+            reward=kept * success - self.overlong_cost(len(reflection.ids)),
             retry_finish_reason=retry.finish_reason,
             reasons=[attempt.verdict.reason for attempt in tries],
             texts={

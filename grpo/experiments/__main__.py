@@ -1,0 +1,132 @@
+"""`python -m grpo.experiments NAME`: the questions that the paper leaves open, each as one command.
+
+Every experiment makes runs of train.py from one start (grpo/experiments/study.py) and leaves a table, a plot
+and a JSON in its directory. The defaults are small: one seed, few steps, so that each ends within an hour on
+two cores. Left out: several machines, and a search over settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from grpo.interrupts import EXIT_INTERRUPTED, Interrupts, leave_quietly
+
+if __name__ == "__main__":
+    leave_quietly()  # a Ctrl-C during the imports below, which take seconds
+
+from grpo import config as configuration
+from grpo import parts, run_dir
+from grpo.experiments.study import ExperimentError, Study
+
+NAMES = "verifier pilot ablation length transfer threshold first_try robustness retention".split()
+# Small defaults that all share; those of an experiment, then the command line, win over them.
+DEFAULTS = {"eval_steps": 0, "save_steps": 0}
+RECORD = "experiment.json"
+
+
+def parser() -> argparse.ArgumentParser:
+    command = argparse.ArgumentParser(
+        prog="python -m grpo.experiments",
+        description=__doc__.split("\n\n", 2)[1],
+        epilog="--KEY VALUE is a setting of train.py for all runs (see `python train.py --help`), such as "
+        "--max_steps or --threads. A command that was stopped goes on when it is given again. "
+        "Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    names = command.add_subparsers(dest="name", metavar="NAME", required=True)
+    for name in NAMES:
+        module = importlib.import_module(f"grpo.experiments.{name}")
+        one = names.add_parser(
+            name,
+            help=module.QUESTION,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        one.add_argument(
+            "--output", type=Path, metavar="DIR", help=f"directory (default: runs/experiment-{name})"
+        )
+        one.add_argument(
+            "--seeds", type=int, nargs="+", metavar="N", help="seeds (default: the settings' own)"
+        )
+        one.add_argument(
+            "--run",
+            type=Path,
+            metavar="RUN_DIR",
+            help="begin with the settings, the weights before RL and the failures of this run",
+        )
+        module.add_options(one)
+    return command
+
+
+def settings(own: argparse.Namespace, rest: list[str], defaults: dict[str, Any]) -> configuration.Config:
+    """The run's config.yaml or the preset, then the experiment's defaults, then the command line.
+
+    Device and dtype are resolved, so that all runs have the same.
+    """
+    argv = [] if own.run is None else ["--config", str(own.run / "config.yaml")]
+    argv += [text for name, value in {**DEFAULTS, **defaults}.items() for text in (f"--{name}", str(value))]
+    config = configuration.parse([*argv, *rest])
+    if config.resume is not None:
+        raise ValueError("resume must be left out: the same command goes on by itself")
+    config.config = None
+    config.device = parts.choose_device(config.device)
+    config.dtype = parts.choose_dtype(config.dtype, config.device)
+    return config
+
+
+def begin(folder: Path, own: argparse.Namespace, rest: list[str]) -> None:
+    """Notes what was asked for. Raises ValueError where the directory belongs to another command."""
+    asked = {name: str(value) for name, value in sorted(vars(own).items()) if name != "output"}
+    asked["settings"] = " ".join(rest)
+    file = folder / RECORD
+    if file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        names = dict.fromkeys([*before, *asked])
+        changed = [f"{n}: {before.get(n)} -> {asked.get(n)}" for n in names if before.get(n) != asked.get(n)]
+        if changed:
+            raise ValueError(
+                f"output {folder} was begun with other options ({'; '.join(changed)}): choose another"
+            )
+    with run_dir.written_whole(file) as path:
+        path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    own, rest = parser().parse_known_args(argv)
+    module = importlib.import_module(f"grpo.experiments.{own.name}")
+    folder = own.output or Path("runs") / f"experiment-{own.name}"
+    try:
+        with Interrupts():
+            if own.run is not None and not (own.run / "failures.jsonl").is_file():
+                raise ValueError(f"run must be a run directory with failures.jsonl, got {own.run}")
+            config = settings(own, rest, module.DEFAULTS)
+            if own.run is not None and own.seeds not in (None, [config.seed]):
+                raise ValueError(f"seeds must be that of the run, {config.seed}, got {own.seeds}")
+            own.seeds = own.seeds or [config.seed]
+            begin(folder, own, rest)
+            with run_dir.lock(folder):
+                outcome = module.run(Study(folder, config, own.run), own)
+                files = outcome.write(folder, vars(config))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (ExperimentError, run_dir.RunDirError, FloatingPointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    print(f"\n{outcome.question}\n\n{outcome.table()}\n\nwritten: {', '.join(map(str, files))}")
+    if len(files) < 3:
+        print("no plot: pip install 'reflect-grpo[experiments]' (matplotlib)", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Which tokens should carry the gradient, and does it matter that only failures are trained on?
+
+The paper trains the reflection alone. Here: the reflection, reflection and retry, the retry, and the first
+attempt without any reflecting (plain GRPO), on failures and on all examples. Compute is matched by sampled
+tokens: an attempt is shorter than a reflection with its retry, so its arms get more groups per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+from grpo.experiments.outcome import ARM_COLUMNS, Outcome, arm_row
+from grpo.experiments.study import Arm, Study
+
+QUESTION = "Which tokens should carry the gradient, at equal compute?"
+DEFAULTS = {"max_steps": 8, "num_eval": 128}
+MODES = ("reflection", "all", "retry", "attempt", "attempt, all examples")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        choices=MODES,
+        default=list(MODES),
+        metavar="MODE",
+        help="arms to run after the first, among: " + ", ".join(MODES),
+    )
+
+
+def run(study: Study, own: argparse.Namespace) -> Outcome:
+    arms: dict[str, list[Arm]] = {mode: [] for mode in dict.fromkeys(["reflection", *own.modes])}
+    for seed in own.seeds:
+        start = study.start(seed)
+        for mode in arms:
+            if mode.startswith("attempt"):
+                groups = matching_groups(arms["reflection"][-1], start)
+                everything = mode != "attempt"
+                arm = study.arm(
+                    "attempt-all" if everything else "attempt",
+                    seed,
+                    share=() if everything else ("failures.jsonl",),
+                    train_on="attempt",
+                    only_failures=not everything,
+                    groups_per_step=groups,
+                )
+            else:
+                arm = study.arm(mode, seed, train_on=mode)
+            arms[mode].append(arm)
+    rows = [arm_row(mode, found, arms["reflection"]) for mode, found in arms.items()]
+    rows[0]["against"] = None
+    return Outcome(QUESTION, ARM_COLUMNS, rows, ("first_gain", "gain"))
+
+
+def matching_groups(reflection: Arm, start: Path) -> int:
+    """Groups of attempts that sample as many tokens per step as `reflection` does with its retries."""
+    per_step = reflection.sampled_tokens() / reflection.config.max_steps
+    lines = (start / "failures.jsonl").read_text(encoding="utf-8").splitlines()
+    lengths = [len(line["attempt_ids"]) for line in map(json.loads, lines) if "block" not in line]
+    return max(1, round(per_step / (statistics.fmean(lengths) * reflection.config.num_generations)))

@@ -1,0 +1,136 @@
+"""Before any RL: how often does a retry after a reflection succeed, how long are reflections, are they good?
+
+The model before RL attempts train problems until enough have failed, reflects on each failure once and
+retries; blind, shuffled and blanked retries stand beside it. `sheet.html` shows 50 of them, chosen by the
+seed, for a person to read and mark; its button gives the marks as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import random
+from typing import Any
+
+from tqdm import tqdm
+
+from grpo import evaluate, parts, run_dir
+from grpo.comparison import CONTROLS, ModelResult, model_figures
+from grpo.experiments.outcome import Column, Outcome, Row, percent
+from grpo.experiments.study import Study
+
+QUESTION = "Before RL: how often does a retry succeed, how long are reflections, are they good?"
+DEFAULTS: dict[str, Any] = {}
+COLUMNS = {
+    "what": Column("retry after"),
+    "success": percent("retries right"),
+    "failures": Column("failures", digits=0),
+    "difference": percent("reflection minus this"),
+}
+MARKS = (
+    "names what was wrong",
+    "says something false",
+    "helps with this problem only",
+    "hands over the answer",
+)
+EXAMPLES = 50
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--failures",
+        type=int,
+        default=500,
+        metavar="N",
+        help="failures to reflect on; the paper's pilot has 500 to 1,000 (default: %(default)s)",
+    )
+
+
+def run(study: Study, own: argparse.Namespace) -> Outcome:
+    if own.failures < 1:
+        raise ValueError(f"failures must be at least 1, got {own.failures}")
+    results = [_measure(study, seed, own.failures) for seed in own.seeds]
+    result = ModelResult([record for one in results for record in one.records])
+    with run_dir.written_whole(study.folder / "sheet.html") as path:
+        path.write_text(sheet(result.failures, own.seeds[0]), encoding="utf-8")
+    figures = model_figures(result)
+    rows: list[Row] = [
+        {"what": "a reflection", "success": figures["retry_success"], "failures": figures["num_failures"]}
+    ]
+    for name in CONTROLS:
+        if name in figures["controls"]:
+            one = figures["controls"][name]
+            minus = one["retry_minus_control"]
+            rows.append(
+                {
+                    "what": name,
+                    "success": one["success"],
+                    "failures": one["success"]["of"],
+                    "difference": minus,
+                }
+            )
+    cut, length = figures["reflection_truncated"], figures["reflection_mean_length"]
+    notes = (
+        []
+        if length is None
+        else [f"Reflections: {length:.1f} tokens on average, {cut:.1%} cut at the limit."]
+    )
+    notes.append("sheet.html: examples to read and mark.")
+    return Outcome(QUESTION, COLUMNS, rows, ("success",), notes, {"figures": figures})
+
+
+def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
+    """Blocks of problems until enough have failed; what is on the disk is not computed again."""
+    start = study.start(seed)
+    built = parts.build(study.config, model_source=str(start / "start"))
+    built.rollout.seed = seed
+    store, count = study.folder / f"records-seed{seed}.jsonl", 0
+    with parts.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:
+        while True:
+            count += evaluate.BLOCK
+            examples = built.task.examples("train", count)
+            result = evaluate.measure(built.rollout, examples, store=store, identity=f"seed {seed}")
+            bar.update(min(wanted, len(result.failures)) - bar.n)
+            if len(result.failures) >= wanted:
+                return result
+
+
+# --- the sheet ----------------------------------------------------------------------------------------------
+
+STYLE = """body{font:16px/1.5 sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
+section{border-top:1px solid #999;padding:1rem 0}pre{white-space:pre-wrap;background:#f4f4f4;padding:.5rem}
+label{display:block}textarea{width:100%;height:8rem}"""
+SCRIPT = """document.getElementById('give').onclick=()=>{const marks={};
+for(const box of document.querySelectorAll('input'))(marks[box.name]??={})[box.value]=box.checked;
+document.getElementById('marks').value=JSON.stringify(marks,null,1)}"""
+
+
+def sheet(failures: list[dict[str, Any]], seed: int) -> str:
+    """A page of its own, without a network, with EXAMPLES of the failures and boxes to mark each."""
+    chosen = random.Random(f"sheet {seed}").sample(failures, min(EXAMPLES, len(failures)))
+    sections = "\n".join(_section(number, record) for number, record in enumerate(chosen, 1))
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reflections to mark</title>'
+        f"<style>{STYLE}</style><h1>Reflections to mark</h1><p>{len(chosen)} of {len(failures)} failures. "
+        "Read, mark what holds, then take the marks from the bottom of the page.</p>\n"
+        f'{sections}\n<button id="give">Marks as JSON</button><textarea id="marks"></textarea>'
+        f"<script>{SCRIPT}</script></html>\n"
+    )
+
+
+def _section(number: int, record: dict[str, Any]) -> str:
+    name = html.escape(json.dumps(record["id"]), quote=True)
+    parts_shown = [("Problem", record["prompt"], "")]
+    parts_shown += [
+        (label, record[turn]["text"], record[turn].get("reason", ""))
+        for label, turn in (("First try", "first"), ("Reflection", "reflection"), ("Second try", "retry"))
+    ]
+    texts = "".join(
+        f"<h3>{label}{f' ({html.escape(reason)})' if reason else ''}</h3><pre>{html.escape(text)}</pre>"
+        for label, text, reason in parts_shown
+    )
+    boxes = "".join(
+        f'<label><input type="checkbox" name="{name}" value="{mark}"> {mark}</label>' for mark in MARKS
+    )
+    return f"<section><h2>{number}</h2>{texts}{boxes}</section>"

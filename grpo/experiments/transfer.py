@@ -1,0 +1,95 @@
+"""Does learning to reflect on one task help on another?
+
+The model trained on the study's task and the one before RL try variants of it and another task, problem by
+problem: other operators, more numbers, larger ones, function calling. Nothing is trained on these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from typing import Any
+
+from grpo.comparison import ModelResult, model_figures
+from grpo.experiments.outcome import Column, Outcome, difference, percent
+from grpo.experiments.study import Study, evaluate
+
+QUESTION = "Does learning to reflect on one task help on another?"
+DEFAULTS = {"max_steps": 8, "num_eval": 128}
+COUNTDOWN: dict[str, dict[str, Any]] = {
+    "as trained": {},
+    "larger numbers": {"high": 30},
+    "times as well": {"operators": "+-*"},
+    "four numbers": {"numbers": 4},
+}
+CATEGORIES = "simple_python+live_simple"
+# Short examples, so that the demo's model has room for them; one call has some 40 tokens.
+FUNCTION_CALLING = [
+    "--task",
+    "function_calling",
+    "--task_options",
+    json.dumps({"categories": CATEGORIES, "max_tools": 3, "max_characters": 900}),
+    "--max_completion_length",
+    "64",
+]
+COLUMNS = {
+    "variant": Column("evaluated on"),
+    "first_before": percent("1st try before RL"),
+    "second_before": percent("2nd try before RL"),
+    "first_gain": percent("gain of the 1st try"),
+    "gain": percent("gain of the 2nd try"),
+    "problems": Column("problems", digits=0),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = [*COUNTDOWN, "function calling"]
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        choices=names,
+        default=names,
+        metavar="NAME",
+        help="what to evaluate on, among: " + ", ".join(names),
+    )
+
+
+def run(study: Study, own: argparse.Namespace) -> Outcome:
+    if study.config.task != "countdown":
+        raise ValueError(f"task must be countdown, whose variants are evaluated, got {study.config.task!r}")
+    notes, variants = [], list(own.variants)
+    if "function calling" in variants and importlib.util.find_spec("bfcl_eval") is None:
+        variants.remove("function calling")
+        notes.append("function calling: left out, its data (pip install --no-deps bfcl-eval) are not here")
+    found: dict[str, list[list[ModelResult]]] = {name: [] for name in variants}
+    for seed in own.seeds:
+        arm = study.arm("trained", seed, keep=True)
+        models = [arm.folder / "start", arm.checkpoint()]
+        for name in variants:
+            options = FUNCTION_CALLING
+            if name in COUNTDOWN:
+                options = ["--task_options", json.dumps({**study.config.task_options, **COUNTDOWN[name]})]
+            options = [*options, "--num_eval", str(study.config.num_eval), "--controls"]
+            file = study.folder / "evaluations" / f"{name.replace(' ', '-')}-seed{seed}.json"
+            found[name].append(evaluate(models, file, options))
+    rows = [_row(name, results) for name, results in found.items()]
+    return Outcome(QUESTION, COLUMNS, rows, ("first_gain", "gain"), notes)
+
+
+def _row(variant: str, results: list[list[ModelResult]]) -> dict[str, Any]:
+    """Over the seeds, of which each gives what the model did before and after RL."""
+    before, after = (
+        ModelResult([record for pair in results for record in pair[place].records]) for place in (0, 1)
+    )
+    old, new = model_figures(before), model_figures(after)
+    return {
+        "variant": variant,
+        "first_before": old["first_try"],
+        "second_before": old["second_try"],
+        "first_gain": difference(after, before, "first_try"),
+        "gain": difference(after, before),
+        "before": old,
+        "after": new,
+        "problems": len(before.records),
+    }
