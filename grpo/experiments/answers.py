@@ -11,24 +11,11 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from grpo.tasks.mistakes import alternatives, concrete
+
 Args = dict[str, Any]
 Calls = list[tuple[str, Args]]
 Truth = list[dict[str, dict[str, list[Any]]]]
-
-
-def concrete(one: Any) -> Any:
-    """An accepted value as it would be written: objects hold lists of accepted values in their turn."""
-    if isinstance(one, dict):
-        chosen = {key: alternatives(values) for key, values in one.items()}
-        return {key: concrete(values[0]) for key, values in chosen.items() if values}
-    if isinstance(one, list):
-        return [concrete(item) for item in one]
-    return one
-
-
-def alternatives(values: Any) -> list[Any]:
-    """The accepted values without "", which stands for leaving the argument out."""
-    return [value for value in values if value != ""] if isinstance(values, list) else [values]
 
 
 def first_answer(truth: Truth) -> Calls:

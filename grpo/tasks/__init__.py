@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 SPLITS = ("train", "validation", "heldout")
+RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
 
 
 @dataclass(frozen=True)

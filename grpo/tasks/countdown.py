@@ -14,7 +14,7 @@ import math
 import random
 from collections.abc import Iterator
 
-from grpo.tasks import SPLITS, Example, Transcript, Verdict, check_split, register
+from grpo.tasks import RIGHT_ATTEMPTS, SPLITS, Example, Transcript, Verdict, check_split, register
 from grpo.tasks.expression import contains, evaluate, literals, parse, reachable, worked
 
 MAX_ANSWER_CHARACTERS = 200
@@ -25,7 +25,6 @@ HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.1
 WANTED_HELDOUT, MAX_HELDOUT_SHARE = 512, 0.7  # a small space gives more of itself to held-out problems
 ENUMERABLE = 2_000  # number sets; up to this many, all problems are listed, above it they are drawn
 PATIENCE = 10_000  # draws without a new problem after which a space counts as exhausted
-RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
 
 Problem = tuple[tuple[int, ...], int]  # sorted numbers, target
 

@@ -2,22 +2,23 @@
 
 The paper's first task ("Reflect, Retry, Reward", arXiv 2505.24726). On xLAM / APIGen data (a file of yours)
 the calls must equal the given ones; on the Berkeley files (the package bfcl-eval) each argument must be one
-of the accepted values. Where no tool fits, the right answer is no call. Left out: running the calls, several
-turns with results, and transcripts for a warm start: an honest explanation of a wrong call would have to come
-from someone who understands it.
+of the accepted values. Where no tool fits, the right answer is no call. Left out: running the calls, and
+several turns with results.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
-from grpo.tasks import Example, Verdict, check_split, register
+from grpo.tasks import RIGHT_ATTEMPTS, Example, Transcript, Verdict, check_split, register
 from grpo.tasks.berkeley import CATEGORIES, Berkeley, category_of
 from grpo.tasks.call_json import Call, Unreadable
 from grpo.tasks.calls import find_calls, holds_prose_only, scattered_calls
 from grpo.tasks.function_data import Record, Source, Splits, defaults_of
 from grpo.tasks.matching import Defaults, compare, includes
+from grpo.tasks.mistakes import mistaken, reflection, right_calls, text_of
 from grpo.tasks.xlam import Xlam
 
 DEFAULT_CATEGORIES = "simple_python+multiple+parallel+parallel_multiple+irrelevance"
@@ -85,6 +86,7 @@ class FunctionCalling:
         max_tools: leave out examples with more tools.
         max_characters: leave out examples whose messages and tools have more characters.
         seed: order of the examples within each split. Which split an example is in never depends on it.
+        reflection_stop: in transcripts, share of reflections that stop after the first one or two checks.
     Raises:
         ValueError: no such file, no usable record in it, no package, or an unknown category.
     """
@@ -104,7 +106,10 @@ class FunctionCalling:
         max_tools: int | None = None,
         max_characters: int | None = None,
         seed: int = 0,
+        reflection_stop: float = 0.5,
     ) -> None:
+        if not 0 <= reflection_stop <= 1:
+            raise ValueError(f"reflection_stop must lie between 0 and 1, got {reflection_stop}")
         for option, limit in (("max_tools", max_tools), ("max_characters", max_characters)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{option} must be at least 1 or None, got {limit}")
@@ -121,6 +126,7 @@ class FunctionCalling:
             )
 
         self.python_syntax, self.accepted = python_syntax, source.accepted
+        self.reflection_stop = reflection_stop
         self._splits = Splits(source, keep, seed)
         self.skipped = self._splits.skipped
 
@@ -173,6 +179,22 @@ class FunctionCalling:
         if self.verify(example, reflection).ok:
             return True
         return includes(scattered_calls(reflection), gold, self.accepted)
+
+    def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
+        """A conversation whose reflection goes through a wrong answer part by part (grpo/tasks/mistakes.py).
+
+        `attempt`: the wrong one to start from, of an earlier transcript of the example.
+        """
+        gold, tools = example.data["gold"], example.data["tools"]
+        if attempt is not None:
+            calls = find_calls(attempt)
+        elif not (gold or tools) or rng.random() < RIGHT_ATTEMPTS:
+            return Transcript(text_of(right_calls(gold, self.accepted)))
+        else:
+            calls = mistaken(gold, self.accepted, tools, example.prompt, rng)
+        checks = rng.randint(1, 2) if rng.random() < self.reflection_stop else None
+        text, mended = reflection(calls, gold, self.accepted, checks)
+        return Transcript(text_of(calls), text, text_of(mended))
 
     def _example(self, record: Record) -> Example:
         *history, question = record.messages
