@@ -32,8 +32,8 @@ if __name__ == "__main__":
 import grpo_kernels
 from tqdm import tqdm
 
-from grpo import checkpoint, evaluate, failures, parts, run_dir, session, warmstart, weights
 from grpo import config as configuration
+from grpo import evaluate, failures, parts, run_dir, session, warmstart, weights
 from grpo.config import Config
 from grpo.episode import Episode
 from grpo.learner import Learner, NonFiniteError
@@ -231,12 +231,9 @@ class Run(Session):
         config, built = self.config, self.parts
         if not config.num_eval:
             return
-        sources = {"vanilla": str(self.start), "trained": str(checkpoint.latest(self.folder))}
-        if config.warm_start_steps:  # else the model right before RL is the untouched one
-            sources = {"untouched": config.model_name_or_path, **sources}
         examples = built.task.examples("heldout", config.num_eval)
         results = {}
-        for label, source in sources.items():
+        for label, source in self.compared().items():
             parts.load_into(built, source)
             parts.return_unused_memory()
             with (

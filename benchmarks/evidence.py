@@ -31,11 +31,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a
 import train  # noqa: E402
 from grpo import config as configuration  # noqa: E402
 from grpo import run_dir, session, warmstart  # noqa: E402
+from grpo.comparison import ModelResult  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
+from grpo.experiments.outcome import difference  # noqa: E402
+from grpo.experiments.study import records  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
+
+
+class WithoutUntouched(train.Run):
+    """The untouched model solves nothing, at length: over 512 problems that takes as long as all the rest."""
+
+    def compared(self) -> dict[str, str]:
+        return {label: source for label, source in super().compared().items() if label != "untouched"}
 
 
 class ShuffledRewards(train.Run):
@@ -151,6 +161,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def against(run: Path, other: Path) -> str:
+    """The second try after the RL of `run` minus that after the RL of `other`, on the same problems."""
+    after, before = (ModelResult(records(folder / "evaluation-trained.jsonl")) for folder in (run, other))
+    if after.ids != before.ids:
+        raise ValueError(f"{run} and {other} were evaluated on different problems")
+    return f"second try of {run.name} minus that of {other.name}: {percent(difference(after, before))}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/evidence.py",
@@ -168,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     if own.what == "seeds":
         for seed in own.seeds:
             name = ["--run_name", f"seed{seed}", "--seed", str(seed), "--num_eval", str(NUM_EVAL)]
-            if code := train.main([*name, *rest]):
+            if code := train.main([*name, *rest], WithoutUntouched):
                 return code
         return 0
     if rest or not own.runs:
@@ -189,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
             code, folder = continue_run(train.Run, run, f"{run.name}-longer", "--max_steps", steps)
         if code or folder is None:
             return code or 1
-        print(table([row(folder)]))
+        print(table([row(folder)]), against(folder, run), sep="\n")
     return 0
 
 

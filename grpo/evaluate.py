@@ -25,7 +25,7 @@ from grpo.interrupts import EXIT_INTERRUPTED, Interrupts, leave_quietly
 if __name__ == "__main__":
     leave_quietly()  # a Ctrl-C during the imports below, which take seconds
 
-from grpo import blocks
+from grpo import blocks, run_dir
 from grpo.comparison import CONTROLS, ModelResult, Record, report
 from grpo.episode import Episode
 from grpo.rollout import Attempt, Rollout
@@ -267,11 +267,12 @@ def main(argv: list[str] | None = None) -> int:
             results = {source.label: _measure_source(source, config, own) for source in found}
         figures = report(results)
         if own.output:
-            Path(own.output).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            with run_dir.written_whole(Path(own.output)) as path:
+                path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (CheckpointError, FloatingPointError, OSError) as error:
+    except (CheckpointError, run_dir.RunDirError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -124,6 +124,13 @@ class Session:
         run_dir.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
         return step
 
+    def compared(self) -> dict[str, str]:
+        """The models of the final table: label, and where the weights are."""
+        models = {"vanilla": str(self.start), "trained": str(checkpoint.latest(self.folder))}
+        if self.config.warm_start_steps:  # else the model right before RL is the untouched one
+            models = {"untouched": self.config.model_name_or_path, **models}
+        return models
+
     def best_step(self) -> int | None:
         """The first of the validated steps with the most right second tries; None before there is one."""
         shares = {step: share for step, share in validated(self.folder).items() if step > 0}

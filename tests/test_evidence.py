@@ -40,9 +40,10 @@ def test_seeds_and_table(seeded, capsys):
 
 
 @pytest.mark.parametrize("what", ["shuffled", "supervised", "longer"])
-def test_controls_start_from_the_weights_of_the_run(seeded, what):
+def test_controls_start_from_the_weights_of_the_run(seeded, what, capsys):
     source = seeded / "seed1-001"
     assert evidence.main([what, str(source)]) == 0
+    assert f"second try of seed1-001-{what}-001 minus that of seed1-001:" in capsys.readouterr().out
     folder = seeded / f"seed1-001-{what}-001"
     weights = "model.safetensors"
     assert (folder / "start" / weights).read_bytes() == (source / "start" / weights).read_bytes()

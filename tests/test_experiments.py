@@ -23,7 +23,7 @@ from grpo.experiments import __main__ as command
 from grpo.experiments import ablation, outcome, pilot, retention, robustness, study, threshold, verifier
 from grpo.experiments.noisy import FALSE_NEGATIVE, Noisy
 from grpo.experiments.outcome import Column, Outcome, percent
-from grpo.tasks import Example, get_task
+from grpo.tasks import Example, OpeningTask, TolerantTask, WarmStartTask, get_task
 
 SMALL = {
     "verifier": ["--problems", "5"],
@@ -269,6 +269,23 @@ def test_noise_has_its_rates_on_train_examples_and_none_elsewhere():
     assert not any(task.verify(e, "<answer>1000</answer>").ok for e in heldout)
     assert [task.verify(e, t) for e, t in wrong] == [task.verify(e, t) for e, t in wrong]
     assert task.verify(train_set[0], "\ud800").reason in ("ok", "no_answer")  # a lone surrogate
+
+
+def test_a_noisy_task_can_do_what_the_true_one_can(tmp_path):
+    record = {"query": "Add 1 and 2.", "tools": [{"name": "add", "description": "", "parameters": {}}]}
+    record |= {"answers": [{"name": "add", "arguments": {}}]}
+    records = [
+        {"id": i, **{key: json.dumps(v) if key != "query" else v for key, v in record.items()}}
+        for i in range(3)
+    ]
+    (tmp_path / "xlam.json").write_text(json.dumps(records))
+    noisy = Noisy("function_calling", data_path=str(tmp_path / "xlam.json"))
+    assert (
+        isinstance(noisy, OpeningTask)
+        and isinstance(noisy, WarmStartTask)
+        and isinstance(noisy, TolerantTask)
+    )
+    assert not isinstance(Noisy("countdown"), OpeningTask) and isinstance(Noisy("countdown"), WarmStartTask)
 
 
 def test_noise_must_be_a_share():

@@ -1,4 +1,4 @@
-"""The paper's presets, run for two steps on a random small Qwen2: all but the sizes is as they have it."""
+"""Presets, run for two steps on a random small Qwen2: all but the sizes is as they have it."""
 
 import json
 
@@ -8,6 +8,7 @@ import tiny_run
 
 from grpo import config as configuration
 from grpo import weights
+from grpo.tasks import get_task
 
 # What makes a run small; all other settings stay the preset's.
 SMALL = {
@@ -54,6 +55,30 @@ def test_two_steps_of_a_preset(preset, qwen2, tmp_path):
         name for name in vars(given) if getattr(used, name) == getattr(given, name)
     }
     assert (done.folder / "evaluation.json").exists() and not used.warm_start_steps
+
+
+def test_two_steps_of_the_function_calling_demo(qwen2, tmp_path):
+    settings = {
+        **SMALL,
+        "preset": "function_calling_demo",
+        "model_name_or_path": qwen2,
+        "output_dir": tmp_path,
+    }
+    settings |= {"warm_start_steps": 2, "overlong_buffer": 2, "eval_steps": 1}
+    done = tiny_run.run([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+    assert done.status == 0, done.err
+    figures = json.loads((done.folder / "evaluation.json").read_text())
+    assert list(figures["models"]) == ["untouched", "vanilla", "trained"]
+
+
+def test_the_function_calling_demo_uses_no_example_twice():
+    c = configuration.parse(["--preset", "function_calling_demo"])
+    task = get_task(c.task, c.task_options)
+    assert len(task.examples("train", c.num_examples + c.warm_start_examples)) == 378
+    assert task.examples("heldout", c.num_eval) and task.examples("validation", c.num_validation)
+    for split, count in (("train", 379), ("heldout", c.num_eval + 1), ("validation", c.num_validation + 1)):
+        with pytest.raises(ValueError, match="were asked for"):
+            task.examples(split, count)
 
 
 @pytest.mark.parametrize("preset", ["paper_countdown", "paper_function_calling"])

@@ -9,10 +9,9 @@ as with a verifier that has a fault. Validation and held-out examples are judged
 from __future__ import annotations
 
 import hashlib
-import random
 from typing import Any
 
-from grpo.tasks import Example, Task, Transcript, Verdict, WarmStartTask, get_task
+from grpo.tasks import Example, Task, Verdict, get_task
 
 FALSE_NEGATIVE = "false_negative"  # reason of a right answer that is called wrong
 
@@ -40,6 +39,9 @@ class Noisy:
         self.name, self.system = self.true.name, self.true.system
         self.reflection_instruction = self.true.reflection_instruction
         self._train: set[str] = set()
+        for method in ("opening", "transcript", "tolerant"):  # which only some tasks have
+            if hasattr(self.true, method):
+                setattr(self, method, getattr(self.true, method))
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         found = self.true.examples(split, count, offset)
@@ -57,10 +59,6 @@ class Noisy:
 
     def leaks(self, example: Example, reflection: str) -> bool:
         return self.true.leaks(example, reflection)
-
-    def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
-        assert isinstance(self.true, WarmStartTask)
-        return self.true.transcript(example, rng, attempt)
 
     def _draw(self, example: Example, text: str) -> float:
         """Uniform in [0, 1). Lone surrogates, which a model may write, have no UTF-8."""

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from grpo import parts, weights
+from grpo import parts, run_dir, weights
 from grpo.experiments.outcome import Column, Outcome, Row
 from grpo.experiments.study import ExperimentError, Study, evaluate, wait_for
 from grpo.logprob import linear_logprob
@@ -82,7 +82,9 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         for label, source in models.items():
             file = study.folder / f"scores-{label}-seed{seed}.json"
             if not file.exists():
-                file.write_text(json.dumps(_scores(study, source, own.items, label)), encoding="utf-8")
+                found = _scores(study, source, own.items, label)
+                with run_dir.written_whole(file) as path:
+                    path.write_text(json.dumps(found), encoding="utf-8")
             for measure, values in json.loads(file.read_text(encoding="utf-8")).items():
                 scores.setdefault(measure, {}).setdefault(label, []).extend(values)
         equal = stored_equal(study, arm.checkpoint(), arm.records(), seed)

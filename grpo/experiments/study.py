@@ -53,7 +53,7 @@ class Arm:
 
     def records(self, model: str = "trained") -> list[dict[str, Any]]:
         """What the model (vanilla: before RL) did with each held-out problem."""
-        return _records(self.folder / f"evaluation-{model}.jsonl")
+        return records(self.folder / f"evaluation-{model}.jsonl")
 
     def checkpoint(self) -> Path:
         """The weights after RL, of an arm that keeps them."""
@@ -202,7 +202,7 @@ def evaluate(models: Sequence[Path], output: Path, options: Sequence[str]) -> li
         ]
         _check(output, wait_for(command))
     labels = json.loads(output.read_text(encoding="utf-8"))["models"]
-    return [ModelResult(_records(records_file(output, label))) for label in labels]
+    return [ModelResult(records(records_file(output, label))) for label in labels]
 
 
 def wait_for(command: Sequence[str]) -> int:
@@ -220,7 +220,8 @@ def wait_for(command: Sequence[str]) -> int:
             child.wait()
 
 
-def _records(file: Path) -> list[dict[str, Any]]:
+def records(file: Path) -> list[dict[str, Any]]:
+    """Of an evaluation, one per problem."""
     return [line for line in blocks.read(file) if "block" not in line]
 
 

@@ -17,7 +17,6 @@ import re
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from grpo.comparison import ModelResult
@@ -26,6 +25,7 @@ from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study, evaluate
 from grpo.statistics import wilson_interval
 from grpo.tasks import Example, get_task
+from grpo.tasks.function_calling import FunctionCalling
 from grpo.tasks.function_calling import verify as verify_calls
 
 QUESTION = "Does the binary reward agree with the truth?"
@@ -81,7 +81,8 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         ]
     notes = []
     if importlib.util.find_spec("bfcl_eval") is not None:
-        judged += [(f"calls, {kind}", right, ok) for kind, right, ok in function_calling_answers()]
+        calls = FunctionCalling(categories="simple_python+multiple+parallel+parallel_multiple")
+        judged += [(f"calls, {kind}", right, ok) for kind, right, ok in function_calling_answers(calls)]
     else:
         notes.append("Function calling is left out: its data (pip install --no-deps bfcl-eval) are not here.")
     if not own.no_model:
@@ -201,20 +202,16 @@ def model_answers(result: ModelResult, examples: Sequence[Example], operators: s
 # --- function calling ---------------------------------------------------------------------------------------
 
 
-def function_calling_answers() -> Iterator[tuple[str, bool, bool]]:
-    """The Berkeley files' answers and sure mistakes in them: kind, whether right, whether so judged."""
-    import bfcl_eval
-
-    folder = Path(bfcl_eval.__path__[0]) / "data" / "possible_answer"
-    for category in ("simple_python", "multiple", "parallel", "parallel_multiple"):
-        for line in (folder / f"BFCL_v4_{category}.json").read_text(encoding="utf-8").splitlines():
-            truth = json.loads(line)["ground_truth"]
-            gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
-            for kind, calls in right_answers(truth):
-                yield kind, True, _judged(calls, gold)
-            for kind, calls in changed_answers(truth):
-                if kind in SURELY_WRONG and not _accepted(calls, truth):
-                    yield kind, False, _judged(calls, gold)
+def function_calling_answers(task: FunctionCalling) -> Iterator[tuple[str, bool, bool]]:
+    """Answers to held-out examples and sure mistakes in them: kind, whether right, whether so judged."""
+    for example in task.examples("heldout", task.size("heldout")):
+        gold = example.data["gold"]
+        truth = [{call["name"]: call["arguments"]} for call in gold]
+        for kind, calls in right_answers(truth):
+            yield kind, True, _judged(calls, gold)
+        for kind, calls in changed_answers(truth):
+            if kind in SURELY_WRONG and not _accepted(calls, truth):
+                yield kind, False, _judged(calls, gold)
 
 
 def _judged(calls: Any, gold: list[dict[str, Any]]) -> bool:

@@ -139,12 +139,16 @@ class FunctionCalling:
         check_split(split)
         if count < 0 or offset < 0:
             raise ValueError(f"count and offset must be at least 0, got {count} and {offset}")
-        if offset + count > self._splits.size(split):
+        if offset + count > self.size(split):
             raise ValueError(
-                f"split {split!r} has {self._splits.size(split)} examples, but offset {offset} plus count "
+                f"split {split!r} has {self.size(split)} examples, but offset {offset} plus count "
                 f"{count} were asked for; add categories or data, or raise max_tools or max_characters"
             )
         return [self._example(record) for record in self._splits.records(split, offset, offset + count)]
+
+    def size(self, split: str) -> int:
+        """How many examples there are."""
+        return self._splits.size(split)
 
     def opening(self, example: Example, with_tools: bool) -> tuple[list[dict[str, str]], list[dict] | None]:
         """The messages before the first answer, and the tools for a template that takes them.
