@@ -157,7 +157,7 @@ BAD = {
     "delta with cispo": ({"loss_type": "cispo", "delta": 2.0}, ["delta must be None with loss_type=cispo"]),
     "unknown preset": (
         {"preset": "demos"},
-        ["preset must be one of demo, paper_countdown, paper_function_calling, got 'demos'", "demo?"],
+        ["preset must be one of demo, function_calling_demo, ", "got 'demos'; did you mean demo?"],
     ),
     "unknown task": ({"task": "contdown"}, ["task must be one of", "got 'contdown'", "mean countdown?"]),
     "unknown task option": (

@@ -3,7 +3,8 @@
 Labels never come from the verifier. Countdown: expressions are enumerated with their exact values, so each is
 right or wrong by construction; then they are written differently, or spoiled in one way. Function calling:
 the Berkeley files' answers, and changes that no convention makes right. And what a model really writes:
-first tries and retries on held-out problems, set against the enumerated expressions.
+first tries and retries on held-out problems (with --run those of its evaluation), set against the enumerated
+expressions.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from grpo.comparison import ModelResult
 from grpo.experiments.answers import changed_answers, right_answers
 from grpo.experiments.outcome import Column, Outcome, Row, percent
-from grpo.experiments.study import Study, evaluate
+from grpo.experiments.study import Study, evaluate, records
 from grpo.statistics import wilson_interval
 from grpo.tasks import Example, get_task
 from grpo.tasks.function_calling import FunctionCalling
@@ -86,17 +87,25 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
     else:
         notes.append("Function calling is left out: its data (pip install --no-deps bfcl-eval) are not here.")
     if not own.no_model:
-        for seed in own.seeds:
-            start = study.start(seed)
-            file = study.folder / f"answers-seed{seed}.json"
-            options = ["--num_eval", str(study.config.num_eval), "--controls"]
-            (result,) = evaluate([start / "start"], file, options)
-            judged += model_answers(result, task.examples("heldout", study.config.num_eval), task.operators)  # type: ignore[attr-defined]
+        for result in _models(study, own.seeds):
+            heldout = task.examples("heldout", len(result.records))
+            judged += model_answers(result, heldout, task.operators)  # type: ignore[attr-defined]
     rows = [
         row(kind, [one for one in judged if one[0] == kind]) for kind in dict.fromkeys(j[0] for j in judged)
     ]
     rows.append(row("all", judged))
     return Outcome(QUESTION, COLUMNS, rows, ("precision", "recall"), notes)
+
+
+def _models(study: Study, seeds: Sequence[int]) -> Iterator[ModelResult]:
+    """What models wrote: those of the run's evaluation where there is one, else the model before RL, now."""
+    if study.run is not None:
+        for file in sorted(study.run.glob("evaluation-*.jsonl")):
+            yield ModelResult(records(file))
+        return
+    for seed in seeds:
+        options = ["--num_eval", str(study.config.num_eval), "--controls"]
+        yield from evaluate([study.start(seed) / "start"], study.folder / f"answers-seed{seed}.json", options)
 
 
 def row(kind: str, judged: Sequence[Judged]) -> Row:

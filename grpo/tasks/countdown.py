@@ -1,7 +1,7 @@
 """Countdown: combine all the given numbers, each once, into an expression that equals the target.
 
 The paper (arXiv 2505.24726) plays it with 3 or 4 numbers up to 100 and + - * /; the demo with 3 numbers up
-to 10 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
+to 12 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
 downloaded. Left out: partial credit for the right format, and problems whose only solutions pass through
 negative numbers or fractions (the verifier accepts such answers all the same).
 """
@@ -69,7 +69,7 @@ class Countdown:
         high: largest number.
         operators: any of "+-*/".
         seed: order of the problems within each split. Which split a problem is in never depends on it.
-        reflection_stop: in transcripts, probability of giving up after a combination that failed.
+        reflection_stop: in transcripts, share of reflections that give up after one combination that failed.
         max_tries: in transcripts, most combinations that a reflection tries.
         max_target: largest target; None for no limit. (With * four numbers up to 100 make eight digits.)
     """
@@ -145,10 +145,11 @@ class Countdown:
         """A conversation whose reflection tries other combinations and checks each: "3 + 8 - 1 = 11 - 1 = 10,
         not 12."
 
-        It computes one operation at a time, because a small model cannot add three numbers in one go. The
-        number of tries is random (reflection_stop, max_tries) and it may end without a solution: one fixed
-        text would leave reinforcement learning nothing to choose from. The retry is the last combination
-        tried, right or wrong: were it a guess, reflections that found nothing would be rewarded by luck.
+        It computes one operation at a time, because a small model cannot add three numbers in one go. Some
+        (reflection_stop) give up early, the others go on, without repeating themselves, until one works or
+        max_tries are made: reinforcement learning finds both, the choice and what to do after it. The retry
+        is the last combination tried, right or wrong: were it a guess, reflections that found nothing would
+        be rewarded by luck.
         `attempt`: the wrong one to start from.
         """
         target: int = example.data["target"]
@@ -163,9 +164,10 @@ class Countdown:
         candidates = rng.sample(others, min(len(others), self.max_tries - 1)) + [target]
         rng.shuffle(candidates)
         tries = [failed] if self.max_tries > 1 and rng.random() < 0.5 else []
+        gives_up = rng.random() < self.reflection_stop
         for value in candidates:
             tries.append(value)
-            if value == target or len(tries) == self.max_tries or rng.random() < self.reflection_stop:
+            if value == target or len(tries) == self.max_tries or gives_up:
                 break
         checks = [
             f"{worked(terms[value].text)}, {'that works' if value == target else f'not {target}'}."
