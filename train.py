@@ -24,10 +24,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grpo.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, leave_quietly
+from grpo.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts
+from grpo.startup import prepare
 
 if __name__ == "__main__":
-    leave_quietly()  # a Ctrl-C during the imports below, which take seconds
+    prepare()  # before the imports below, which take seconds
 
 import grpo_kernels
 from tqdm import tqdm

@@ -19,10 +19,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo.interrupts import EXIT_INTERRUPTED, Interrupts, leave_quietly
+from grpo.interrupts import EXIT_INTERRUPTED, Interrupts
+from grpo.startup import prepare
 
 if __name__ == "__main__":
-    leave_quietly()  # a Ctrl-C during the imports below, which take seconds
+    prepare()  # before the imports below, which take seconds
 
 from grpo import blocks
 from grpo.rollout import Attempt, Rollout
