@@ -137,6 +137,15 @@ def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monk
     assert [{**row, "seconds": 0} for row in whole] == [{**row, "seconds": 0} for row in stopped]
 
 
+def test_a_pilot_goes_on_after_several_blocks(model, tmp_path):
+    argv = arguments("pilot", model, tmp_path / "p", "--failures", "150")
+    assert command.main(argv) == 0
+    before = (tmp_path / "p/result.json").read_bytes()
+    assert command.main(argv) == 0
+    assert (tmp_path / "p/result.json").read_bytes() == before
+    assert result(tmp_path / "p")["rows"][0]["failures"] > 128
+
+
 def test_a_finished_experiment_runs_nothing_again(model, tmp_path, inside):
     assert command.main(arguments("retention", model, tmp_path / "r")) == 0
     before = (tmp_path / "r/result.json").read_bytes()

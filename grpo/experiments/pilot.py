@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo import evaluate, parts, run_dir
+from grpo import blocks, evaluate, parts, run_dir
 from grpo.comparison import CONTROLS, ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study
@@ -85,15 +85,16 @@ def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
     start = study.start(seed)
     built = parts.build(study.config, model_source=str(start / "start"))
     built.rollout.seed = seed
-    store, count = study.folder / f"records-seed{seed}.jsonl", 0
+    store = study.folder / f"records-seed{seed}.jsonl"
+    count = evaluate.BLOCK * max(1, blocks.keep_whole(store))  # what an earlier command has done, at least
     with parts.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:
         while True:
-            count += evaluate.BLOCK
             examples = built.task.examples("train", count)
             result = evaluate.measure(built.rollout, examples, store=store, identity=f"seed {seed}")
             bar.update(min(wanted, len(result.failures)) - bar.n)
             if len(result.failures) >= wanted:
                 return result
+            count += evaluate.BLOCK
 
 
 # --- the sheet ----------------------------------------------------------------------------------------------
