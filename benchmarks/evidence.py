@@ -29,12 +29,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a script beside this folder
 
 import train  # noqa: E402
+from grpo import blocks, run_dir, session, warmstart  # noqa: E402
 from grpo import config as configuration  # noqa: E402
-from grpo import run_dir, session, warmstart  # noqa: E402
 from grpo.comparison import ModelResult  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
-from grpo.experiments.study import records  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
@@ -163,7 +162,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def against(run: Path, other: Path) -> str:
     """The second try after the RL of `run` minus that after the RL of `other`, on the same problems."""
-    after, before = (ModelResult(records(folder / "evaluation-trained.jsonl")) for folder in (run, other))
+    after, before = (
+        ModelResult(list(blocks.records(folder / "evaluation-trained.jsonl"))) for folder in (run, other)
+    )
     if after.ids != before.ids:
         raise ValueError(f"{run} and {other} were evaluated on different problems")
     return f"second try of {run.name} minus that of {other.name}: {percent(difference(after, before))}"

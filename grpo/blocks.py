@@ -41,6 +41,11 @@ def append(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str, Any]
         os.fsync(file.fileno())
 
 
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines but the end lines."""
+    return (line for line in read(path) if "block" not in line)
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """All lines in order, end lines included.
 

@@ -104,7 +104,7 @@ def build(
 
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
     """The failures of a finished or unfinished build, in the order of their examples."""
-    return [_from_json(line) for line in blocks.read(Path(path)) if "block" not in line]
+    return [_from_json(line) for line in blocks.records(Path(path))]
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:

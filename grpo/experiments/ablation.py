@@ -8,10 +8,10 @@ tokens: an attempt is shorter than a reflection with its retry, so its arms get 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
+from grpo import blocks
 from grpo.experiments.outcome import ARM_COLUMNS, Outcome, arm_row
 from grpo.experiments.study import Arm, Study
 
@@ -51,13 +51,11 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
                 arm = study.arm(mode, seed, train_on=mode)
             arms[mode].append(arm)
     rows = [arm_row(mode, found, arms["reflection"]) for mode, found in arms.items()]
-    rows[0]["against"] = None
     return Outcome(QUESTION, ARM_COLUMNS, rows, ("first_gain", "gain"))
 
 
 def matching_groups(reflection: Arm, start: Path) -> int:
     """Groups of attempts that sample as many tokens per step as `reflection` does with its retries."""
     per_step = reflection.sampled_tokens() / reflection.config.max_steps
-    lines = (start / "failures.jsonl").read_text(encoding="utf-8").splitlines()
-    lengths = [len(line["attempt_ids"]) for line in map(json.loads, lines) if "block" not in line]
+    lengths = [len(line["attempt_ids"]) for line in blocks.records(start / "failures.jsonl")]
     return max(1, round(per_step / (statistics.fmean(lengths) * reflection.config.num_generations)))

@@ -74,7 +74,8 @@ def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
 def _likeness(arm: Arm) -> list[float]:
     """Per held-out problem, the likeness of the prompt trained on that is most like it."""
     trained = {trigrams(episode["texts"]["prompt"]) for episode in arm.episodes()}
-    return [max(jaccard(trigrams(record["prompt"]), one) for one in trained) for record in arm.records()]
+    asked = [trigrams(record["prompt"]) for record in arm.records()]
+    return [max(jaccard(one, other) for other in trained) for one in asked]
 
 
 def trigrams(text: str) -> frozenset[str]:

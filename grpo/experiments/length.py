@@ -26,6 +26,8 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
     arms: dict[str, list[Arm]] = {}
     for seed in own.seeds:
         for limit in own.limits:
+            # the same share of the limit as in the settings that all arms share
+            overlong = study.config.overlong_buffer * limit // study.config.max_reflection_length
             for cost in own.costs:
                 label = f"limit {limit}, cost {cost:g}"
                 arm = study.arm(
@@ -33,13 +35,9 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
                     seed,
                     max_reflection_length=limit,
                     length_cost=cost,
-                    # the same share of the limit as in the settings that all arms share
-                    overlong_buffer=study.config.overlong_buffer
-                    * limit
-                    // study.config.max_reflection_length,
+                    overlong_buffer=overlong,
                 )
                 arms.setdefault(label, []).append(arm)
     reference = next(iter(arms.values()))
     rows = [arm_row(label, found, reference) for label, found in arms.items()]
-    rows[0]["against"] = None
     return Outcome(QUESTION, ARM_COLUMNS, rows, ("second_try", "length"))

@@ -17,10 +17,12 @@ FALSE_NEGATIVE = "false_negative"  # reason of a right answer that is called wro
 
 
 class Noisy:
-    """Args:
-    task: the task whose verdicts are spoiled; further options are its own.
-    false_positives: share of wrong answers to train examples that are called right.
-    false_negatives: share of right ones that are called wrong.
+    """A task with a fault in its verifier.
+
+    Args:
+        task: the task whose verdicts are spoiled; further options are its own.
+        false_positives: share of wrong answers to train examples that are called right.
+        false_negatives: share of right ones that are called wrong.
     """
 
     def __init__(

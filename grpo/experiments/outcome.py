@@ -129,7 +129,7 @@ ARM_COLUMNS = {
 
 
 def arm_row(label: str, arms: Sequence[Arm], reference: Sequence[Arm] | None = None) -> Row:
-    """The figures of one arm over its seeds: before and after RL, and against the reference arm."""
+    """The figures of one arm over its seeds: before and after RL, and against another arm."""
     before, after = pooled(arms, "vanilla"), pooled(arms)
     figures = model_figures(after)
     return {
@@ -138,7 +138,7 @@ def arm_row(label: str, arms: Sequence[Arm], reference: Sequence[Arm] | None = N
         "second_try": figures["second_try"],
         "first_gain": difference(after, before, "first_try"),
         "gain": difference(after, before),
-        "against": difference(after, pooled(reference)) if reference else None,
+        "against": difference(after, pooled(reference)) if reference and reference is not arms else None,
         "length": figures["reflection_mean_length"],
         "truncated": figures["reflection_truncated"],
         "tokens": sum(arm.sampled_tokens() for arm in arms),

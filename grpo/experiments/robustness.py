@@ -57,10 +57,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
                     task_options=options,
                 )
                 arms.setdefault(f"{kind.replace('_', ' ')} {rate:.0%}", []).append(arm)
-    rows = []
-    for label, found in arms.items():
-        rows.append({**arm_row(label, found, arms["none"]), **reach(study, found)})
-    rows[0]["against"] = None
+    rows = [{**arm_row(label, found, arms["none"]), **reach(study, found)} for label, found in arms.items()]
     return Outcome(QUESTION, COLUMNS, rows, ("cosine", "gain"))
 
 

@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Arm:
 
     def records(self, model: str = "trained") -> list[dict[str, Any]]:
         """What the model (vanilla: before RL) did with each held-out problem."""
-        return records(self.folder / f"evaluation-{model}.jsonl")
+        return list(blocks.records(self.folder / f"evaluation-{model}.jsonl"))
 
     def checkpoint(self) -> Path:
         """The weights after RL, of an arm that keeps them."""
@@ -77,12 +77,17 @@ class Arm:
         return sum(role != "context" for episode in self.episodes() for role in episode["roles"])
 
 
-def pooled(arms: Sequence[Arm], model: str = "trained") -> ModelResult:
-    """The records of the same arm over several seeds, one after the other.
+def joined(results: Iterable[ModelResult]) -> ModelResult:
+    """The records of several seeds one after the other.
 
     An interval over them treats the seeds' problems as if they were different ones.
     """
-    return ModelResult([record for arm in arms for record in arm.records(model)])
+    return ModelResult([record for result in results for record in result.records])
+
+
+def pooled(arms: Sequence[Arm], model: str = "trained") -> ModelResult:
+    """The same arm over several seeds."""
+    return joined(ModelResult(arm.records(model)) for arm in arms)
 
 
 class Study:
@@ -202,7 +207,7 @@ def evaluate(models: Sequence[Path], output: Path, options: Sequence[str]) -> li
         ]
         _check(output, wait_for(command))
     labels = json.loads(output.read_text(encoding="utf-8"))["models"]
-    return [ModelResult(records(records_file(output, label))) for label in labels]
+    return [ModelResult(list(blocks.records(records_file(output, label)))) for label in labels]
 
 
 def wait_for(command: Sequence[str]) -> int:
@@ -218,11 +223,6 @@ def wait_for(command: Sequence[str]) -> int:
         if child.poll() is None:  # a second signal came while it was saving
             child.kill()
             child.wait()
-
-
-def records(file: Path) -> list[dict[str, Any]]:
-    """Of an evaluation, one per problem."""
-    return [line for line in blocks.read(file) if "block" not in line]
 
 
 def copy(file: Path, folder: Path) -> None:

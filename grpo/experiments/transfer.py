@@ -13,7 +13,8 @@ from typing import Any
 
 from grpo.comparison import ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, difference, percent
-from grpo.experiments.study import Study, evaluate
+from grpo.experiments.study import Study, evaluate, joined
+from grpo.tasks.berkeley import INSTALL
 
 QUESTION = "Does learning to reflect on one task help on another?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}
@@ -61,7 +62,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
     notes, variants = [], list(own.variants)
     if "function calling" in variants and importlib.util.find_spec("bfcl_eval") is None:
         variants.remove("function calling")
-        notes.append("function calling: left out, its data (pip install --no-deps bfcl-eval) are not here")
+        notes.append(f"Function calling is left out: its data ({INSTALL}) are not here.")
     found: dict[str, list[list[ModelResult]]] = {name: [] for name in variants}
     for seed in own.seeds:
         arm = study.arm("trained", seed, keep=True)
@@ -79,9 +80,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
 
 def _row(variant: str, results: list[list[ModelResult]]) -> dict[str, Any]:
     """Over the seeds, of which each gives what the model did before and after RL."""
-    before, after = (
-        ModelResult([record for pair in results for record in pair[place].records]) for place in (0, 1)
-    )
+    before, after = (joined(pair[place] for pair in results) for place in (0, 1))
     old, new = model_figures(before), model_figures(after)
     return {
         "variant": variant,

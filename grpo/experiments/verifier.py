@@ -20,12 +20,14 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
+from grpo import blocks
 from grpo.comparison import ModelResult
 from grpo.experiments.answers import changed_answers, right_answers
 from grpo.experiments.outcome import Column, Outcome, Row, percent
-from grpo.experiments.study import Study, evaluate, records
+from grpo.experiments.study import Study, evaluate
 from grpo.statistics import wilson_interval
 from grpo.tasks import Example, get_task
+from grpo.tasks.berkeley import INSTALL
 from grpo.tasks.function_calling import FunctionCalling
 from grpo.tasks.function_calling import verify as verify_calls
 
@@ -85,7 +87,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         calls = FunctionCalling(categories="simple_python+multiple+parallel+parallel_multiple")
         judged += [(f"calls, {kind}", right, ok) for kind, right, ok in function_calling_answers(calls)]
     else:
-        notes.append("Function calling is left out: its data (pip install --no-deps bfcl-eval) are not here.")
+        notes.append(f"Function calling is left out: its data ({INSTALL}) are not here.")
     if not own.no_model:
         for result in _models(study, own.seeds):
             heldout = task.examples("heldout", len(result.records))
@@ -101,7 +103,7 @@ def _models(study: Study, seeds: Sequence[int]) -> Iterator[ModelResult]:
     """What models wrote: those of the run's evaluation where there is one, else the model before RL, now."""
     if study.run is not None:
         for file in sorted(study.run.glob("evaluation-*.jsonl")):
-            yield ModelResult(records(file))
+            yield ModelResult(list(blocks.records(file)))
         return
     for seed in seeds:
         options = ["--num_eval", str(study.config.num_eval), "--controls"]

@@ -8,6 +8,8 @@ the reflection has found by then, and nothing else. Left out: why a value is rig
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import random
 import re
@@ -69,7 +71,7 @@ def mistaken(
         name = rng.choice(sorted(schemas))
         return [{"name": name, "arguments": {key: _example(schemas[name][key]) for key in schemas[name]}}]
     for _ in range(PATIENCE):
-        calls: list[Call] = json.loads(json.dumps(right))
+        calls = copy.deepcopy(right)
         for _ in range(1 if rng.random() < 0.7 else 2):
             _spoil(rng.choice(calls), schemas, question, rng)
         if compare(calls, gold, accepted) != "ok":
@@ -150,43 +152,38 @@ def reflection(
     """
     if not gold:
         return f"{calls[0]['name']} does not answer this, and no other function does.", []
-    mended: list[Call] = json.loads(json.dumps(calls))
-    said: list[str] = []
-    for text, mend in _findings(mended, gold, accepted):
-        if checks is not None and len(said) == checks:
-            break
-        mend()
-        said.append(text)
+    mended = copy.deepcopy(calls)
+    said = list(itertools.islice(_findings(mended, gold, accepted), checks))
     return " ".join(said), mended
 
 
-def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(what is said, what mends it), in order; what fits is said as well and mends nothing."""
+def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[str]:
+    """What is said of each part, in order. A part that is wrong is mended, in place, before it is said."""
     for place, wanted in enumerate(right_calls(gold, accepted)):
         if place == len(calls):
-            yield f"A call of {wanted['name']} is missing: {_json(wanted['arguments'])}.", _add(calls, wanted)
+            calls.append(copy.deepcopy(wanted))
+            yield f"A call of {wanted['name']} is missing: {_json(wanted['arguments'])}."
             continue
         call, args = calls[place], calls[place]["arguments"]
-        if call["name"] == wanted["name"]:
-            yield f"{call['name']} is the right function.", _nothing
+        if (name := call["name"]) == wanted["name"]:
+            yield f"{name} is the right function."
         else:
-            name = wanted["name"]
-            yield f"{call['name']} is the wrong function, {name} is right.", _set(call, "name", name)
-        for key in [*wanted["arguments"], *(key for key in list(args) if key not in wanted["arguments"])]:
+            call["name"] = wanted["name"]
+            yield f"{name} is the wrong function, {wanted['name']} is right."
+        for key in [*wanted["arguments"], *(key for key in args if key not in wanted["arguments"])]:
             if key in args and _fits(key, args[key], gold[place], accepted):
-                yield f"{key} {_json(args[key])} fits.", _nothing
+                yield f"{key} {_json(args[key])} fits."
             elif key not in wanted["arguments"]:
-                yield f"{key} is not asked for.", _drop(args, key)
+                del args[key]
+                yield f"{key} is not asked for."
             else:
-                value = wanted["arguments"][key]
-                found = (
-                    f"must be {_json(value)}, not {_json(args[key])}"
-                    if key in args
-                    else f"is missing: {_json(value)}"
-                )
-                yield f"{key} {found}.", _set(args, key, value)
+                value = _json(wanted["arguments"][key])
+                found = f"must be {value}, not {_json(args[key])}" if key in args else f"is missing: {value}"
+                args[key] = wanted["arguments"][key]
+                yield f"{key} {found}."
     if len(calls) > len(gold):
-        yield "There is a call too many.", lambda: calls.__delitem__(slice(len(gold), None))
+        del calls[len(gold) :]
+        yield "There is a call too many."
 
 
 def _fits(key: str, value: Any, gold: Call, accepted: bool) -> bool:
@@ -195,22 +192,6 @@ def _fits(key: str, value: Any, gold: Call, accepted: bool) -> bool:
         return False
     one, other = ({"name": "", "arguments": {key: held}} for held in (value, gold["arguments"][key]))
     return compare([one], [other], accepted) == "ok"
-
-
-def _nothing() -> None:
-    pass
-
-
-def _set(mapping: dict[str, Any], key: str, value: Any) -> Callable[[], None]:
-    return lambda: mapping.update({key: value})
-
-
-def _drop(mapping: dict[str, Any], key: str) -> Callable[[], Any]:
-    return lambda: mapping.pop(key)
-
-
-def _add(calls: list[Call], call: Call) -> Callable[[], None]:
-    return lambda: calls.append(json.loads(json.dumps(call)))
 
 
 def _json(value: Any) -> str:
