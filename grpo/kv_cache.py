@@ -137,6 +137,9 @@ class CachedAttention:
     ) -> None:
         self.prefixes, self.own, self.config = prefixes, own, own.config
         self.batch = len(rows)
+        # In this type a product copies what has gaps, and takes three times as long over it where it also
+        # transposes: keys that are copied beforehand are copied straight.
+        self.copy_keys = own.device.type == "cpu" and own.dtype == torch.bfloat16
         slots = list(range(self.batch))
         places = [row.start + row.length - 1 for row in rows]
         positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
@@ -211,6 +214,9 @@ class CachedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, N, T, D), k and v (1, K, T, D), rotated -> (1, N, T, D)."""
         q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, D)
+        if self.runs:
+            # In bfloat16 on a CPU the tokens come innermost (model.Linear): fused attention refuses that.
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         n = self.own_tokens
         self.own.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
         if n < len(k):
@@ -224,6 +230,8 @@ class CachedAttention:
         batch, heads, size = q.shape
         q = q.reshape(batch, -1, heads // self.config.num_kv_heads, size)  # (B, K, r, D)
         own_keys, own_values = (x[:batch, :, : self.own_length].flatten(0, 1) for x in self.own.layer(layer))
+        if self.copy_keys:
+            own_keys = own_keys.contiguous()
         scores = torch.bmm(q.flatten(0, 1), own_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
