@@ -4,8 +4,9 @@
     python benchmarks/operations.py --dtypes bfloat16 --rounds 50 --threads 1
 
 `attention`: forward and backward of a tree's branches (grpo/sdpa.py); `rms_norm`: forward and backward
-(grpo/rms_norm.py); `accumulate`: a 16-bit gradient added to its float32 buffer (grpo/optimizer.py). Medians
-of rounds in turns, and the median of the ratios.
+(grpo/rms_norm.py); `accumulate`: a 16-bit gradient added to its float32 buffer (grpo/optimizer.py);
+`decode`: one layer's attention in a decode step of 64 rows (grpo/kv_cache.py), against the same with keys as
+they lie. Medians of rounds in turns, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from _measure import DTYPES, command_line, machine, ratio, seconds, summary  # n
 from torch.nn import functional as F  # noqa: E402
 
 from grpo import optimizer, rms_norm, sdpa  # noqa: E402
+from grpo.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
+from grpo.model import ModelConfig  # noqa: E402
 
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
 WEIGHT = (49152, HIDDEN)
+ROWS, GROUP, OWN, CAPACITY = 64, 8, 120, 232  # a decode step of its rollout, half-way through
 
 Pair = tuple[Callable[[], object], Callable[[], object]]  # ours, torch's
 
@@ -56,7 +60,35 @@ def accumulate(dtype: torch.dtype) -> Pair:
     return lambda: optimizer.add(total, part), lambda: total.add_(part)
 
 
-OPERATIONS = {"attention": attention, "rms_norm": normalise, "accumulate": accumulate}
+def decode(dtype: torch.dtype) -> Pair:
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": WEIGHT[0],
+            "hidden_size": HIDDEN,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 1,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "rms_norm_eps": EPS,
+            "max_position_embeddings": 8192,
+        }
+    )
+    prefixes, own = (SlotCache(config, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
+    prefixes.allocate(ROWS // GROUP, PROMPT)
+    own.allocate(ROWS, CAPACITY)
+    rows = [RowSpan(row // GROUP, PROMPT, OWN - 1, 1) for row in range(ROWS)]
+    copied, as_they_lie = (CachedAttention(prefixes, own, rows, []) for _ in range(2))
+    as_they_lie.copy_keys = False
+    q = torch.randn(1, HEADS, ROWS, SIZE).to(dtype)
+    k, v = (torch.randn(1, KV_HEADS, ROWS, SIZE).to(dtype) for _ in range(2))
+    return (
+        torch.inference_mode()(lambda: copied(0, q, k, v)),
+        torch.inference_mode()(lambda: as_they_lie(0, q, k, v)),
+    )
+
+
+OPERATIONS = {"attention": attention, "rms_norm": normalise, "accumulate": accumulate, "decode": decode}
 
 
 def main(argv: list[str] | None = None) -> int:
