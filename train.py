@@ -34,7 +34,7 @@ import grpo_kernels
 from tqdm import tqdm
 
 from grpo import config as configuration
-from grpo import evaluate, failures, parts, run_dir, session, warmstart, weights
+from grpo import evaluate, failures, parts, run_dir, session, warmstart
 from grpo.config import Config
 from grpo.episode import Episode
 from grpo.learner import Learner, NonFiniteError
@@ -56,11 +56,10 @@ class Run(Session):
     def warm_start(self) -> None:
         """Supervised steps on the task's transcripts, then `start/`."""
         unfinished = self.folder / "warm_start"
-        if not self.start.is_dir():
+        if not self.has_start():
             if self.config.warm_start_steps:
                 self._supervised_steps(unfinished)
-            with run_dir.written_whole(self.start) as folder:
-                weights.save(self.parts.model, self.parts.tokenizer, folder)
+            self.save_start()
         run_dir.delete(unfinished)
         parts.load_into(self.parts, str(self.start))  # as it is stored, rounding included
 

@@ -29,6 +29,7 @@ from grpo.run_dir import RunDirError, remove, written_whole
 
 STATE = "trainer/state.json"
 TENSORS = "trainer/state.safetensors"
+SEAL = "sha256.json"
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -95,12 +96,27 @@ def verify(path: str | Path) -> dict[str, Any]:
     """Compares every file of a checkpoint with its sha256; returns the content of trainer/state.json."""
     path = Path(path)
     payload = _read_state(path)
-    for name, digest in payload["sha256"].items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing")
-        if _sha256(path / name) != digest:
-            raise CheckpointError(f"{path / name} is damaged: its sha256 differs from the one in {STATE}")
+    _compare(path, payload["sha256"], STATE)
     return payload
+
+
+def seal(folder: Path) -> None:
+    """Writes sha256.json, the sums of all other files, into a folder of weights that is no checkpoint."""
+    (folder / SEAL).write_text(json.dumps(_sums(folder), indent=1) + "\n", encoding="utf-8")
+
+
+def check_seal(folder: Path) -> None:
+    """Compares the files of a folder with its seal. CheckpointError: one of them, or the seal, is damaged.
+
+    A folder without a seal passes: users may put weights there themselves.
+    """
+    if not (folder / SEAL).exists():
+        return
+    try:
+        sums = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / SEAL} is damaged: {error}") from error
+    _compare(folder, sums, SEAL)
 
 
 def steps(run_dir: str | Path) -> list[int]:
@@ -161,12 +177,11 @@ def _folder(run_dir: str | Path, step: int) -> Path:
 
 
 def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
-    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     payload = {
         "step": step,
         "state": dict(state),
         "environment": environment(),
-        "sha256": {name: _sha256(folder / name) for name in files},
+        "sha256": _sums(folder),
     }
     payload["digest"] = _digest(payload)
     (folder / STATE).write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -188,6 +203,20 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def _digest(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    return {name: _sha256(folder / name) for name in files}
+
+
+def _compare(folder: Path, sums: Mapping[str, str], stored_in: str) -> None:
+    for name, digest in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged: its sha256 differs from the one in {stored_in}")
 
 
 def _sha256(path: Path) -> str:

@@ -92,6 +92,21 @@ class Session:
             reference=reference,
         )
 
+    def has_start(self) -> bool:
+        """Whether the weights before RL are there. CheckpointError: they are damaged."""
+        if not self.start.is_dir():
+            return False
+        try:
+            checkpoint.check_seal(self.start)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}; delete {self.start} to make it again") from error
+        return True
+
+    def save_start(self) -> None:
+        with run_dir.written_whole(self.start) as folder:
+            weights.save(self.parts.model, self.parts.tokenizer, folder)
+            checkpoint.seal(folder)
+
     def save(self, learner: Learner, folder: Path, step: int) -> None:
         """A checkpoint in `folder`: the run's own, or that of its unfinished warm start.
 

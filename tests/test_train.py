@@ -302,7 +302,8 @@ def test_resume_of_a_run_with_a_damaged_checkpoint(unfinished, name):
     [
         ("metrics.jsonl", 1, ["must have at least", "got 10", "delete it"]),
         ("failures.jsonl", 2, ["failures.jsonl, line 1: not JSON"]),
-        ("start/model.safetensors", 2, ["model.safetensors is damaged or cut short"]),
+        ("start/model.safetensors", 1, ["model.safetensors is damaged: its sha256 differs", "delete"]),
+        ("start/sha256.json", 1, ["sha256.json is damaged"]),
         ("evaluation-trained.jsonl", 2, ["evaluation-trained.jsonl, line 1: not JSON"]),
     ],
 )
@@ -311,6 +312,17 @@ def test_resume_of_a_run_with_a_damaged_file(unfinished, name, status, fragments
     content = path.read_bytes()
     path.write_bytes(b"{" + content[1:10] if name.startswith(("metrics", "start")) else b"{\n" + content)
     assert_error(run(["--resume", str(unfinished)]), status, *fragments)
+
+
+@pytest.mark.parametrize("name", ["start/model.safetensors", "start/tokenizer.json"])
+def test_resume_of_a_run_whose_start_has_one_bit_changed_or_a_file_less(unfinished, name):
+    """Such weights would load, and be the KL's reference and the table's column before RL."""
+    path = unfinished / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert_error(run(["--resume", str(unfinished)]), 1, f"{path} is damaged", f"delete {path.parent}")
+    path.unlink()
+    assert_error(run(["--resume", str(unfinished)]), 1, f"{path} is missing", f"delete {path.parent}")
 
 
 def test_two_processes_on_one_run_directory(unfinished):
