@@ -33,6 +33,7 @@ TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
 # What the records of the start depend on, beside its weights. (Were the task another, they would be refused.)
 MEASURED_BY = "num_eval eval_temperature max_completion_length max_reflection_length".split()
+SAME_RUN = "task task_options device dtype".split()  # and for the records that `--run` left of its own start
 
 
 class ExperimentError(RuntimeError):
@@ -102,6 +103,10 @@ class Study:
     def __init__(self, folder: Path, config: Config, run: Path | None = None):
         self.folder, self.config, self.run = folder, config, run
         self._measured: dict[tuple[Any, ...], Path] = {}
+        if run is not None:
+            own = configuration.load(run / "config.yaml")
+            if all(getattr(own, name) == getattr(config, name) for name in SAME_RUN):
+                self._measured[_measured_by(run, own.seed, own)] = run
 
     def start(self, seed: int, name: str = "start", **changes: Any) -> Path:
         """A run directory with `start/` and `failures.jsonl`, made with one step of RL."""
@@ -143,7 +148,7 @@ class Study:
         config = replace(self.config, seed=seed, **changes)
         config = replace(config, warm_start_steps=0, model_name_or_path=str((folder / "start").absolute()))
         arm = Arm(name, folder, config)
-        key = (begin, seed, *(str(getattr(config, setting)) for setting in MEASURED_BY))
+        key = _measured_by(begin, seed, config)
         if not (folder / "evaluation.json").exists():
             self._prepare(folder, config, begin, share)
             if (before := self._measured.get(key)) is not None:
@@ -177,6 +182,10 @@ class Study:
                 copy(start / file, folder)
         with run_dir.written_whole(written) as path:
             configuration.to_yaml(config, path)
+
+
+def _measured_by(start: Path, seed: int, config: Config) -> tuple[Any, ...]:
+    return (start, seed, *(str(getattr(config, setting)) for setting in MEASURED_BY))
 
 
 def _train(folder: Path) -> int:
