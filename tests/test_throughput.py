@@ -178,4 +178,7 @@ def test_operations_are_compared_with_torchs(monkeypatch, capsys):
     monkeypatch.setattr(operations, "TOKENS", 16)
     assert operations.main(["--rounds", "1", "--threads", "1"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][1:]
-    assert len(lines) == 6 and all(float(line.split("|")[-2]) > 0 for line in lines)
+    assert [line.split("|")[1].strip() for line in lines] == [
+        n for n in operations.OPERATIONS for _ in range(2)
+    ]
+    assert all(float(line.split("|")[-2]) > 0 for line in lines)
