@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import torch  # noqa: E402
 from _measure import DTYPES, command_line, machine, ratio, seconds, summary  # noqa: E402
+from scaling import MODELS  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from grpo import optimizer, rms_norm, sdpa  # noqa: E402
@@ -61,19 +62,7 @@ def accumulate(dtype: torch.dtype) -> Pair:
 
 
 def decode(dtype: torch.dtype) -> Pair:
-    config = ModelConfig.from_hf(
-        {
-            "model_type": "llama",
-            "vocab_size": WEIGHT[0],
-            "hidden_size": HIDDEN,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 1,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "rms_norm_eps": EPS,
-            "max_position_embeddings": 8192,
-        }
-    )
+    config = ModelConfig.from_hf({**MODELS["135M"], "num_hidden_layers": 1})
     prefixes, own = (SlotCache(config, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
     prefixes.allocate(ROWS // GROUP, PROMPT)
     own.allocate(ROWS, CAPACITY)

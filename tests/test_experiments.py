@@ -163,7 +163,7 @@ def test_it_can_begin_with_a_run_that_is_there(model, tmp_path, inside):
 
 
 @pytest.mark.parametrize(
-    ("asked", "taken"), [((), True), (("--num_eval", "4"), False), (("--max_reflection_length", "5"), False)]
+    ("asked", "taken"), [((), True), (("--num_eval", "4"), False), (("--limits", "5"), False)]
 )
 def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path, asked, taken):
     done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", num_eval=8))
@@ -173,13 +173,9 @@ def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path,
     lines[0] = json.dumps({**json.loads(lines[0]), "mark": True})
     file.write_text("\n".join(lines) + "\n")
     argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
-    limits = [
-        "--costs",
-        "0",
-        "--limits",
-        "5" if "5" in asked else str(tiny_run.SETTINGS["max_reflection_length"]),
-    ]
-    assert command.main([*argv, "--num_eval", "8", *limits, *asked]) == 0
+    limit = str(tiny_run.SETTINGS["max_reflection_length"])
+    same = ["--num_eval", "8", "--costs", "0", "--limits", limit]
+    assert command.main([*argv, *same, *asked]) == 0
     (measured,) = (tmp_path / "r").glob("limit*/evaluation-vanilla.jsonl")
     assert ('"mark"' in measured.read_text()) == taken
 
