@@ -11,7 +11,7 @@ metric depends on how the step is cut into micro-batches. The functions for log-
 handed in: the PyTorch references or the Triton kernels.
 
 Left out: gradient scaling for float16, more than one device, replay of older episodes. Shapes: B completions
-of the step, M selected tokens of a micro-batch.
+of the step, M trained tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.batch import Batch, pack, pack_sequences, tree_attend
+from grpo.batch import Batch, pack, pack_sequences
 from grpo.episode import Episode, episode_metrics
 from grpo.model import Decoder
 from grpo.optimizer import MasterAdamW, scheduled_learning_rate
+from grpo.tree import tree_attend
 
 LossFunction = Callable[[int, Batch], tuple[Tensor, dict[str, Tensor]]]
 ADVICE = "try a lower learning_rate, dtype float32, or a larger beta"
@@ -133,7 +134,7 @@ class Learner:
 
         def loss_function(index: int, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
             logprobs, _ = self._logprobs(self.model, batch, temperature=1.0)
-            return -logprobs.sum() / count, {}  # masked tokens are 0 in logprobs
+            return -logprobs.sum() / count, {}
 
         packed = pack_sequences(list(sequences), max_tokens=self.config.max_tokens_per_micro_batch)
         batches = [batch.to(self.device) for batch in packed]
@@ -185,14 +186,9 @@ class Learner:
         """`num_iterations` updates on the same episodes; the metrics are means over the updates."""
         config = self.config
         advantages = torch.tensor([e.advantage for e in episodes], dtype=torch.float32, device=self.device)
-        packed = pack(
-            episodes,
-            train_on=config.train_on,
-            max_tokens=config.max_tokens_per_micro_batch,
-            mask_truncated=config.mask_truncated_completions,
-        )
+        packed = pack(episodes, train_on=config.train_on, max_tokens=config.max_tokens_per_micro_batch)
         batches = [batch.to(self.device) for batch in packed]
-        num_selected = max(1, sum(int(batch.mask.sum()) for batch in batches))
+        num_trained = max(1, sum(len(batch.sequence_ids) for batch in batches))
         # With a single update the policy is still the one that sampled: old = logprobs.detach(), by None.
         old = [self._frozen_logprobs(self.model, b) for b in batches] if config.num_iterations > 1 else None
         reference = self.reference if config.beta > 0 else None
@@ -210,14 +206,13 @@ class Learner:
                 ref[index] if ref is not None else None,
                 advantages,
                 batch.sequence_ids,
-                mask=batch.mask,
                 num_loss_tokens=num_loss_tokens,
                 num_sequences=num_sequences,
                 max_completion_length=trained_token_limit(config),
                 **loss_options(config),
             )
             if first:
-                metrics = {**metrics, **self._sampling_metrics(batch, logprobs, entropy, num_selected)}
+                metrics = {**metrics, **self._sampling_metrics(batch, logprobs, entropy, num_trained)}
             return loss, metrics
 
         for _ in range(config.num_iterations):
@@ -275,19 +270,19 @@ class Learner:
     def _logprobs(
         self, model: Decoder, batch: Batch, *, temperature: float, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(M,) log-probs of the selected tokens and, on demand, (M,) entropies."""
-        return model.logprobs(
+        """(M,) log-probs of the trained tokens and, on demand, (M,) entropies."""
+        logprobs, entropies = model.logprobs(
             batch.input_ids,
             batch.position_ids,
             batch.select,
             batch.ids,
             linear_logprob=self.linear_logprob,
             attend=tree_attend(batch.trees, model.config.windows),
-            mask=batch.mask,
             temperature=temperature,
             entropy=entropy,
             gradient_checkpointing=self.config.gradient_checkpointing and torch.is_grad_enabled(),
         )
+        return batch.per_token(logprobs), None if entropies is None else batch.per_token(entropies)
 
     @torch.no_grad()
     def _frozen_logprobs(self, model: Decoder, batch: Batch) -> Tensor:
@@ -296,14 +291,14 @@ class Learner:
     @staticmethod
     @torch.no_grad()
     def _sampling_metrics(
-        batch: Batch, logprobs: Tensor, entropy: Tensor | None, num_selected: int
+        batch: Batch, logprobs: Tensor, entropy: Tensor | None, num_trained: int
     ) -> dict[str, Tensor]:
         """How far the sampler's log-probs are from the learner's (nats), and the mean entropy."""
-        difference = (batch.old_logprobs - logprobs).abs().masked_fill(~batch.mask, 0.0)
+        difference = (batch.old_logprobs - logprobs).abs()
         name = "sampling/sampling_logp_difference"
-        metrics = {f"{name}/mean": difference.sum() / num_selected, f"{name}/max": difference.max()}
+        metrics = {f"{name}/mean": difference.sum() / num_trained, f"{name}/max": difference.max()}
         if entropy is not None:
-            metrics["entropy"] = entropy.sum() / num_selected  # masked tokens are 0
+            metrics["entropy"] = entropy.sum() / num_trained
         return metrics
 
 

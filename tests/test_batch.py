@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import log_softmax, scaled_dot_product_attention
 
-from grpo.batch import Tree, dense_mask, pack, pack_sequences, tree_attend
+from grpo.batch import pack, pack_sequences
 from grpo.episode import Episode
+from grpo.tree import Tree, dense_mask, tree_attend
 
 
 def episode(prompt, completion, roles="r", group=0, finish="stop"):
@@ -27,41 +28,58 @@ def episode(prompt, completion, roles="r", group=0, finish="stop"):
     )
 
 
+def trained_ids(batch):
+    return batch.ids[batch.pairs].tolist()
+
+
 def test_one_tree_spelled_out():
-    group = [episode([1, 2, 3], [10, 11, 12]), episode([1, 2, 3], [20]), episode([1, 2, 3], [30, 31])]
+    group = [episode([1, 2, 3], ids) for ids in ([10, 11, 12], [20], [10, 31, 12], [10, 11])]
     (batch,) = pack(group, train_on="reflection", max_tokens=100)
-    assert batch.trees == [Tree(0, 3, (3, 2, 1))]
-    assert batch.input_ids.tolist() == [[1, 2, 3, 3, 10, 11, 3, 30, 3]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 2, 3, 4, 2, 3, 2]]
-    assert batch.select.tolist() == [3, 4, 5, 6, 7, 8]
-    assert batch.ids.tolist() == [10, 11, 12, 30, 31, 20]
-    assert batch.sequence_ids.tolist() == [0, 0, 0, 2, 2, 1]
-    assert batch.mask.all() and batch.num_tokens == 9
-    torch.testing.assert_close(batch.old_logprobs, -0.5 - 0.01 * batch.ids)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 31]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4]]
+    assert batch.trees == [Tree((0, 1, 2), ((3, 4), (3, 5)))]
+    pairs = list(zip(batch.select.tolist(), batch.ids.tolist(), strict=True))
+    assert pairs == [(2, 10), (3, 11), (4, 12), (3, 31), (5, 12), (2, 20)]
+    assert batch.pairs.tolist() == [0, 1, 2, 0, 3, 4, 0, 1, 5]
+    assert batch.sequence_ids.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 1]
+    torch.testing.assert_close(batch.old_logprobs, -0.5 - 0.01 * batch.ids[batch.pairs])
+
+
+def test_what_prompts_begin_with_in_common_stands_once():
+    (batch,) = pack(
+        [episode([1, 2, 3], [10, 11]), episode([1, 2, 4], [12], group=1)], train_on="all", max_tokens=9
+    )
+    assert batch.input_ids.tolist() == [[1, 2, 3, 10, 4]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.trees == [Tree((0, 1, 2), ((3,),)), Tree((0, 1, 4), ())]
+    assert batch.select.tolist() == [2, 3, 4]
+
+
+def test_values_of_pairs_reach_all_their_tokens_and_gradients_add_up():
+    group = [episode([1], [10, 11]), episode([1], [10, 12]), episode([1], [10, 11])]
+    (batch,) = pack(group, train_on="reflection", max_tokens=100)
+    values = torch.arange(3.0, requires_grad=True)  # of the pairs (1, 10), (10, 11), (10, 12)
+    spread = batch.per_token(values)
+    assert trained_ids(batch) == [10, 11, 10, 12, 10, 11]
+    assert spread.tolist() == [0.0, 1.0, 0.0, 2.0, 0.0, 1.0]
+    (gradient,) = torch.autograd.grad(spread, values, torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]))
+    assert gradient.tolist() == [21.0, 34.0, 8.0]
 
 
 def test_what_follows_the_last_trained_token_is_left_out():
     group = [episode([1, 2], [10, 11, 12, 13, 14], "rrccy")]
     (batch,) = pack(group, train_on="reflection", max_tokens=100)
-    assert batch.input_ids.tolist() == [[1, 2, 2, 10]] and batch.ids.tolist() == [10, 11]
+    assert batch.input_ids.tolist() == [[1, 2, 10]] and trained_ids(batch) == [10, 11]
     (batch,) = pack(group, train_on="all", max_tokens=100)
-    assert batch.input_ids.tolist() == [[1, 2, 2, 10, 11, 12, 13]]
-    assert batch.ids.tolist() == [10, 11, 14] and batch.select.tolist() == [2, 3, 6]
-
-
-def test_truncated_completions_can_be_masked():
-    group = [episode([1], [10, 11], finish="length"), episode([1], [20])]
-    (batch,) = pack(group, train_on="reflection", max_tokens=100, mask_truncated=True)
-    assert batch.ids[batch.mask].tolist() == [20] and batch.ids[~batch.mask].tolist() == [10, 11]
-    (batch,) = pack(group, train_on="reflection", max_tokens=100)
-    assert batch.mask.all()
+    assert batch.input_ids.tolist() == [[1, 2, 10, 11, 12, 13]]
+    assert trained_ids(batch) == [10, 11, 14] and batch.select.tolist() == [1, 2, 5]
 
 
 def test_nothing_to_train_still_makes_a_batch():
     group = [episode([1, 2], [10, 11]), episode([7], []), episode([7], [9], "c")]
     (batch,) = pack(group, train_on="retry", max_tokens=100)
-    assert batch.trees == [Tree(0, 1, ())] and batch.input_ids.tolist() == [[7]]
-    for tensor in (batch.select, batch.ids, batch.mask, batch.old_logprobs, batch.sequence_ids):
+    assert batch.trees == [Tree((0,), ())] and batch.input_ids.tolist() == [[7]]
+    for tensor in (batch.select, batch.ids, batch.pairs, batch.old_logprobs, batch.sequence_ids):
         assert tensor.shape == (0,)
     q = torch.randn(1, 2, 1, 4)
     torch.testing.assert_close(tree_attend(batch.trees, [None])(0, q, q, q), q)
@@ -74,11 +92,16 @@ groups_of_sequences = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
-@given(groups_of_sequences, st.integers(1, 40), st.randoms(use_true_random=False))
-def test_every_trained_token_is_packed_once_with_its_context(shapes, max_tokens, rng):
+@settings(max_examples=150, deadline=None)
+@given(
+    groups_of_sequences,
+    st.integers(1, 40),
+    st.sampled_from([2, 50]),  # a small vocabulary: shared prefixes, equal prompts and completions
+    st.randoms(use_true_random=False),
+)
+def test_every_trained_token_is_packed_once_with_its_context(shapes, max_tokens, vocabulary, rng):
     def token():
-        return rng.randrange(50)
+        return rng.randrange(vocabulary)
 
     groups = []
     for prompt_length, lengths in shapes:
@@ -94,44 +117,54 @@ def test_every_trained_token_is_packed_once_with_its_context(shapes, max_tokens,
     }
     found = {}
     for batch in pack_sequences(groups, max_tokens=max_tokens):
-        assert batch.num_tokens <= max_tokens or sum(len(tree.branch_lengths) for tree in batch.trees) <= 1
-        assert batch.trees[-1].end == batch.num_tokens
+        assert batch.num_tokens <= max_tokens or sum(len(tree.branches) for tree in batch.trees) <= 1
         visible, positions = dense_mask(batch.trees), batch.position_ids[0]
-        for where, token_id, index in zip(batch.select, batch.ids, batch.sequence_ids, strict=True):
-            context = batch.input_ids[0][visible[where]].tolist()
+        assert visible.shape == (batch.num_tokens,) * 2
+        contexts = [tuple(batch.input_ids[0][row].tolist()) for row in visible]
+        assert len(set(contexts)) == len(contexts)  # no prefix stands twice
+        for pair, index in zip(batch.pairs, batch.sequence_ids, strict=True):
+            where = batch.select[pair]
             assert sorted(positions[visible[where]].tolist()) == list(range(positions[where] + 1))
-            prompt_length = len(sequences[index][0])
-            key = (index.item(), len(context) - prompt_length)
+            key = (index.item(), positions[where].item() + 1 - len(sequences[index][0]))
             assert key not in found
-            found[key] = (token_id.item(), context)
+            found[key] = (batch.ids[pair].item(), list(contexts[where]))
     assert found == expected
 
 
 def test_a_group_too_long_is_split_and_its_prompt_repeated():
-    group = [episode([1, 2, 3], [10 + i] * 4) for i in range(5)]
+    group = [episode([1, 2, 3], [10 + i] * 5) for i in range(5)]
     batches = pack(group, train_on="reflection", max_tokens=11)
-    assert [batch.trees for batch in batches] == [
-        [Tree(0, 3, (4, 4))],
-        [Tree(0, 3, (4, 4))],
-        [Tree(0, 3, (4,))],
-    ]
+    two, one = Tree((0, 1, 2), ((3, 4, 5, 6), (7, 8, 9, 10))), Tree((0, 1, 2), ((3, 4, 5, 6),))
+    assert [batch.trees for batch in batches] == [[two], [two], [one]]
     assert [batch.sequence_ids.unique().tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
 
 
+def test_a_group_fits_by_what_it_adds():
+    """Five completions of 6 tokens would take 33; sharing 4 of them they take 12."""
+    group = [episode([1, 2, 3], [10, 11, 12, 13, 20 + i, 30]) for i in range(5)]
+    assert [batch.num_tokens for batch in pack(group, train_on="reflection", max_tokens=12)] == [12]
+    assert [batch.num_tokens for batch in pack(group, train_on="reflection", max_tokens=11)] == [11, 8]
+
+
 FORESTS = [
-    [Tree(0, 5, (3, 1, 4))],
-    [Tree(0, 1, (2, 2)), Tree(5, 4, ()), Tree(9, 6, (3,)), Tree(18, 2, (1, 5))],
-    [Tree(0, 3, (4, 4, 4))],
+    [Tree((0, 1, 2, 3, 4), ((5, 6, 7, 8), (9, 10, 11), (12,)))],
+    [
+        Tree((0,), ((1, 2), (3, 4))),
+        Tree((5, 6, 7, 8), ()),
+        Tree((5, 6, 9, 10, 11, 12), ((13, 14, 15),)),  # its prompt begins like the one before
+        Tree((16, 17), ((18, 19, 20, 21, 22), (18, 23))),
+    ],
+    [Tree((2, 1, 0), ((3, 4, 5, 6), (3, 4, 7, 8), (9, 10, 11, 12)))],
 ]
 
 
 # Full, narrower than the prompt, narrower than a branch, self only; 4 query heads on 4, 2 and 1 key heads.
-@pytest.mark.parametrize("trees", FORESTS, ids=["ragged", "forest", "equal"])
+@pytest.mark.parametrize("trees", FORESTS, ids=["ragged", "forest", "shared"])
 @pytest.mark.parametrize("window", [None, 4, 2, 1])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_tree_attention_equals_the_dense_mask(trees, window, kv_heads):
     torch.manual_seed(0)
-    tokens = trees[-1].end
+    tokens = len(dense_mask(trees))
     q, k, v, upstream = (
         torch.randn(1, heads, tokens, 8, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads, 4)
@@ -184,7 +217,7 @@ def test_gradients_equal_those_of_one_row_per_sequence(max_tokens):
     torch.manual_seed(0)
     model = TinyDecoder().double()
     groups = [
-        ([3, 1, 4, 1], [([5, 9, 2], [True] * 3), ([6], [True]), ([5, 3, 5, 8], [False, True, False, True])]),
+        ([3, 1, 4, 1], [([5, 9, 2], [True] * 3), ([6], [True]), ([5, 9, 5, 8], [False, True, False, True])]),
         ([2], [([7, 1], [True, True]), ([8, 2, 8], [True, False, False])]),
         ([1, 4, 1, 4, 2], [([13, 5], [False, False]), ([6, 2, 3], [True, True, True])]),
     ]  # fmt: skip
@@ -203,9 +236,9 @@ def test_gradients_equal_those_of_one_row_per_sequence(max_tokens):
     packed_loss = 0
     for batch in pack_sequences(groups, max_tokens=max_tokens):
         logprobs = model(batch.input_ids, batch.position_ids, tree_attend(batch.trees, [None, None]))[0]
-        logprobs = logprobs[batch.select].gather(1, batch.ids[:, None])[:, 0]
+        logprobs = batch.per_token(logprobs[batch.select].gather(1, batch.ids[:, None])[:, 0])
         prompt_lengths = torch.tensor([len(p) for p, completions in groups for _ in completions])
-        step = batch.position_ids[0, batch.select] - prompt_lengths[batch.sequence_ids] + 1
+        step = batch.position_ids[0, batch.select][batch.pairs] - prompt_lengths[batch.sequence_ids] + 1
         packed_loss = packed_loss + (logprobs * weights[batch.sequence_ids, step]).sum()
     torch.testing.assert_close(packed_loss, loss, rtol=0, atol=1e-10)
     for ours, right in zip(torch.autograd.grad(packed_loss, list(model.parameters())), expected, strict=True):
@@ -222,7 +255,7 @@ def test_a_completion_does_not_move_the_others():
             max_tokens=99,
         )
         out = model(batch.input_ids, batch.position_ids, tree_attend(batch.trees, [None, 2]))[0]
-        out = out[batch.select].gather(1, batch.ids[:, None])[:, 0]
+        out = batch.per_token(out[batch.select].gather(1, batch.ids[:, None])[:, 0])
         return out[batch.sequence_ids == 0], out[batch.sequence_ids != 0]
 
     one, others = logprobs([10, 11, 12])

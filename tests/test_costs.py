@@ -126,9 +126,13 @@ def test_an_update_multiplies_a_shared_prompt_once():
     model = learner.model
     completions, length = 8, 6
     prompt = [1 + i for i in range(PROMPT)]
-    branches = [([5 + i] * length, [True] * length) for i in range(completions)]
+    shared = 2 * (length // 3)  # what two siblings begin with in common
+    branches = [
+        ([5 + i // 2] * shared + [50 + i] * (length - shared), [True] * length) for i in range(completions)
+    ]
     packed = pack_sequences([(prompt, branches)], max_tokens=1000)
-    tokens, selected = PROMPT + completions * length, completions * length
+    selected = completions * length - shared * completions // 2
+    tokens = PROMPT + selected - completions  # each completion's last token predicts nothing
     assert [batch.num_tokens for batch in packed] == [tokens]
     counted = flops(lambda: learner.supervised_step([(prompt, branches)], 1e-3))
     products = sum(count for name, count in counted.items() if "mm" in name and "bmm" not in name)

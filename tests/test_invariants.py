@@ -122,11 +122,13 @@ def test_05_the_learner_sees_the_sampled_ids(monkeypatch):
     reflections = [done.turns[0].ids for done in finished]
     assert any(parts.tokenizer.encode(parts.chat.decode(ids)) != ids[:-1] for ids in reflections)
 
-    def spy(hidden, weight, ids, **options):
-        learned.extend(ids.tolist() if torch.is_grad_enabled() else [])  # not those of the reference
-        return linear_logprob(hidden, weight, ids, **options)
+    def spy(*args, **options):
+        batches = pack(*args, **options)
+        learned.extend(token for batch in batches for token in batch.ids[batch.pairs].tolist())
+        return batches
 
-    update(parts, episodes, functions={"linear_logprob": spy}, beta=0.1)
+    monkeypatch.setattr("grpo.learner.pack", spy)
+    update(parts, episodes, beta=0.1)
     assert Counter(learned) == Counter(token for ids in reflections for token in ids)
     for episode, done in zip(episodes, finished, strict=True):
         reflection, retry = (turn.ids for turn in done.turns)
@@ -183,19 +185,18 @@ def test_07_masked_rows_of_a_batch_are_never_read(parts, sampled):
     """The same one level down, where a masked token is a row of the batch: NaN and ids that do not exist."""
     results = []
     for poison in (False, True):
-        (batch,) = pack(sampled, train_on="reflection", max_tokens=9999, mask_truncated=True)
-        assert batch.mask.any() and not batch.mask.all()
-        bad = ~batch.mask & poison
+        (batch,) = pack(sampled, train_on="reflection", max_tokens=9999)
+        mask = torch.tensor([e.finish_reason != "length" for e in sampled])[batch.sequence_ids]
+        assert mask.any() and not mask.all()
+        bad = ~mask & poison
         model = copy.deepcopy(parts.model)
-        hidden = model(batch.input_ids, batch.position_ids)[0, batch.select]
-        hidden, ids = hidden.masked_fill(bad[:, None], math.nan), batch.ids.masked_fill(bad, -1)
-        logprobs, entropy = linear_logprob(hidden, model.output_weight, ids, mask=batch.mask, entropy=True)
+        hidden = model(batch.input_ids, batch.position_ids)[0, batch.select[batch.pairs]]
+        hidden, ids = hidden.masked_fill(bad[:, None], math.nan), batch.ids[batch.pairs].masked_fill(bad, -1)
+        logprobs, entropy = linear_logprob(hidden, model.output_weight, ids, mask=mask, entropy=True)
         old = batch.old_logprobs.masked_fill(bad, math.nan)
         logprobs = logprobs.masked_fill(bad, math.nan)
         advantages = torch.arange(len(sampled), dtype=torch.float32)
-        loss, metrics = grpo_loss(
-            logprobs, old, old, advantages, batch.sequence_ids, mask=batch.mask, epsilon=0.9
-        )
+        loss, metrics = grpo_loss(logprobs, old, old, advantages, batch.sequence_ids, mask=mask, epsilon=0.9)
         (loss + entropy.sum()).backward()
         results.append((loss.item(), metrics, {n: p.grad for n, p in model.named_parameters()}))
     assert results[0][0] == results[1][0]

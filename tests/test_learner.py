@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from grpo.advantage import group_advantage
-from grpo.batch import pack, tree_attend
+from grpo.batch import pack
 from grpo.episode import Episode
 from grpo.learner import Learner, NonFiniteError
 from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
 from grpo.model import Decoder, ModelConfig
 from grpo.optimizer import MasterAdamW, scheduled_learning_rate
+from grpo.tree import tree_attend
 
 VOCAB = 29
 HF_CONFIG = {
@@ -207,9 +208,8 @@ def test_episodes_without_a_signal_are_left_out_exactly():
         temperature=0.9,
     )
     advantages = torch.tensor([e.advantage for e in batch])
-    loss, _ = grpo_loss(
-        logprobs, None, None, advantages, everything.sequence_ids, mask=everything.mask, beta=0.0
-    )
+    logprobs = everything.per_token(logprobs)
+    loss, _ = grpo_loss(logprobs, None, None, advantages, everything.sequence_ids, beta=0.0)
     loss.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(subject.optimizer.gradients[name], parameter.grad, rtol=1e-9, atol=1e-12)

@@ -149,7 +149,9 @@ def test_train_on_decides_what_is_in_the_loss(sampled, train_on, roles):
     (batch,) = pack(sampled, train_on=train_on, max_tokens=10_000)
     for i, episode in enumerate(sampled):
         pairs = zip(episode.completion_ids, episode.roles, strict=True)
-        assert batch.ids[batch.sequence_ids == i].tolist() == [t for t, role in pairs if role in roles]
+        assert batch.ids[batch.pairs[batch.sequence_ids == i]].tolist() == [
+            t for t, role in pairs if role in roles
+        ]
         assert sum(episode.loss_mask("attempt")) == 0
 
 
