@@ -180,6 +180,23 @@ def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path,
     assert ('"mark"' in measured.read_text()) == taken
 
 
+def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(model, tmp_path, inside, monkeypatch):
+    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs"))
+    (done.folder / "evaluation.json").unlink()
+    copied = []
+
+    def spy(file, folder, copy=study.copy):
+        copied.append((file.parent.name, file.name, folder.name))
+        copy(file, folder)
+
+    monkeypatch.setattr(study, "copy", spy)
+    argv = ["robustness", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    assert command.main([*argv, "--kinds", "false_positives", "--rates", "0.5"]) == 0
+    assert [entry for entry in copied if entry[1] == "evaluation-vanilla.jsonl"] == [
+        (inside[0], "evaluation-vanilla.jsonl", inside[1])
+    ]
+
+
 @pytest.mark.parametrize(
     ("own", "told"),
     [
