@@ -150,11 +150,14 @@ class _Trie:
         prompt = self.add(group[0])
         return prompt, [self.add(branch.completion_ids[:-1], prompt[-1]) for branch in group[1]]
 
-    def cut(self, size: int) -> None:
-        """Back to the first `size` nodes."""
-        while len(self.nodes) > size:
-            self.nodes.popitem()  # the latest
-        del self.positions[size:]
+    def match(self, ids: Sequence[int]) -> int:
+        """How many of the first `ids` are there."""
+        place = -1
+        for count, token in enumerate(ids):
+            if (place, token) not in self.nodes:
+                return count
+            place = self.nodes[place, token]
+        return len(ids)
 
 
 def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
@@ -167,14 +170,15 @@ def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
 
     bins: list[tuple[_Trie, list[_Group]]] = []
     for group in sorted(groups, key=size, reverse=True):  # stable, hence reproducible
-        for trie, members in [*bins, (_Trie(), [])]:
-            before = len(trie.nodes)
-            trie.plant(group)
-            if len(trie.nodes) <= max_tokens or not members:
-                break
-            trie.cut(before)
+        prompt, branches = group
+        # All that another group can have in common with it, unless that is a part of the same one.
+        common = [*prompt, *(branches[0].completion_ids[:-1] if len(branches) == 1 else ())]
+        room = max_tokens - size(group)
+        fitting = (one for one in bins if len(one[0].nodes) - one[0].match(common) <= room)
+        trie, members = next(fitting, (_Trie(), []))
         if not members:
             bins.append((trie, members))
+        trie.plant(group)
         members.append(group)
     return [members for _, members in bins]
 
