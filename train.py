@@ -66,16 +66,10 @@ class Run(Session):
     def _supervised_steps(self, folder: Path) -> None:
         config, built = self.config, self.parts
         learner = self.learner(replace(config, beta=0.0))
-        # After the examples of RL: other ones, though in a small space maybe the same problems reordered.
-        examples = built.task.examples("train", config.warm_start_examples, offset=config.num_examples)
-        batch = partial(
-            warmstart.sequences,
+        batch = warmstart.by_step(
             built.task,  # type: ignore[arg-type]  # preflight has checked that it writes transcripts
             built.chat,
-            examples,
-            batch_size=config.warm_start_batch_size,
-            reflections=config.warm_start_reflections,
-            seed=config.seed,
+            config,
         )
         rate = partial(
             warmstart.learning_rate_at, total=config.warm_start_steps, peak=config.warm_start_learning_rate

@@ -65,24 +65,16 @@ class MoreSupervision(train.Run):
     seconds = 0.0
 
     def train(self, pool: list[Attempt]) -> None:
-        config, task, chat = self.config, self.parts.task, self.parts.chat
+        config, task = self.config, self.parts.task
         assert isinstance(task, WarmStartTask)
         learner = self.learner(replace(config, beta=0.0))
-        examples = task.examples("train", config.warm_start_examples, offset=config.num_examples)
+        batch = warmstart.by_step(task, self.parts.chat, config)
         start, step = time.perf_counter(), 0
         with tqdm(total=round(self.seconds), desc="supervised", unit="s") as bar:
             while time.perf_counter() - start < self.seconds:
                 self.interrupts.check()
-                batch = warmstart.sequences(
-                    task,
-                    chat,
-                    examples,
-                    step=1_000_000 + step,  # transcripts that the warm start has not seen
-                    batch_size=config.warm_start_batch_size,
-                    reflections=config.warm_start_reflections,
-                    seed=config.seed,
-                )
-                result = learner.supervised_step(batch, 0.5 * config.warm_start_learning_rate)
+                unseen = batch(step=1_000_000 + step)  # transcripts that the warm start has not seen
+                result = learner.supervised_step(unseen, 0.5 * config.warm_start_learning_rate)
                 step += 1
                 run_dir.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
                 bar.update(round(time.perf_counter() - start) - bar.n)

@@ -48,17 +48,9 @@ def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmst
     """The transcripts again: they are a function of the settings."""
     task = get_task(settings.task, settings.task_options)
     chat = parts.build_chat(settings, *weights.load(str(run / "start")))
-    examples = task.examples("train", settings.warm_start_examples, offset=settings.num_examples)
+    batch = warmstart.by_step(task, chat, settings)  # type: ignore[arg-type]  # it wrote them then
     for step in range(settings.warm_start_steps):
-        yield warmstart.sequences(
-            task,  # type: ignore[arg-type]  # the run had a warm start, so it writes transcripts
-            chat,
-            examples,
-            step=step,
-            batch_size=settings.warm_start_batch_size,
-            reflections=settings.warm_start_reflections,
-            seed=settings.seed,
-        )
+        yield batch(step=step)
 
 
 def rl_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:

@@ -169,11 +169,12 @@ def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
         return len(trie.nodes)
 
     bins: list[tuple[_Trie, list[_Group]]] = []
-    for group in sorted(groups, key=size, reverse=True):  # stable, hence reproducible
+    sized = [(size(group), group) for group in groups]
+    for needed, group in sorted(sized, key=lambda pair: pair[0], reverse=True):  # stable, hence reproducible
         prompt, branches = group
         # All that another group can have in common with it, unless that is a part of the same one.
         common = [*prompt, *(branches[0].completion_ids[:-1] if len(branches) == 1 else ())]
-        room = max_tokens - size(group)
+        room = max_tokens - needed
         fitting = (one for one in bins if len(one[0].nodes) - one[0].match(common) <= room)
         trie, members = next(fitting, (_Trie(), []))
         if not members:

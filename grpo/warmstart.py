@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from grpo.chat import Chat
 from grpo.tasks import Example, Task, Transcript, WarmStartTask, opening
@@ -31,6 +34,20 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> flo
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
     return peak * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def by_step(task: WarmStartTask, chat: Chat, config: Any) -> Callable[..., list[TrainingSequence]]:
+    """`sequences(step=...)` with a run's settings: any object with the fields of `grpo.config.Config`."""
+    return partial(
+        sequences,
+        task,
+        chat,
+        # After the examples of RL: other ones, though in a small space maybe the same problems reordered.
+        task.examples("train", config.warm_start_examples, offset=config.num_examples),
+        batch_size=config.warm_start_batch_size,
+        reflections=config.warm_start_reflections,
+        seed=config.seed,
+    )
 
 
 def sequences(

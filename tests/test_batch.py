@@ -11,7 +11,7 @@ from grpo.episode import Episode
 from grpo.tree import Tree, dense_mask, tree_attend
 
 
-def episode(prompt, completion, roles="r", group=0, finish="stop"):
+def episode(prompt, completion, roles="r", group=0):
     """roles: one letter per token (r reflection, c context, y retry), the last one repeated."""
     names = {"r": "reflection", "c": "context", "y": "retry"}
     letters = (roles + roles[-1] * len(completion))[: len(completion)]
@@ -23,7 +23,7 @@ def episode(prompt, completion, roles="r", group=0, finish="stop"):
         completion_ids=list(completion),
         roles=[names[letter] for letter in letters],
         logprobs=[-0.5 - 0.01 * token for token in completion],
-        finish_reason=finish,
+        finish_reason="stop",
         reward=0.0,
     )
 
