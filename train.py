@@ -16,7 +16,6 @@ resuming needs. Left out: several processes (one device trains), and early stopp
 from __future__ import annotations
 
 import json
-import random
 import sys
 import time
 from collections.abc import Callable
@@ -134,7 +133,8 @@ class Run(Session):
             self._validate(saved, metrics)
             for step in steps:
                 self.interrupts.check()
-                self._step(learner, step, self._groups(pool, step), metrics)
+                groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
+                self._step(learner, step, groups, metrics)
                 if (problem := nothing_right(metrics.warnings.history)) is not None:
                     raise failures.NoSignalError(problem)
                 self._validate(step, metrics)
@@ -151,16 +151,6 @@ class Run(Session):
         finally:
             steps.close()
             metrics.close()
-
-    def _groups(self, pool: list[Attempt], step: int) -> list[Attempt]:
-        """The failures of one step: the pool in a new order for each pass; a function of the step alone."""
-        count = self.config.groups_per_step
-        chosen = []
-        for position in range((step - 1) * count, step * count):
-            epoch, index = divmod(position, len(pool))
-            order = random.Random(f"failures {self.config.seed} {epoch}").sample(range(len(pool)), len(pool))
-            chosen.append(pool[order[index]])
-        return chosen
 
     def _step(self, learner: Learner, step: int, groups: list[Attempt], metrics: Metrics) -> None:
         built = self.parts

@@ -12,6 +12,7 @@ Left out: refreshing the failures as the policy improves. The paper trains on on
 from __future__ import annotations
 
 import os
+import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -105,6 +106,19 @@ def build(
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
     """The failures of a finished or unfinished build, in the order of their examples."""
     return [_from_json(line) for line in blocks.records(Path(path))]
+
+
+def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[Attempt]:
+    """The `count` failures of a step of RL, from 1: the pool in a new order for each pass over it.
+
+    A function of its arguments alone, so a step that is redone meets the same ones.
+    """
+    chosen = []
+    for position in range((step - 1) * count, step * count):
+        epoch, index = divmod(position, len(pool))
+        order = random.Random(f"failures {seed} {epoch}").sample(range(len(pool)), len(pool))
+        chosen.append(pool[order[index]])
+    return chosen
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
