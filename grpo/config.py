@@ -62,6 +62,9 @@ class Config:
     threads: Natural = field(0, "CPU threads; 0: PyTorch's default")
     cache_gb: Positive = field(2.0, "memory for the sampler's KV caches, in GB")
     max_rows: Count = field(64, "most rows that the sampler decodes together")
+    stop_check_steps: Count = field(
+        1, "decode steps between looks at which rows have stopped; more lets a GPU run ahead"
+    )
 
     # Rollout
     train_on: Literal["reflection", "all", "retry", "attempt"] = field(

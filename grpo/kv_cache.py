@@ -21,12 +21,19 @@ Left out: paging (a slot has a fixed capacity; schedule.py moves rows between sl
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo.model import ModelConfig
 from grpo.sdpa import attention
+
+
+def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A list of numbers as a tensor on the device: from pinned memory, so that nobody waits for a GPU."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 class SlotCache:
@@ -128,12 +135,18 @@ class CachedAttention:
         prefixes, own: caches of the prompts and of the rows.
         rows: one per row, in slot order, at least one.
         prompts: (slot, number of tokens) of each new prompt.
+        lookahead: how many times `advance` will be called.
     Attributes:
         position_ids: (1, T) int64, in the order given at the top of this file.
     """
 
     def __init__(
-        self, prefixes: SlotCache, own: SlotCache, rows: list[RowSpan], prompts: list[tuple[int, int]]
+        self,
+        prefixes: SlotCache,
+        own: SlotCache,
+        rows: list[RowSpan],
+        prompts: list[tuple[int, int]],
+        lookahead: int = 0,
     ) -> None:
         self.prefixes, self.own, self.config = prefixes, own, own.config
         self.batch = len(rows)
@@ -161,18 +174,34 @@ class CachedAttention:
                 places += range(length)
                 positions += range(length)
         # One transfer to the device for everything whose length is the number of tokens.
-        table = torch.tensor([slots, places, positions]).to(own.device, non_blocking=True)
+        table = upload([slots, places, positions], own.device)
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
-        self._arrange(rows)
-        self._biases = {window: self._bias(rows, window) for window in set(self.config.windows)}
+        self._arrange(rows, lookahead)
+        self._biases = {window: self._bias(window) for window in set(self.config.windows)}
         self._masks = {
             (run, window): self._mask(run, window) for run in self.runs for window in set(self.config.windows)
         }
 
-    def _arrange(self, rows: list[RowSpan]) -> None:
+    def advance(self) -> None:
+        """Goes on to the next forward, if all that is new in it is one token more of every row.
+
+        Without a word between host and device, and from the second call on without a change of shapes: such
+        forwards can be queued, or captured in a CUDA graph. The longest caches are as long as they will be
+        after `lookahead` calls, and what they do not hold yet is masked.
+        """
+        n = self.own_tokens = self.batch
+        self.runs, self._masks = [], {}
+        self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
+        for counter in (self.places, self.position_ids, self._own_lengths):
+            counter += 1
+        self._biases = {window: self._bias(window) for window in self._biases}
+
+    def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
         """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
         self.prefix_length = max(row.prefix_length for row in rows)
-        self.own_length = max(row.start + row.length for row in rows)
+        self.own_length = max(row.start + row.length for row in rows) + lookahead
+        lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.own.device)
+        self._prefix_lengths, self._own_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
         members: list[list[int]] = [[] for _ in range(max(row.prefix_slot for row in rows) + 1)]
         rank = []
         for slot, row in enumerate(rows):
@@ -184,13 +213,12 @@ class CachedAttention:
         place = [row.prefix_slot * width + r for row, r in zip(rows, rank, strict=True)]
         self.num_groups = len(members)
         # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
-        self.members = torch.tensor(list(chain.from_iterable(padded))).to(self.own.device, non_blocking=True)
-        self.place = torch.tensor(place).to(self.own.device, non_blocking=True)
+        self.members = upload(list(chain.from_iterable(padded)), self.own.device)
+        self.place = upload(place, self.own.device)
 
-    def _bias(self, rows: list[RowSpan], window: int | None) -> Tensor:
+    def _bias(self, window: int | None) -> Tensor:
         """(B, 1, 1, P + L) float32: 0 where the row's last token sees a key, -inf elsewhere."""
-        table = torch.tensor([[row.prefix_length, row.start + row.length] for row in rows])
-        prefix_lengths, own_lengths = table.to(self.own.device, non_blocking=True)[:, :, None].unbind(1)
+        prefix_lengths, own_lengths = self._prefix_lengths, self._own_lengths
         index = torch.arange(max(self.prefix_length, self.own_length), device=self.own.device)
         prefix, own = index[: self.prefix_length], index[: self.own_length]
         seen = [prefix < prefix_lengths, own < own_lengths]

@@ -69,6 +69,7 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
         temperature=config.temperature,
         max_rows=config.max_rows,
         cache_gb=config.cache_gb,
+        stop_check_steps=config.stop_check_steps,
     )
     rollout = build_rollout(config, sampler, task, chat)
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)

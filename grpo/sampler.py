@@ -18,11 +18,12 @@ Left out: speculative decoding, prompts run in chunks, several devices.
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from grpo.kv_cache import SlotCache
+from grpo.kv_cache import CachedAttention, SlotCache, upload
 from grpo.model import Decoder
 from grpo.sampling import choose
 from grpo.schedule import Schedule
@@ -42,6 +43,9 @@ class Sampler:
         top_p, top_k: restrict the tokens sampled (1.0 and 0: all). For evaluation: log-probs leave them out.
         max_rows: rows in one forward.
         cache_gb: bound on the key/value caches, in 10^9 bytes. Fewer rows run at a time where it is short.
+        stop_check_steps: forwards between two looks at who has stopped, at the most. The host waits for the
+            device, and lays out the batch, that much less often; what a row samples after its stop token is
+            dropped. For GPUs; log-probs may differ in their last bits.
     Attributes:
         stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
     """
@@ -57,11 +61,12 @@ class Sampler:
         top_k: int = 0,
         max_rows: int = 64,
         cache_gb: float = 2.0,
+        stop_check_steps: int = 1,
     ) -> None:
         self.model = model
         self.stop_token_ids = tuple(stop_token_ids)
         self.temperature, self.greedy, self.top_p, self.top_k = temperature, greedy, top_p, top_k
-        self.max_rows, self.cache_gb = max_rows, cache_gb
+        self.max_rows, self.cache_gb, self.stop_check_steps = max_rows, cache_gb, stop_check_steps
         self.stats: dict[str, float] = {}
         weight = model.output_weight
         self._own = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
@@ -97,10 +102,9 @@ class Sampler:
         )
         done = 0
         while schedule.busy:
-            input_ids, attend, active = schedule.next()
-            hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : len(active)]
-            noise = None if self.greedy else [row.noise for row in active]
-            left = schedule.take(*self._choose(hidden, noise))
+            input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
+            noise = None if self.greedy else [row.noise(steps) for row in active]
+            left = schedule.take(*self._decode(input_ids, attend, steps, noise))
             done += left
             if left and progress is not None:
                 progress(done, len(states))
@@ -128,27 +132,48 @@ class Sampler:
                 if tensor.data_ptr() != state_dict[name].data_ptr():
                     tensor.copy_(state_dict[name])
 
-    def _choose(self, hidden: Tensor, noise: list[float] | None) -> tuple[list[int], list[float]]:
-        """hidden (B, H), a uniform per row (None: greedy) -> tokens and log-probs. The step's only wait."""
-        weight = self.model.output_weight
-        logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
-        if logits.dtype != torch.float32:
-            logits = self._buffer(torch.float32, len(hidden)).copy_(logits)
-        if logits.device.type == "mps":  # which has no float64; its memory is the CPU's anyway
-            logits = logits.cpu()
-        device_noise = None
-        if noise is not None:
-            device_noise = torch.tensor(noise, dtype=torch.float64).to(logits.device, non_blocking=True)
-        tokens, logprobs = choose(
-            logits, device_noise, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k
-        )
-        ids, values = torch.stack([tokens.double(), logprobs]).tolist()
-        if not all(map(math.isfinite, values)):
+    def _decode(
+        self, input_ids: Tensor, attend: CachedAttention, steps: int, noise: list[list[float]] | None
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """`steps` forwards, each on the tokens of the one before; noise (B, steps) uniforms, None: greedy.
+
+        Returns:
+            tokens and log-probs, (B, steps) each. Reading them is all that is waited for.
+        """
+        device = self.model.output_weight.device
+        # MPS has no float64; its memory is the CPU's anyway.
+        chosen_on = torch.device("cpu") if device.type == "mps" else device
+        uniforms = None if noise is None else upload(noise, chosen_on, torch.float64)
+        sampled: list[tuple[Tensor, Tensor]] = []
+        for step in range(steps):
+            hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : attend.batch]
+            logits = self._logits(hidden).to(chosen_on)
+            tokens, logprobs = choose(
+                logits,
+                None if uniforms is None else uniforms[:, step],
+                temperature=self.temperature,
+                top_p=self.top_p,
+                top_k=self.top_k,
+            )
+            sampled.append((tokens, logprobs))
+            if step + 1 < steps:
+                input_ids = tokens[None].to(device)
+                attend.advance()
+        ids, values = (torch.stack(columns, dim=1).tolist() for columns in zip(*sampled, strict=True))
+        if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
             self._own.release()
             self._prefixes.release()
             raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
-        return [int(token) for token in ids], values
+        return ids, values
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """hidden (B, H) -> (V, B) float32."""
+        weight = self.model.output_weight
+        logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
+        if logits.dtype == torch.float32:
+            return logits
+        return self._buffer(torch.float32, len(hidden)).copy_(logits)
 
     def _buffer(self, dtype: torch.dtype, batch: int) -> Tensor:
         """(V, B), the same memory at every step: fresh pages for logits cost more than sampling from them."""
@@ -167,5 +192,6 @@ class Sampler:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
-        if self.max_rows < 1:
-            raise ValueError(f"max_rows must be at least 1, got {self.max_rows}")
+        for name in ("max_rows", "stop_check_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -17,10 +17,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
-from grpo.kv_cache import CachedAttention, RowSpan, SlotCache
+from grpo.kv_cache import CachedAttention, RowSpan, SlotCache, upload
 from grpo.script import RowState
 
 # New tokens in one forward beyond which rows wait for the next one: bounds the memory of activations.
@@ -109,8 +108,12 @@ class Schedule:
     def busy(self) -> bool:
         return bool(self.waiting or self.group_of)
 
-    def next(self) -> tuple[Tensor, CachedAttention, list[RowState]]:
-        """The next forward: input_ids (1, T), its `attend`, and the rows, whose last tokens come first."""
+    def next(self, most_steps: int = 1) -> tuple[Tensor, CachedAttention, list[RowState], int]:
+        """The next forward: input_ids (1, T), its `attend`, and the rows, whose last tokens come first.
+
+        Then the number of forwards until `take`, up to `most_steps`: what follows the first one takes in
+        nothing but the tokens that the one before it sampled.
+        """
         self._grow()
         self._admit()
         _close_holes(self.rows, lambda row, source, target: self.own.move(source, target, row.cached))
@@ -126,7 +129,6 @@ class Schedule:
             spans.append(RowSpan(home.slot, home.length, row.cached, len(row.ids) - row.cached))
             last.append(row.ids[-1])
             earlier += row.ids[row.cached : -1]
-            row.cached = len(row.ids)
         for group in self.groups:
             if group is not None and not group.cached:
                 prompts.append((group.slot, group.length))
@@ -134,20 +136,32 @@ class Schedule:
                 group.cached = True
         self.stats["prefill_tokens"] += len(prompt_ids)
         self.stats["fed_tokens"] += len(earlier)
-        self.stats["sampled_tokens"] += len(last)
-        self.stats["decode_steps"] += 1
-        input_ids = torch.tensor([last + earlier + prompt_ids]).to(self.own.device, non_blocking=True)
-        return input_ids, CachedAttention(self.prefixes, self.own, spans, prompts), rows
+        steps = min(most_steps, *(row.left for row in rows)) if most_steps > 1 else 1
+        self.stats["decode_steps"] += steps
+        input_ids = upload([last + earlier + prompt_ids], self.own.device)
+        return input_ids, CachedAttention(self.prefixes, self.own, spans, prompts, steps - 1), rows, steps
 
-    def take(self, tokens: list[int], logprobs: list[float]) -> int:
-        """Hands every row its token; rows whose script is over leave. Returns how many did."""
+    def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
+        """Hands every row its tokens, up to the one that ends its turn; rows whose script is over leave.
+
+        Args:
+            tokens, logprobs: of each row, those of all forwards since `next`.
+        Returns:
+            how many rows left.
+        """
         done = 0
-        for slot, (token, logprob) in enumerate(zip(tokens, logprobs, strict=True)):
+        for slot, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
             row = self.rows[slot]
             assert row is not None
-            if row.take(token, logprob) and not row.begin():
-                self._leave(slot)
-                done += 1
+            for token, logprob in zip(ids, values, strict=True):
+                if ended := row.take(token, logprob):
+                    break  # what was sampled after the end of the turn is dropped
+            row.cached = len(row.ids) - 1  # the last one has not been through the model
+            if ended:
+                self.stats["sampled_tokens"] += len(row.turns[-1].ids)
+                if not row.begin():
+                    self._leave(slot)
+                    done += 1
         return done
 
     def _leave(self, slot: int) -> RowState:

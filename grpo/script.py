@@ -112,7 +112,7 @@ class RowState:
         """Private tokens when the script ends, if every turn takes its limit and unknown Feeds `unknown`."""
         total = len(self.ids)
         if self.turn is not None:
-            total += self._limit - len(self.turn.ids)
+            total += self.left
         for item in self.row.script[self._at :]:
             if isinstance(item, Sample):
                 total += item.limit
@@ -136,10 +136,16 @@ class RowState:
         return False
 
     @property
-    def noise(self) -> float:
-        """The uniform of the next token."""
+    def left(self) -> int:
+        """Tokens that the turn may still take."""
         assert self.turn is not None
-        return self._noise[len(self.turn.ids)]
+        return self._limit - len(self.turn.ids)
+
+    def noise(self, count: int) -> list[float]:
+        """The uniforms of the next tokens, `count` of them at most `left`."""
+        assert self.turn is not None
+        first = len(self.turn.ids)
+        return self._noise[first : first + count]
 
     def take(self, token: int, logprob: float) -> bool:
         """Adds a sampled token; True when it ends the turn."""

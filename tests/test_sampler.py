@@ -1,9 +1,12 @@
 """The sampler against a plain forward pass, transformers, and itself in other batches."""
 
 import dataclasses
+from itertools import pairwise
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from grpo.model import Decoder, ModelConfig
 from grpo.sampler import Feed, Row, Sample, Sampler
@@ -114,6 +117,53 @@ def test_logprobs_equal_a_full_forward(family, temperature):
     finished = sampler.run(make_rows())
     assert {turn.finish_reason for item in finished for turn in item.turns} == {"stop", "length"}
     assert_logprobs(model, finished, temperature)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [2, 5, 64])
+def test_a_stop_that_is_seen_late_changes_no_text(family, steps):
+    model = make_model(**FAMILIES[family])
+    rows = make_rows(group=6)
+    at_once, late = (Sampler(model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=n) for n in (1, steps))
+    expected, finished = at_once.run(rows), late.run(rows)
+    assert texts(finished) == texts(expected)
+    assert [item.fed for item in finished] == [item.fed for item in expected]
+    assert_logprobs(model, finished, 1.0)
+    assert late.stats["sampled_tokens"] == at_once.stats["sampled_tokens"]
+    late.greedy = at_once.greedy = True
+    assert texts(late.run(rows)) == texts(at_once.run(rows))
+
+
+class Operations(TorchDispatchMode):
+    """The names and shapes of all operations, and whether one made the host wait for the device."""
+
+    WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.item", "aten.equal")
+
+    def __init__(self):
+        super().__init__()
+        self.seen, self.waits = [], []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        shapes = [tuple(x.shape) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.seen.append((str(function), shapes))
+        if str(function).startswith(self.WAITS):
+            self.waits.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_between_two_looks_at_who_has_stopped_nothing_waits_and_no_shape_changes(model):
+    """What queueing steps on a GPU, and capturing one in a CUDA graph, needs."""
+    sampler = Sampler(model, stop_token_ids=[VOCABULARY], stop_check_steps=8)
+    rows = [Row(prompt(9 + i // 4), [Sample(8, key=(i,))]) for i in range(8)]
+    sampler.run(rows)  # the caches and buffers are there from then on
+    with Operations() as operations:
+        sampler.run(rows)
+    assert sampler.stats["decode_steps"] == 8
+    starts = [i for i, (name, _) in enumerate(operations.seen) if name.startswith("aten.embedding")]
+    assert len(starts) == 8 and not operations.waits
+    # The first forward takes in the prompts; each later one ends where the next begins.
+    steps = [operations.seen[a:b] for a, b in pairwise(starts[1:])]
+    assert len(steps) == 6 and all(step == steps[0] for step in steps)
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -419,6 +469,7 @@ def test_settings_may_change_between_runs(model):
         (dict(top_p=0.0), "top_p must be above 0"),
         (dict(top_k=-1), "top_k must be at least 0, got -1"),
         (dict(max_rows=0), "max_rows must be at least 1, got 0"),
+        (dict(stop_check_steps=0), "stop_check_steps must be at least 1, got 0"),
         (dict(stop_token_ids=[]), "stop_token_ids must hold at least one token"),
     ],
 )
