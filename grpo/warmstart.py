@@ -7,7 +7,9 @@ tokens worth imitating:
 
 - of a transcript whose attempt is right, the attempt;
 - of one whose attempt is wrong, the reflection, and the retry if it is right. Wrong answers are never
-  imitated.
+  imitated;
+- on request (`warm_start_answers`) such a retry as a first answer too. The prompt goes through the model
+  anyway (batch.py), so a model that lacks the skill itself learns it for the price of the answer.
 
 Left out: mixing in general chat data. The stage is a few dozen steps; grpo.evaluate says what it gave.
 """
@@ -46,6 +48,7 @@ def by_step(task: WarmStartTask, chat: Chat, config: Any) -> Callable[..., list[
         task.examples("train", config.warm_start_examples, offset=config.num_examples),
         batch_size=config.warm_start_batch_size,
         reflections=config.warm_start_reflections,
+        answers=config.warm_start_answers,
         seed=config.seed,
     )
 
@@ -58,6 +61,7 @@ def sequences(
     step: int,
     batch_size: int,
     reflections: int,
+    answers: bool = False,
     seed: int,
 ) -> list[TrainingSequence]:
     """The transcripts of one step: a function of (seed, step) alone, so a redone step sees the same.
@@ -67,25 +71,42 @@ def sequences(
         step: counts from 0.
         reflections: how many reflections, each with its retry, follow a wrong attempt. They share its cost:
             the prompt goes through the model once (batch.py), and stands for most of the tokens.
+        answers: imitate a right retry as a first answer too.
     Returns:
-        `batch_size` pairs (prompt ids, [(completion ids, loss mask)]).
+        pairs (prompt ids, [(completion ids, loss mask)]), one or, with `answers`, two for each example.
     """
     rng = random.Random(f"warm start {seed} {step}")
     chosen = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]
-    return [_sequence(task, chat, example, reflections, rng) for example in chosen]
+    found = []
+    for example in chosen:
+        found += _sequences(task, chat, example, reflections, answers, rng)
+    return found
 
 
-def _sequence(
-    task: WarmStartTask, chat: Chat, example: Example, reflections: int, rng: random.Random
-) -> TrainingSequence:
+def _sequences(
+    task: WarmStartTask, chat: Chat, example: Example, reflections: int, answers: bool, rng: random.Random
+) -> list[TrainingSequence]:
     first = task.transcript(example, rng)
     prompt = chat.prompt(**opening(task, example, chat))
     attempt = chat.encode_turn(first.attempt)
     if first.reflection is None:
-        return prompt, [(attempt, [True] * len(attempt))]
-    more = [task.transcript(example, rng, first.attempt) for _ in range(reflections - 1)]
-    prompt = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
-    return prompt, [_completion(task, chat, example, transcript) for transcript in [first, *more]]
+        return [(prompt, [_imitated(attempt)])]
+    transcripts = [first, *(task.transcript(example, rng, first.attempt) for _ in range(reflections - 1))]
+    reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
+    found = [(reflect, [_completion(task, chat, example, transcript) for transcript in transcripts])]
+    right = next((one.retry for one in transcripts if _is_right(task, example, one)), None)
+    if answers and right is not None:
+        found.append((prompt, [_imitated(chat.encode_turn(right))]))
+    return found
+
+
+def _imitated(ids: list[int]) -> tuple[list[int], list[bool]]:
+    return ids, [True] * len(ids)
+
+
+def _is_right(task: Task, example: Example, transcript: Transcript) -> bool:
+    """Whether its retry is."""
+    return transcript.retry is not None and task.verify(example, transcript.retry).ok
 
 
 def _completion(
@@ -93,9 +114,9 @@ def _completion(
 ) -> tuple[list[int], list[bool]]:
     """Reflection and, if it is right, retry; the mask is False on the user's turn between them."""
     reflection = chat.encode_turn(transcript.reflection or "")
-    if transcript.retry is None or not task.verify(example, transcript.retry).ok:
-        return reflection, [True] * len(reflection)
+    if not _is_right(task, example, transcript):
+        return _imitated(reflection)
     again = chat.glue(reflection, "stop", example.prompt)
-    retry = chat.encode_turn(transcript.retry)
+    retry = chat.encode_turn(transcript.retry or "")
     mask = [True] * len(reflection) + [False] * len(again) + [True] * len(retry)
     return reflection + again + retry, mask

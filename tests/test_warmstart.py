@@ -18,12 +18,10 @@ def parts():
     return tiny.build()
 
 
-def batch(parts, *, task=None, step=0, batch_size=24, reflections=3, seed=5, examples=7):
+def batch(parts, *, task=None, examples=7, **changes):
     task = task or parts.task
-    chosen = task.examples("train", examples)
-    return warmstart.sequences(
-        task, parts.chat, chosen, step=step, batch_size=batch_size, reflections=reflections, seed=seed
-    )
+    settings = {"step": 0, "batch_size": 24, "reflections": 3, "seed": 5, **changes}
+    return warmstart.sequences(task, parts.chat, task.examples("train", examples), **settings)
 
 
 def imitated(parts, completion, mask):
@@ -89,6 +87,23 @@ def test_reflections_share_the_prompt_of_one_attempt(parts):
         assert sizes == {1, reflections}
     _, completions = max(batch(parts, reflections=4), key=lambda pair: len(pair[1]))
     assert len({tuple(ids) for ids, _ in completions}) > 1
+
+
+def test_a_right_retry_is_a_first_answer_too_where_that_is_asked_for(parts):
+    without, found = batch(parts), batch(parts, answers=True)
+    added = [pair for pair in found if pair not in without]
+    assert [pair for pair in found if pair in without] == without  # the others are as they were
+    right = [
+        (prompt, completions)
+        for prompt, completions in without
+        if len(completions) > 1 and any(not all(mask) for _, mask in completions)
+    ]
+    assert 0 < len(right) == len(added) < len(without)
+    for (prompt, completions), (first, [(answer, mask)]) in zip(right, added, strict=True):
+        retry = next(imitated(parts, *one)[1] for one in completions if not all(one[1]))
+        assert all(mask) and parts.tokenizer.decode(answer) == retry
+        assert prompt[: len(first)] == first  # so the learner computes it once for both
+        assert parts.tokenizer.decode(first).endswith("?<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_function_of_seed_and_step(parts):
