@@ -11,6 +11,7 @@ import argparse
 import csv
 import gc
 import json
+import math
 import platform
 import shutil
 import statistics
@@ -143,9 +144,12 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def flops(call: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs of products by operation, as torch counts them, and of the in-place one, which it leaves out."""
-    in_place = {torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+    """FLOPs of products by operation, as torch counts them, and of two that it leaves out."""
+    uncounted = {
+        torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
+        torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    }
+    with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         call()
     return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo import weights
+from grpo.linear import packed_weights
 from grpo.model import Decoder
 from grpo.sampler import Feed, Row, Sample, Sampler
 
@@ -276,8 +277,7 @@ class LinearLayers:
     """Replays nothing but the matrix products of a run of ours: the time that no engine can be faster than.
 
     Within `record()` every forward pass notes its number of tokens; `replay()` then does, for each, the four
-    products of every layer and the output embedding's for the rows, in the order that is fastest here
-    (`grpo.model.Linear`), on memory that is there already.
+    products of every layer, with packed weights as the sampler does, and the output embedding's for the rows.
     """
 
     def __init__(self, model: Decoder) -> None:
@@ -300,6 +300,10 @@ class LinearLayers:
     @torch.inference_mode()
     def replay(self, max_rows: int) -> None:
         weight = self.model.output_weight
+        with packed_weights(self.model):
+            self._replay(weight, max_rows)
+
+    def _replay(self, weight: torch.Tensor, max_rows: int) -> None:
         for count in self.tokens:
             inputs = {
                 size: torch.ones(1, count, size, dtype=weight.dtype, device=weight.device)

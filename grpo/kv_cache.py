@@ -242,9 +242,6 @@ class CachedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, N, T, D), k and v (1, K, T, D), rotated -> (1, N, T, D)."""
         q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, D)
-        if self.runs:
-            # In bfloat16 on a CPU the tokens come innermost (model.Linear): fused attention refuses that.
-            q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         n = self.own_tokens
         self.own.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
         if n < len(k):

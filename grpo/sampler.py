@@ -24,10 +24,14 @@ import torch
 from torch import Tensor
 
 from grpo.kv_cache import CachedAttention, SlotCache, upload
+from grpo.linear import pack, packed_product, packed_weights
 from grpo.model import Decoder
 from grpo.sampling import choose
 from grpo.schedule import Schedule
 from grpo.script import Feed, Finished, Row, RowState, Sample, Turn
+
+# Below it the packed output weight is faster, though its product cannot be written into memory at hand.
+FEW_ROWS = 16
 
 __all__ = ["Feed", "Finished", "Row", "Sample", "Sampler", "Turn"]
 
@@ -101,13 +105,15 @@ class Sampler:
             states, self._own, self._prefixes, max_rows=self.max_rows, cache_bytes=self.cache_gb * 1e9
         )
         done = 0
-        while schedule.busy:
-            input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
-            noise = None if self.greedy else [row.noise(steps) for row in active]
-            left = schedule.take(*self._decode(input_ids, attend, steps, noise))
-            done += left
-            if left and progress is not None:
-                progress(done, len(states))
+        with packed_weights(self.model):
+            head = pack(self.model.output_weight)
+            while schedule.busy:
+                input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
+                noise = None if self.greedy else [row.noise(steps) for row in active]
+                left = schedule.take(*self._decode(input_ids, attend, head, steps, noise))
+                done += left
+                if left and progress is not None:
+                    progress(done, len(states))
         self.stats = {**schedule.stats, "seconds": time.perf_counter() - start}
         return [Finished(state.row, state.turns, state.fed) for state in states]
 
@@ -133,10 +139,18 @@ class Sampler:
                     tensor.copy_(state_dict[name])
 
     def _decode(
-        self, input_ids: Tensor, attend: CachedAttention, steps: int, noise: list[list[float]] | None
+        self,
+        input_ids: Tensor,
+        attend: CachedAttention,
+        head: Tensor | None,
+        steps: int,
+        noise: list[list[float]] | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`steps` forwards, each on the tokens of the one before; noise (B, steps) uniforms, None: greedy.
+        """`steps` forwards, each on the tokens of the one before.
 
+        Args:
+            head: the packed output weight, if there is one.
+            noise: (B, steps) uniforms, None: greedy.
         Returns:
             tokens and log-probs, (B, steps) each. Reading them is all that is waited for.
         """
@@ -147,7 +161,7 @@ class Sampler:
         sampled: list[tuple[Tensor, Tensor]] = []
         for step in range(steps):
             hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : attend.batch]
-            logits = self._logits(hidden).to(chosen_on)
+            logits = self._logits(hidden, head).to(chosen_on)
             tokens, logprobs = choose(
                 logits,
                 None if uniforms is None else uniforms[:, step],
@@ -167,9 +181,11 @@ class Sampler:
             raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
         return ids, values
 
-    def _logits(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
         """hidden (B, H) -> (V, B) float32."""
         weight = self.model.output_weight
+        if head is not None and len(hidden) < FEW_ROWS:
+            return self._buffer(torch.float32, len(hidden)).copy_(packed_product(hidden, head).T)
         logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
         if logits.dtype == torch.float32:
             return logits

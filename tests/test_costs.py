@@ -39,6 +39,11 @@ def layer_weights(model):
     return sum(p.numel() for p in model.layers.parameters() if p.ndim == 2)
 
 
+def products(counted):
+    """FLOPs of all products with weights, packed (grpo/linear.py) or not."""
+    return sum(counted.get(name, 0) for name in ("aten.mm", "mkldnn._linear_pointwise"))
+
+
 def allocated_bytes(call):
     """All bytes ever allocated during the call, whether freed or not."""
     with torch.profiler.profile(
@@ -67,15 +72,17 @@ def python_calls(call):
 def test_sampling_multiplies_each_token_once_and_a_shared_prompt_once():
     model = decoder()
     sampler = Sampler(model, stop_token_ids=[NEVER])
+    sampler.run(rows(SHARE, 1))  # whether weights can be packed is tried once, with a small product
     counted = flops(lambda: sampler.run(rows()))
     sampled, prompts = ROWS * NEW, ROWS // SHARE * (PROMPT - 1)  # a prompt's last token is each row's first
     head = 2 * model.output_weight.numel() * sampled
-    assert counted["aten.mm"] == 2 * layer_weights(model) * (sampled + prompts) + head
+    assert products(counted) == 2 * layer_weights(model) * (sampled + prompts) + head
     # Scores and sums, for the prompt's keys and the row's own so far: no row attends to another's.
     config = model.config
     keys = ROWS * sum(PROMPT - 1 + own for own in range(1, NEW + 1))
     assert counted["aten.bmm"] == config.num_layers * 4 * config.num_heads * config.head_dim * keys
-    assert counted.keys() <= {"aten.mm", "aten.bmm", "aten._scaled_dot_product_flash_attention_for_cpu"}
+    attention = {"aten.bmm", "aten._scaled_dot_product_flash_attention_for_cpu"}
+    assert counted.keys() <= {"aten.mm", "mkldnn._linear_pointwise", *attention}
 
 
 def test_rows_that_are_done_cost_nothing():
@@ -87,7 +94,8 @@ def test_rows_that_are_done_cost_nothing():
         for i, (row, n) in enumerate(zip(rows(), lengths, strict=True))
     ]
     sampler = Sampler(model, stop_token_ids=[NEVER])
-    counted = flops(lambda: sampler.run(work))["aten.mm"]
+    sampler.run(rows(SHARE, 1))  # as above
+    counted = products(flops(lambda: sampler.run(work)))
     tokens = sum(lengths) + ROWS // SHARE * (PROMPT - 1)
     head = 2 * model.output_weight.numel() * sum(lengths)
     assert counted == 2 * layer_weights(model) * tokens + head
@@ -100,8 +108,10 @@ def test_a_decode_step_writes_no_second_copy_of_the_logits(dtype):
     for vocabulary in (VOCABULARY, 50 * VOCABULARY):
         model = decoder(vocab_size=vocabulary).to(dtype)
         sampler = Sampler(model, stop_token_ids=[NEVER])
-        sampler.run(rows())  # the logits' own buffer comes with the first run and stays
-        per_step.append(allocated_bytes(lambda s=sampler: s.run(rows())) / NEW)
+        sampler.run(rows(new=2 * NEW))  # the logits' own buffer comes with the first run and stays
+        # What a run allocates once, packed weights among it, is the same in both.
+        short, long = (allocated_bytes(lambda s=sampler, n=n: s.run(rows(new=n))) for n in (NEW, 2 * NEW))
+        per_step.append((long - short) / NEW)
     logits = 49 * VOCABULARY * ROWS * 4
     assert per_step[1] - per_step[0] < 0.05 * logits
 
@@ -135,7 +145,7 @@ def test_an_update_multiplies_a_shared_prompt_once():
     tokens = PROMPT + selected - completions  # each completion's last token predicts nothing
     assert [batch.num_tokens for batch in packed] == [tokens]
     counted = flops(lambda: learner.supervised_step([(prompt, branches)], 1e-3))
-    products = sum(count for name, count in counted.items() if "mm" in name and "bmm" not in name)
+    in_all = sum(count for name, count in counted.items() if "mm" in name and "bmm" not in name)
     # The logits are multiplied out twice (forward, and again in the backward pass), then the two gradients.
     head = 8 * model.output_weight.numel() * selected
-    assert products == 6 * layer_weights(model) * tokens + head
+    assert in_all == 6 * layer_weights(model) * tokens + head

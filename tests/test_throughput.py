@@ -108,7 +108,7 @@ def test_the_profile_names_the_operations(model, capsys):
     argv = ["--model", str(model), "--dtype", "float32", "--prompts", "1", "--generations", "2"]
     assert step.main([*argv, "--prompt", "10", "--completion", "4", "--beta", "0", "--profile"]) == 0
     rollouts, updates = capsys.readouterr().out.split("\nupdate\n")
-    assert "aten::mm" in rollouts and "Backward" in updates and "Backward" not in rollouts
+    assert "aten::bmm" in rollouts and "Backward" in updates and "Backward" not in rollouts
 
 
 def test_an_engine_without_its_package_is_absent(monkeypatch, model):
