@@ -48,7 +48,6 @@ def retry_reward(
             conversations,
             add_generation_prompt=True,
             padding=True,
-            padding_side="left",
             return_tensors="pt",
             return_dict=True,
         )
@@ -102,6 +101,7 @@ def main(job_file: str) -> None:
     task = get_task(settings["task"], settings["task_options"])
     tokenizer = AutoTokenizer.from_pretrained(job["start"])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"  # no argument of apply_chat_template; retries go on where prompts end
     rewards: list[Any] = [retry_reward(job, task, tokenizer, lambda: trainer.model)]
     weights = [1.0]
     if settings["overlong_buffer"]:

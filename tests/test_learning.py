@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
+from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -13,6 +15,7 @@ import _learning_trl  # noqa: E402
 import learning  # noqa: E402
 
 from grpo import config, failures  # noqa: E402
+from grpo.tasks import Verdict  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +94,43 @@ def test_trl_learns_from_the_same_weights(run, tmp_path, monkeypatch):
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["arm"] for row in rows] == ["start", "trl, 1", "trl, 2"]
     assert 0 < rows[1]["seconds"] < rows[2]["seconds"]
+
+
+def test_retries_in_trl_follow_the_whole_conversation_and_are_judged(run):
+    tokenizer = AutoTokenizer.from_pretrained(run / "start")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    seen = []
+
+    class Model:
+        """Answers the first problem right and the second one wrong."""
+
+        def eval(self):
+            pass
+
+        train = eval
+
+        def generate(self, input_ids, attention_mask, **_):
+            seen.extend(
+                tokenizer.decode(ids[mask.bool()])
+                for ids, mask in zip(input_ids, attention_mask, strict=True)
+            )
+            assert attention_mask[:, -1].all() and not attention_mask.all()
+            answers = [tokenizer(text)["input_ids"] for text in ("right", "wrong")]
+            return torch.cat([input_ids, torch.tensor(answers)], dim=1)
+
+    class Task:
+        def verify(self, example, text):
+            return Verdict("ok" if text == "right" else "wrong")
+
+    settings = {"dtype": "float32", "max_completion_length": 5, "temperature": 1.0}
+    reward = _learning_trl.retry_reward({"settings": settings}, Task(), tokenizer, Model)
+    prompts = [[{"role": "user", "content": text}] for text in ("Problem?", "A much longer problem?")]
+    completions = [[{"role": "assistant", "content": text}] for text in ("Hm.", "Well, well.")]
+    examples = [json.dumps({"id": str(i), "prompt": f"Again {i}?", "data": {}}) for i in range(2)]
+    assert reward(prompts, completions, examples) == [1.0, 0.0]
+    for text, parts in zip(
+        seen, (("Problem?", "Hm.", "Again 0?"), ("A much", "Well, well.", "Again 1?")), strict=True
+    ):
+        places = [text.index(part) for part in parts]
+        assert places == sorted(places) and text.endswith("assistant\n")

@@ -14,7 +14,7 @@ from grpo import checkpoint, run_dir
 
 ROOT = Path(__file__).parent.parent
 RUN = "tiny-001"
-SAMPLING, UPDATE = "grpo.sampler:Sampler._choose", "grpo.optimizer:MasterAdamW._publish"
+SAMPLING, UPDATE = "grpo.sampler:Sampler._decode", "grpo.optimizer:MasterAdamW._publish"
 STEP_2 = '{"step": 2, "clip'  # the line of its update; that of its validation comes after it
 
 KILLS = {
