@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from grpo import weights
-from grpo.linear import packed_weights
+from grpo.linear import pack, packed_product, packed_weights
 from grpo.model import Decoder
-from grpo.sampler import Feed, Row, Sample, Sampler
+from grpo.sampler import FEW_ROWS, Feed, Row, Sample, Sampler
 
 # Tokens; its default of 256 is longer than most prompts here, so that none were shared.
 TRANSFORMERS_PAGE = 32
@@ -301,9 +301,9 @@ class LinearLayers:
     def replay(self, max_rows: int) -> None:
         weight = self.model.output_weight
         with packed_weights(self.model):
-            self._replay(weight, max_rows)
+            self._replay(weight, pack(weight), max_rows)
 
-    def _replay(self, weight: torch.Tensor, max_rows: int) -> None:
+    def _replay(self, weight: Tensor, head: Tensor | None, max_rows: int) -> None:
         for count in self.tokens:
             inputs = {
                 size: torch.ones(1, count, size, dtype=weight.dtype, device=weight.device)
@@ -311,4 +311,8 @@ class LinearLayers:
             }
             for linear in self.layers:
                 linear(inputs[linear.in_features])
-            torch.mm(weight, inputs[weight.shape[1]][0, :max_rows].T)
+            rows = inputs[weight.shape[1]][0, :max_rows]
+            if head is not None and len(rows) < FEW_ROWS:
+                packed_product(rows, head)
+            else:
+                torch.mm(weight, rows.T)
