@@ -194,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
         results.append(measure(run, curves[-1], folder, own))
     where = machine("cpu")
     notes = [
-        f"Means and pooled problems of {len(own.runs)} runs. {where['device']}, {where['threads']} threads."
+        f"Runs: {len(own.runs)}; seconds are their mean, problems are pooled. {where['device']}, "
+        f"threads: {where['threads']}."
     ]
     outcome = Outcome(QUESTION, COLUMNS, rows(curves, results), ("seconds", "second_try"), notes)
     print(outcome.table())
