@@ -19,11 +19,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from _measure import hide_benchmarks
+
 SHARED = (  # settings that both trainers name alike and mean alike
     "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm max_steps "
     "seed beta epsilon epsilon_high delta loss_type importance_sampling_level scale_rewards num_iterations "
     "use_bias_correction_kl num_generations temperature mask_truncated_completions"
 ).split()
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """Pads on the left, since retries go on where prompts end; apply_chat_template takes no side."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def retry_reward(
@@ -71,13 +83,11 @@ def retry_reward(
 
 def main(job_file: str) -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
-    sys.path[:] = [
-        job["root"],
-        *(path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent),
-    ]
+    hide_benchmarks()
+    sys.path.insert(0, job["root"])
     import torch
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
     from trl.rewards import get_soft_overlong_punishment
 
@@ -99,9 +109,7 @@ def main(job_file: str) -> None:
     if settings["threads"]:
         torch.set_num_threads(settings["threads"])
     task = get_task(settings["task"], settings["task_options"])
-    tokenizer = AutoTokenizer.from_pretrained(job["start"])
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # no argument of apply_chat_template; retries go on where prompts end
+    tokenizer = load_tokenizer(job["start"])
     rewards: list[Any] = [retry_reward(job, task, tokenizer, lambda: trainer.model)]
     weights = [1.0]
     if settings["overlong_buffer"]:

@@ -37,19 +37,14 @@ from grpo import checkpoint, failures, parts, run_dir  # noqa: E402
 from grpo import config as configuration  # noqa: E402
 from grpo.comparison import ModelResult, model_figures  # noqa: E402
 from grpo.config import Config  # noqa: E402
-from grpo.experiments.outcome import Column, Outcome, Row, difference, percent  # noqa: E402
+from grpo.experiments.outcome import ARM_COLUMNS, Column, Outcome, Row, difference  # noqa: E402
 from grpo.experiments.study import evaluate, joined  # noqa: E402
 from grpo.metrics import read_jsonl  # noqa: E402
-from grpo.tasks import get_task, opening  # noqa: E402
+from grpo.tasks import opening  # noqa: E402
 
 QUESTION = "How soon does RL make the second try better, ours and TRL's?"
-COLUMNS = {
-    "arm": Column("trainer, step"),
-    "seconds": Column("seconds of RL", digits=0),
-    "first_try": percent("1st try"),
-    "second_try": percent("2nd try"),
-    "gain": percent("gain of the 2nd try"),
-    "length": Column("reflection, tokens"),
+COLUMNS = {"arm": Column("trainer, step")} | {
+    name: ARM_COLUMNS[name] for name in ("seconds", "first_try", "second_try", "gain", "length")
 }
 TRL_SCRIPT = Path(__file__).with_name("_learning_trl.py")
 
@@ -115,8 +110,8 @@ def _curve(folders: dict[int, Path], times: list[float]) -> Curve:
 
 def conversations(run: Path, config: Config) -> Iterator[dict[str, Any]]:
     """What is reflected on, step by step as in train.py: messages up to the instruction, and the example."""
-    chat = parts.build(config, model_source=str(run / "start")).chat
-    task = get_task(config.task, config.task_options)
+    built = parts.build(config, model_source=str(run / "start"))
+    task, chat = built.task, built.chat
     pool = failures.load(run / "failures.jsonl")
     for step in range(1, config.max_steps + 1):
         for failure in failures.of_step(pool, step, config.groups_per_step, config.seed):

@@ -30,7 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import command_line, machine  # noqa: E402
+from _measure import command_line, hide_benchmarks, machine  # noqa: E402
 
 ENGINES = {
     "ours": "Sampler and Learner",
@@ -155,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if own.engine:  # TRL's environment need not have what is imported below
         from _steps import run_ours, run_trl
 
-        # benchmarks/kernels.py would be taken for the package `kernels`, which transformers looks for.
-        sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+        hide_benchmarks()
         print(json.dumps(run_ours(own) if own.engine == "ours" else run_trl(own)))
         return 0
 

@@ -94,9 +94,10 @@ def _sequences(
     transcripts = [first, *(task.transcript(example, rng, first.attempt) for _ in range(reflections - 1))]
     reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
     found = [(reflect, [_completion(task, chat, example, transcript) for transcript in transcripts])]
-    right = next((one.retry for one in transcripts if _is_right(task, example, one)), None)
-    if answers and right is not None:
-        found.append((prompt, [_imitated(chat.encode_turn(right))]))
+    if answers:
+        retries = (_right_retry(task, example, transcript) for transcript in transcripts)
+        right = [retry for retry in retries if retry is not None][:1]
+        found += [(prompt, [_imitated(chat.encode_turn(retry))]) for retry in right]
     return found
 
 
@@ -104,9 +105,10 @@ def _imitated(ids: list[int]) -> tuple[list[int], list[bool]]:
     return ids, [True] * len(ids)
 
 
-def _is_right(task: Task, example: Example, transcript: Transcript) -> bool:
-    """Whether its retry is."""
-    return transcript.retry is not None and task.verify(example, transcript.retry).ok
+def _right_retry(task: Task, example: Example, transcript: Transcript) -> str | None:
+    """The transcript's retry, if there is one and it is right."""
+    retry = transcript.retry
+    return retry if retry is not None and task.verify(example, retry).ok else None
 
 
 def _completion(
@@ -114,9 +116,10 @@ def _completion(
 ) -> tuple[list[int], list[bool]]:
     """Reflection and, if it is right, retry; the mask is False on the user's turn between them."""
     reflection = chat.encode_turn(transcript.reflection or "")
-    if not _is_right(task, example, transcript):
+    right = _right_retry(task, example, transcript)
+    if right is None:
         return _imitated(reflection)
     again = chat.glue(reflection, "stop", example.prompt)
-    retry = chat.encode_turn(transcript.retry or "")
+    retry = chat.encode_turn(right)
     mask = [True] * len(reflection) + [False] * len(again) + [True] * len(retry)
     return reflection + again + retry, mask

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import tiny_run
 import torch
-from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
@@ -20,10 +19,7 @@ from grpo.tasks import Verdict  # noqa: E402
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("learning")
-    done = tiny_run.run(tiny_run.arguments(tiny_run.save_model(root / "model"), root / "runs"))
-    assert done.status == 0
-    return done.folder
+    return tiny_run.finished(tmp_path_factory.mktemp("learning"))
 
 
 def test_ours_is_trained_from_the_start_of_the_run_and_measured(run, tmp_path, capsys, monkeypatch):
@@ -97,9 +93,7 @@ def test_trl_learns_from_the_same_weights(run, tmp_path, monkeypatch):
 
 
 def test_retries_in_trl_follow_the_whole_conversation_and_are_judged(run):
-    tokenizer = AutoTokenizer.from_pretrained(run / "start")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"
+    tokenizer = _learning_trl.load_tokenizer(run / "start")
     seen = []
 
     class Model:

@@ -16,10 +16,7 @@ from grpo import config  # noqa: E402
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    root = tmp_path_factory.mktemp("packing")
-    done = tiny_run.run(tiny_run.arguments(tiny_run.save_model(root / "model"), root / "runs"))
-    assert done.status == 0
-    return done.folder
+    return tiny_run.finished(tmp_path_factory.mktemp("packing"))
 
 
 def test_layouts_of_one_step_spelled_out():

@@ -82,6 +82,13 @@ def run(argv: list[str]) -> Done:
     return Done(status, out.getvalue(), err.getvalue(), _folder(argv))
 
 
+def finished(root: Path) -> Path:
+    """The directory, under `root`, of a whole run with SETTINGS."""
+    done = run(arguments(save_model(root / "model"), root / "runs"))
+    assert done.status == 0 and done.folder is not None, done.err
+    return done.folder
+
+
 def _folder(argv: list[str]) -> Path | None:
     if "--resume" in argv:
         return Path(argv[argv.index("--resume") + 1])
