@@ -20,7 +20,7 @@ import train
 from grpo import evaluate, failures
 from grpo.config import Config
 from grpo.experiments import __main__ as command
-from grpo.experiments import ablation, outcome, pilot, retention, robustness, study, threshold, verifier
+from grpo.experiments import ablation, outcome, pilot, retention, robustness, study, verifier
 from grpo.experiments.noisy import FALSE_NEGATIVE, Noisy
 from grpo.experiments.outcome import Column, Outcome, percent
 from grpo.tasks import Example, OpeningTask, TolerantTask, WarmStartTask, get_task
@@ -219,6 +219,28 @@ def test_another_command_in_the_same_directory_is_refused(model, tmp_path, capsy
     assert command.main(arguments("pilot", model, tmp_path / "p")) == 0
     assert command.main(arguments("pilot", model, tmp_path / "p", "--seeds", "3")) == 2
     assert "was begun with other options (seeds: [42] -> [3])" in capsys.readouterr().err
+
+
+def test_a_list_that_gets_longer_keeps_the_arms_there_are(model, tmp_path, inside, capsys):
+    rates = ["--kinds", "false_negatives", "--rates", "0.5"]
+    assert command.main(arguments("robustness", model, tmp_path / "r", *rates)) == 0
+    before = list(inside)
+    assert command.main(arguments("robustness", model, tmp_path / "r", *rates, "0.25")) == 0
+    assert inside[len(before) :] == ["false_negatives-0.25-seed42"]
+    assert [row["arm"] for row in result(tmp_path / "r")["rows"]] == [
+        "none",
+        "false negatives 50%",
+        "false negatives 25%",
+    ]
+    assert command.main(arguments("robustness", model, tmp_path / "r", *rates)) == 2
+    assert "(rates: [0.5, 0.25] -> [0.5])" in capsys.readouterr().err
+
+
+def test_threshold_takes_the_start_of_a_run_that_had_as_many_steps(model, tmp_path, inside):
+    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", seed=5, warm_start_steps=2))
+    argv = ["threshold", "--output", str(tmp_path / "t"), "--run", str(done.folder), "--max_steps", "2"]
+    assert command.main([*argv, "--warm_starts", "2", "1"]) == 0
+    assert inside == ["warm2-seed5", "start1-seed5", "warm1-seed5"]
 
 
 def test_an_arm_that_fails_ends_the_experiment(model, tmp_path, monkeypatch, capsys):
@@ -526,12 +548,6 @@ def test_likeness_is_jaccard_over_trigrams():
 
     assert trigrams("abcd") == {"abc", "bcd"} and trigrams("ab") == {"ab"}
     assert jaccard(trigrams("abcd"), trigrams("bcde")) == pytest.approx(1 / 3)
-
-
-def test_threshold_refuses_a_run_of_others(model, tmp_path):
-    one = study.Study(tmp_path, Config(), run=tmp_path)
-    with pytest.raises(ValueError, match="run must be left out"):
-        threshold.run(one, None)  # type: ignore[arg-type]
 
 
 def test_examples_of_answers_hold_what_they_say():

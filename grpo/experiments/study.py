@@ -103,14 +103,16 @@ class Study:
     def __init__(self, folder: Path, config: Config, run: Path | None = None):
         self.folder, self.config, self.run = folder, config, run
         self._measured: dict[tuple[Any, ...], Path] = {}
-        if run is not None and (run / "evaluation.json").exists():
-            own = configuration.load(run / "config.yaml")
-            if all(getattr(own, name) == getattr(config, name) for name in SAME_RUN):
-                self._measured[_measured_by(run, own.seed, own)] = run
+        self._run_config = own = config if run is None else configuration.load(run / "config.yaml")
+        same = all(getattr(own, name) == getattr(config, name) for name in SAME_RUN)
+        if run is not None and same and (run / "evaluation.json").exists():
+            self._measured[_measured_by(run, own.seed, own)] = run
 
     def start(self, seed: int, name: str = "start", **changes: Any) -> Path:
-        """A run directory with `start/` and `failures.jsonl`, made with one step of RL."""
-        if self.run is not None and not changes:
+        """A run directory with `start/` and `failures.jsonl`: `run` if it has these settings, or else made
+        with one step of RL.
+        """
+        if self.run is not None and all(getattr(self._run_config, k) == v for k, v in changes.items()):
             return self.run
         config = replace(
             self.config, seed=seed, max_steps=1, num_eval=0, eval_steps=0, groups_per_step=1, **changes

@@ -2,7 +2,8 @@
 
 The warm start is cut short, from none to the preset's own length, and RL goes on from each. Set against what
 comes before RL (first tries right, retries right, share of groups with a signal, those whose rewards differ):
-what RL adds. Where no retry is right in the first steps train.py stops, and the row has no gain.
+what RL adds. Where no retry is right in the first steps train.py stops, and the row has no gain. With --run
+the full warm start is that of the run.
 """
 
 from __future__ import annotations
@@ -39,8 +40,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(study: Study, own: argparse.Namespace) -> Outcome:
-    if study.run is not None:
-        raise ValueError("run must be left out: threshold makes warm starts of its own")
     full = study.config.warm_start_steps
     counts = own.warm_starts or list(dict.fromkeys([0, full // 6, full // 3, full]))
     arms: dict[int, list[Arm]] = {count: [] for count in counts}
