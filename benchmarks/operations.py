@@ -6,12 +6,14 @@
 `attention`: forward and backward of a tree's branches (grpo/sdpa.py); `rms_norm`: forward and backward
 (grpo/rms_norm.py); `accumulate`: a 16-bit gradient added to its float32 buffer (grpo/optimizer.py);
 `decode`: one layer's attention in a decode step of 64 rows (grpo/kv_cache.py), against the same with keys as
-they lie. Medians of rounds in turns, and the median of the ratios.
+they lie; `layer`: all of a decoder layer but its attention, forward and backward, as it is and compiled by
+torch.compile, which needs a C++ compiler. Medians of rounds in turns, and the median of the ratios.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from torch.nn import functional as F  # noqa: E402
 
 from grpo import optimizer, rms_norm, sdpa  # noqa: E402
 from grpo.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
-from grpo.model import ModelConfig  # noqa: E402
+from grpo.model import Layer, ModelConfig  # noqa: E402
 
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
@@ -77,12 +79,41 @@ def decode(dtype: torch.dtype) -> Pair:
     )
 
 
-OPERATIONS = {"attention": attention, "rms_norm": normalise, "accumulate": accumulate, "decode": decode}
+def layer(dtype: torch.dtype) -> Pair:
+    config = ModelConfig.from_hf({**MODELS["135M"], "num_hidden_layers": 1})
+    ours = Layer(config, 0).to(dtype)
+    compiled = torch.compile(ours, dynamic=True)  # micro-batches have many lengths
+    x, dy = (torch.randn(1, TOKENS, HIDDEN).to(dtype) for _ in range(2))
+    tables = config.rope.tables(torch.arange(TOKENS)[None], dtype)
+    leaves = [x.requires_grad_(), *ours.parameters()]
+
+    def differentiated(module: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(module(x, *tables, lambda index, q, k, v: q), leaves, dy)
+
+    start = time.perf_counter()
+    differentiated(compiled)()
+    print(f"compiled in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    return differentiated(ours), differentiated(compiled)
+
+
+OPERATIONS = {
+    "attention": attention,
+    "rms_norm": normalise,
+    "accumulate": accumulate,
+    "decode": decode,
+    "layer": layer,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = command_line(__file__, __doc__)
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=list(OPERATIONS))
+    parser.add_argument(
+        "--operations",
+        nargs="+",
+        choices=OPERATIONS,
+        default=[name for name in OPERATIONS if name != "layer"],
+        help="(default: all but layer, which is compiled for half a minute)",
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
