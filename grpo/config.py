@@ -97,7 +97,7 @@ class Config:
         512, "train examples after the first num_examples that transcripts are written for"
     )
     warm_start_batch_size: Count = field(16, "transcripts per supervised step")
-    warm_start_reflections: Count = field(3, "reflections, each with a retry, per wrong attempt")
+    warm_start_reflections: Count = field(3, "reflections per wrong attempt; one has a retry")
     warm_start_answers: bool = field(False, "imitate a right retry as a first answer too")
     warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
 

@@ -6,8 +6,8 @@ reflection that leaves room to learn, a retry. The loss is the mean negative log
 tokens worth imitating:
 
 - of a transcript whose attempt is right, the attempt;
-- of one whose attempt is wrong, the reflection, and the retry if it is right. Wrong answers are never
-  imitated;
+- of those that share a wrong attempt, the reflections, and the retry of the first whose retry is right. The
+  others' would say the same, and cost the task's text again. Wrong answers are never imitated;
 - on request (`warm_start_answers`) such a retry as a first answer too. The prompt goes through the model
   anyway (batch.py), so a model that lacks the skill itself learns it for the price of the answer.
 
@@ -23,11 +23,10 @@ from functools import partial
 from typing import Any
 
 from grpo.chat import Chat
-from grpo.tasks import Example, Task, Transcript, WarmStartTask, opening
+from grpo.tasks import Example, WarmStartTask, opening
 
-TrainingSequence = tuple[
-    list[int], list[tuple[list[int], list[bool]]]
-]  # prompt, [(completion, loss mask)]: batch.py
+Completion = tuple[list[int], list[bool]]  # its ids, its loss mask
+TrainingSequence = tuple[list[int], list[Completion]]  # prompt, completions: batch.py
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> float:
@@ -69,8 +68,8 @@ def sequences(
     Args:
         examples: each step takes the next `batch_size` of them, round and round.
         step: counts from 0.
-        reflections: how many reflections, each with its retry, follow a wrong attempt. They share its cost:
-            the prompt goes through the model once (batch.py), and stands for most of the tokens.
+        reflections: how many follow a wrong attempt. They share its cost: the prompt goes through the model
+            once (batch.py).
         answers: imitate a right retry as a first answer too.
     Returns:
         pairs (prompt ids, [(completion ids, loss mask)]), one or, with `answers`, two for each example.
@@ -92,34 +91,25 @@ def _sequences(
     if first.reflection is None:
         return [(prompt, [_imitated(attempt)])]
     transcripts = [first, *(task.transcript(example, rng, first.attempt) for _ in range(reflections - 1))]
+    completions = [_imitated(chat.encode_turn(transcript.reflection or "")) for transcript in transcripts]
+    retry: Completion | None = None
+    for index, transcript in enumerate(transcripts):
+        if transcript.retry is not None and task.verify(example, transcript.retry).ok:
+            retry = _imitated(chat.encode_turn(transcript.retry))
+            completions[index] = _followed(chat, example, completions[index], retry)
+            break
     reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
-    found = [(reflect, [_completion(task, chat, example, transcript) for transcript in transcripts])]
-    if answers:
-        retries = (_right_retry(task, example, transcript) for transcript in transcripts)
-        right = [retry for retry in retries if retry is not None][:1]
-        found += [(prompt, [_imitated(chat.encode_turn(retry))]) for retry in right]
+    found = [(reflect, completions)]
+    if answers and retry is not None:
+        found.append((prompt, [retry]))
     return found
 
 
-def _imitated(ids: list[int]) -> tuple[list[int], list[bool]]:
+def _imitated(ids: list[int]) -> Completion:
     return ids, [True] * len(ids)
 
 
-def _right_retry(task: Task, example: Example, transcript: Transcript) -> str | None:
-    """The transcript's retry, if there is one and it is right."""
-    retry = transcript.retry
-    return retry if retry is not None and task.verify(example, retry).ok else None
-
-
-def _completion(
-    task: Task, chat: Chat, example: Example, transcript: Transcript
-) -> tuple[list[int], list[bool]]:
-    """Reflection and, if it is right, retry; the mask is False on the user's turn between them."""
-    reflection = chat.encode_turn(transcript.reflection or "")
-    right = _right_retry(task, example, transcript)
-    if right is None:
-        return _imitated(reflection)
-    again = chat.glue(reflection, "stop", example.prompt)
-    retry = chat.encode_turn(right)
-    mask = [True] * len(reflection) + [False] * len(again) + [True] * len(retry)
-    return reflection + again + retry, mask
+def _followed(chat: Chat, example: Example, reflection: Completion, retry: Completion) -> Completion:
+    """Reflection and retry; the mask is False on the user's turn between them."""
+    again = chat.glue(reflection[0], "stop", example.prompt)
+    return reflection[0] + again + retry[0], reflection[1] + [False] * len(again) + retry[1]

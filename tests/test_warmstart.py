@@ -7,7 +7,7 @@ import tiny
 
 from grpo import warmstart
 from grpo.rollout import Attempt
-from grpo.tasks import Verdict
+from grpo.tasks import Transcript, Verdict
 from grpo.tasks.countdown import Countdown
 
 RIGHT, WRONG = "It is 7.", "Hm, a."
@@ -87,6 +87,20 @@ def test_reflections_share_the_prompt_of_one_attempt(parts):
         assert sizes == {1, reflections}
     _, completions = max(batch(parts, reflections=4), key=lambda pair: len(pair[1]))
     assert len({tuple(ids) for ids, _ in completions}) > 1
+
+
+def test_of_the_reflections_on_one_attempt_the_first_that_helps_brings_its_retry(parts, monkeypatch):
+    retries = iter(["Say 9.", "Say 7.", "Say 7.", None] * 2)
+    monkeypatch.setattr(
+        parts.task, "transcript", lambda *_: Transcript(WRONG, "Try 7.", next(retries))
+    )
+    monkeypatch.setattr(parts.task, "verify", lambda _, text: Verdict("ok" if "7" in text else "wrong"))
+    for answers in (False, True):
+        (_, completions), *others = batch(parts, batch_size=1, reflections=4, answers=answers)
+        texts = [imitated(parts, *completion) for completion in completions]
+        reflection, retry = "Try 7.<|im_end|>", "Say 7.<|im_end|>"
+        assert texts == [[reflection], [reflection, retry], [reflection], [reflection]]
+        assert [imitated(parts, *completions[0]) for _, completions in others] == [[retry]] * answers
 
 
 def test_a_right_retry_is_a_first_answer_too_where_that_is_asked_for(parts):
