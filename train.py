@@ -43,8 +43,8 @@ from grpo.session import LOGS, WARM_START_LOG, AboveBar, Session
 from grpo.signatures import nothing_right
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
-WARM_START_BLOCK = 20  # supervised steps between checkpoints of the warm start
-MEMORY_BLOCK = 4  # supervised steps after which unused memory is returned; an RL step takes as long
+WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
+MEMORY_BLOCK = 8  # supervised steps after which unused memory is returned; an RL step takes as long
 
 
 class Run(Session):
