@@ -91,9 +91,7 @@ def test_reflections_share_the_prompt_of_one_attempt(parts):
 
 def test_of_the_reflections_on_one_attempt_the_first_that_helps_brings_its_retry(parts, monkeypatch):
     retries = iter(["Say 9.", "Say 7.", "Say 7.", None] * 2)
-    monkeypatch.setattr(
-        parts.task, "transcript", lambda *_: Transcript(WRONG, "Try 7.", next(retries))
-    )
+    monkeypatch.setattr(parts.task, "transcript", lambda *_: Transcript(WRONG, "Try 7.", next(retries)))
     monkeypatch.setattr(parts.task, "verify", lambda _, text: Verdict("ok" if "7" in text else "wrong"))
     for answers in (False, True):
         (_, completions), *others = batch(parts, batch_size=1, reflections=4, answers=answers)
