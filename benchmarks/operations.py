@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         choices=OPERATIONS,
         default=[name for name in OPERATIONS if name != "layer"],
-        help="(default: all but layer, which is compiled for half a minute)",
+        help="(default: all but layer, which needs a C++ compiler)",
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
