@@ -55,8 +55,10 @@ def errors(operation: str, forward: Forward, problem: Problem) -> dict[str, floa
     pairs = zip((ours, *backward(ours, part)), (right, *backward(right, exact)), strict=True)
     found = {}
     for name, (x, y) in zip(("value", "hidden", "weight"), pairs, strict=True):
-        # On-policy the loss itself is 0 up to rounding: its error is then absolute.
-        scale = y.detach().norm() if y.ndim else max(1.0, y.abs().item())
+        # On-policy the loss itself is 0 up to rounding, as is the gradient of rewards that are all equal:
+        # such an error is absolute.
+        scale = y.detach().norm().item() if y.ndim else max(1.0, y.abs().item())
+        scale = scale or 1.0
         found[f"{name}_error"] = ((x.detach().double() - y.detach()).norm() / scale).item()
     return found
 

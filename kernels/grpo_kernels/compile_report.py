@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from grpo_kernels import advantage, linear, loss, selected
-from grpo_kernels.config import INTERPRETED, blocks
+from grpo_kernels.config import INTERPRETED, blocks, has_tma
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,6 +61,14 @@ INDEX = {
     "lengths": "*i64",
 }
 INDEX |= {"count": "*i32", "keep": "*u8", "mask": "*i1"}
+# Of the kernels of products, the tiles that tensor descriptors bring: (rows, columns), as names of constants.
+HIDDEN, WEIGHT = ("BLOCK_M", "BLOCK_K"), ("BLOCK_N", "BLOCK_K")
+TILES = {
+    linear.forward_kernel: {"hidden": HIDDEN, "weight": WEIGHT},
+    linear.gradient_kernel: {"hidden": HIDDEN, "weight": WEIGHT, "gradient": ("BLOCK_M", "HALF")},
+    linear.hidden_kernel: {"gradient": HIDDEN, "weight": ("BLOCK_K", "BLOCK_N")},
+    linear.weight_kernel: {"gradient": ("BLOCK_K", "BLOCK_M"), "hidden": ("BLOCK_K", "BLOCK_N")},
+}
 SCALARS = {"M", "V", "H", "B", "size", "strips", "first", "stop", "width", "blocks"}
 
 
@@ -73,6 +81,10 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
     for name in kernel.arg_names:
         if name in constants:
             types[name] = "constexpr"
+        elif constants.get("TMA") and name in TILES[kernel]:
+            sizes = constants | {"HALF": constants["BLOCK_N"] // 2}
+            rows, columns = (sizes[size] for size in TILES[kernel][name])
+            types[name] = f"tensordesc<{dtype}[{rows},{columns}]>"
         elif name in INDEX:
             types[name] = INDEX[name]
         elif name in SCALARS or name.startswith("stride"):
@@ -84,7 +96,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
 
 def variants(target: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     """(name, dtype, kernel, constants) of everything that the launchers can start, up to options."""
-    options = {"SCALE": 1.0, "CAP": None, "ENTROPY": True, "UPCAST": False, "stride_hk": 1, "stride_wk": 1}
+    options = {"SCALE": 1.0, "CAP": None, "ENTROPY": True, "stride_wk": 1}
     products = {
         "forward": linear.forward_kernel,
         "gradient": linear.gradient_kernel,
@@ -93,8 +105,10 @@ def variants(target: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
     }
     for dtype in DTYPES:
         for name, kernel in products.items():
-            sizes = blocks(DTYPES[dtype], name, target) | {"STRIP": linear.STRIP, "CHUNK": linear.CHUNK}
-            yield name, dtype, kernel, options | sizes
+            for tma in (False, True) if has_tma(DTYPES[dtype], target) else (False,):
+                sizes = blocks(DTYPES[dtype], name, tma, target)
+                sizes |= {"STRIP": linear.STRIP, "CHUNK": linear.CHUNK}
+                yield f"{name}, TMA" if tma else name, dtype, kernel, options | sizes
         row = options | {"stride_v": 1, "ACC": tl.float32, "BLOCK_N": selected.WIDTH, "num_warps": 8}
         yield "selected forward", dtype, selected.selected_forward_kernel, row
         yield "selected backward", dtype, selected.selected_backward_kernel, row
@@ -118,7 +132,7 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarg
     launch = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = signature(kernel, constants, dtype)
-    even = [name for name, kind in types.items() if kind[0] == "*" or name in ("stride_hm", "stride_wv", "H")]
+    even = [name for name, kind in types.items() if kind[0] == "*" or name in ("stride_wv", "H")]
     names = list(types)
     source = ASTSource(
         kernel,

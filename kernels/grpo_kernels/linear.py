@@ -6,10 +6,10 @@ the sum s of exp(z - m), the sum of (z - m) exp(z - m) and the selected logit; a
 strips. Backward, per chunk of the vocabulary: the logits again, turned into their gradient in registers; then
 two products, with W for d(hidden) and with hidden for dW, both summed in float32.
 
-Rows are compacted first: those whose mask is False, and in the backward pass those whose upstream gradient is
-0, come last in an index, and programs beyond the count return. The count stays on the device: nothing here
-waits for it. No atomics, no autotuning, and no block size depends on M: repeated runs are bit-equal, and a
-row's log-prob does not depend on the other rows.
+Rows are compacted first, into a copy: those whose mask is False, and in the backward pass those whose
+upstream gradient is 0, come last, and programs beyond the count of the others return. The count stays on the
+device: nothing here waits for it. No atomics, no autotuning, and no block size depends on M: repeated runs
+are bit-equal, and a row's log-prob does not depend on the other rows.
 
 The launchers are custom operators, so that torch.compile takes them whole. M rows, H hidden, V vocabulary.
 """
@@ -21,10 +21,11 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from grpo.logprob import check_range
 from grpo_kernels import checks
-from grpo_kernels.config import INTERPRETED, blocks
+from grpo_kernels.config import blocks, has_tma
 from grpo_kernels.launch import outputs, refuse_second_derivative, scales, upstream
 from grpo_kernels.linear_kernels import (
     combine_kernel,
@@ -35,6 +36,7 @@ from grpo_kernels.linear_kernels import (
 )
 
 STRIP = 4096  # columns per program of the forward pass: 32 programs per block of rows at V 131,072
+SHAPE = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 CHUNK = 4096  # columns whose gradient is in memory at once: 64 MiB at M 8,192 in bfloat16
 
 
@@ -61,13 +63,51 @@ def linear_logprob(
     return logprob, entropies if entropy else None
 
 
-def _live_first(live: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(M,) row indices, the live ones first and in order; and (1,) how many those are, on the device."""
-    if live is None:
-        count = torch.full((1,), len(x), dtype=torch.int32, device=x.device)
-        return torch.arange(len(x), device=x.device), count
-    order = torch.argsort(live.logical_not().to(torch.uint8), stable=True)
-    return order, live.sum(dtype=torch.int32).view(1)
+class _Rows:
+    """The rows of (M,) `live`, None: all, before the others; both in their order.
+
+    Attributes:
+        count: (1,) int32, how many are live, on the device.
+    """
+
+    def __init__(self, live: Tensor | None, like: Tensor) -> None:
+        if live is None:
+            self.order, self.count = None, torch.full((1,), len(like), dtype=torch.int32, device=like.device)
+        else:
+            self.order = torch.argsort(live.logical_not().to(torch.uint8), stable=True)
+            self.count = live.sum(dtype=torch.int32).view(1)
+
+    def compact(self, x: Tensor) -> Tensor:
+        """(..., M) with the live rows first, contiguous."""
+        return (x if self.order is None else x.index_select(-1, self.order)).contiguous()
+
+    def compact_hidden(self, hidden: Tensor) -> Tensor:
+        """(M, H), the same; 0 in the other rows, which may be NaN and are read where tiles are read whole."""
+        if self.order is None:
+            return hidden.contiguous()
+        dead = torch.arange(len(hidden), device=hidden.device) >= self.count
+        return hidden.index_select(0, self.order).masked_fill_(dead[:, None], 0.0)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """The inverse of `compact`."""
+        if self.order is None:
+            return x
+        out = torch.empty_like(x)
+        out[..., self.order] = x
+        return out
+
+
+def _tiles(x: Tensor, rows: int, columns: int, tma: bool) -> Any:
+    """A matrix for a kernel: as it is, or as the descriptor of tiles (rows, columns)."""
+    return TensorDescriptor.from_tensor(x, [rows, columns]) if tma else x
+
+
+def _tma(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether the matrices can be had by descriptors, which want rows that begin at multiples of 16 bytes."""
+    size = hidden.element_size()
+    aligned = all(x.data_ptr() % 16 == 0 for x in (hidden, weight))
+    rows = weight.stride(1) == 1 and weight.stride(0) * size % 16 == 0 and hidden.shape[1] * size % 16 == 0
+    return has_tma(hidden.dtype) and aligned and rows
 
 
 @torch.library.custom_op("grpo_kernels::linear_forward", mutates_args=())
@@ -84,36 +124,34 @@ def linear_forward(
     (M, H), V = hidden.shape, weight.shape[0]
     if M == 0:
         return logprob, entropies, stats
-    order, count = _live_first(mask, hidden)
+    rows = _Rows(mask, hidden)
+    ids, hidden = rows.compact(ids), rows.compact_hidden(hidden)
+    tma = _tma(hidden, weight)
     strips = triton.cdiv(V, STRIP)
     partial = torch.empty(4, strips, M, dtype=logprob.dtype, device=hidden.device)
-    options = blocks(hidden.dtype, "forward")
-    forward_kernel[(triton.cdiv(M, options["BLOCK_M"]) * strips,)](
-        hidden,
-        weight,
+    tile = blocks(hidden.dtype, "forward", tma)
+    forward_kernel[(triton.cdiv(M, tile["BLOCK_M"]) * strips,)](
+        _tiles(hidden, tile["BLOCK_M"], tile["BLOCK_K"], tma),
+        _tiles(weight, tile["BLOCK_N"], tile["BLOCK_K"], tma),
         ids,
-        order,
-        count,
+        rows.count,
         partial,
         strips * M,
         M,
         V,
         H,
-        *hidden.stride(),
         *weight.stride(),
         STRIP=STRIP,
         ENTROPY=entropy,
-        UPCAST=INTERPRETED,
         **scales(temperature, softcap),
-        **options,
+        **tile,
     )
     size = 256
     combine_kernel[(triton.cdiv(M, size),)](
         partial,
         strips * M,
         ids,
-        order,
-        count,
+        rows.count,
         logprob,
         entropies,
         stats,
@@ -122,9 +160,9 @@ def linear_forward(
         strips,
         ENTROPY=entropy,
         BLOCK_M=size,
-        ACC=options["ACC"],
+        ACC=tile["ACC"],
     )
-    return logprob, entropies, stats
+    return rows.spread(logprob), rows.spread(entropies) if entropy else entropies, rows.spread(stats)
 
 
 @linear_forward.register_fake
@@ -154,68 +192,69 @@ def linear_backward(
     if M == 0 or not (wants_hidden or wants_weight):
         return grad_hidden, grad_weight
     up, up_entropy, live = upstream([grad_logprob, grad_entropy], mask, stats[0])
-    order, count = _live_first(live, hidden)
+    rows = _Rows(live, hidden)
+    ids, stats, up, up_entropy = (rows.compact(x) for x in (ids, stats, up, up_entropy))
+    hidden = rows.compact_hidden(hidden)
     total = stats.new_zeros(M, H) if wants_hidden else None
     gradient = weight.new_empty(M, CHUNK)
-    tile, of_hidden, of_weight = (blocks(hidden.dtype, name) for name in ("gradient", "hidden", "weight"))
+    tma = _tma(hidden, weight)
+    tile, of_hidden, of_weight = (
+        blocks(hidden.dtype, name, tma) for name in ("gradient", "hidden", "weight")
+    )
     for first in range(0, V, CHUNK):
         stop = min(first + CHUNK, V)
         width = stop - first
-        gradient_kernel[(triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(width, tile["BLOCK_N"]),)](
-            hidden,
-            weight,
+        m, n, k = (tile[name] for name in SHAPE)
+        gradient_kernel[(triton.cdiv(M, m) * triton.cdiv(width, n),)](
+            _tiles(hidden, m, k, tma),
+            _tiles(weight, n, k, tma),
             ids,
-            order,
-            count,
+            rows.count,
             stats,
             up,
             up_entropy,
-            gradient,
+            _tiles(gradient, m, n // 2 if tile["HALVES"] else n, tma),
             M,
             V,
             H,
             first,
             stop,
-            *hidden.stride(),
             *weight.stride(),
-            CHUNK=CHUNK,
             ENTROPY=grad_entropy is not None,
-            UPCAST=INTERPRETED,
+            CHUNK=CHUNK,
             **scales(temperature, softcap),
             **tile,
         )
         if total is not None:
-            grid = triton.cdiv(M, of_hidden["BLOCK_M"]) * triton.cdiv(H, of_hidden["BLOCK_N"])
-            hidden_kernel[(grid,)](
-                gradient,
-                weight[first:],
+            m, n, k = (of_hidden[name] for name in SHAPE)
+            hidden_kernel[(triton.cdiv(M, m) * triton.cdiv(H, n),)](
+                _tiles(gradient, m, k, tma),
+                _tiles(weight, k, n, tma),
                 total,
-                count,
+                rows.count,
                 M,
                 H,
+                first,
                 width,
                 *weight.stride(),
                 CHUNK=CHUNK,
-                UPCAST=INTERPRETED,
                 **of_hidden,
             )
         if wants_weight:
-            grid = triton.cdiv(width, of_weight["BLOCK_M"]) * triton.cdiv(H, of_weight["BLOCK_N"])
-            weight_kernel[(grid,)](
-                gradient,
-                hidden,
-                order,
-                count,
+            m, n, k = (of_weight[name] for name in SHAPE)
+            weight_kernel[(triton.cdiv(width, m) * triton.cdiv(H, n),)](
+                _tiles(gradient, k, m, tma),
+                _tiles(hidden, k, n, tma),
+                rows.count,
                 grad_weight[first:],
                 H,
                 width,
-                *hidden.stride(),
                 CHUNK=CHUNK,
-                UPCAST=INTERPRETED,
                 **of_weight,
             )
     if total is not None:
-        grad_hidden[order] = total.to(hidden.dtype)  # beyond the count the total is 0
+        assert rows.order is not None
+        grad_hidden[rows.order] = total.to(hidden.dtype)  # beyond the count the total is 0
     return grad_hidden, grad_weight
 
 

@@ -62,20 +62,24 @@ def loss_kernel(
         log_ratio = tl.load(sequence_log_ratio + sequence, mask=live, other=0.0) / length
     r = tl.exp(log_ratio)
 
+    # As tensors: a number that stands alone would become float32.
+    floor = tl.full((BLOCK,), 0 if CISPO else 1 - EPSILON, ACC)
+    ceiling = tl.full((BLOCK,), HIGH if CISPO else 1 + HIGH, ACC)
     if CISPO:
-        bound = tl.minimum(r, HIGH)
+        bound = tl.minimum(r, ceiling)
         value, d_logp, d_r = -bound * A * logp, -bound * A, r * 0
-        low, high = r < 0, r > HIGH
+        low, high = r < floor, r > ceiling
     else:
-        free, clipped = r, tl.minimum(tl.maximum(r, 1 - EPSILON), 1 + HIGH)
+        free, clipped = r, tl.minimum(tl.maximum(r, floor), ceiling)
         d_free = A
         if DELTA is not None:
-            free, d_free = tl.minimum(r, DELTA), tl.where(r <= DELTA, A, 0.0)
-        d_clipped = tl.where((r >= 1 - EPSILON) & (r <= 1 + HIGH), A, 0.0)
+            most = tl.full((BLOCK,), DELTA, ACC)
+            free, d_free = tl.minimum(r, most), tl.where(r <= most, A, 0.0)
+        d_clipped = tl.where((r >= floor) & (r <= ceiling), A, 0.0)
         a, b = free * A, clipped * A
         value, d_logp = -tl.minimum(a, b), r * 0
         d_r = -tl.where(a < b, d_free, tl.where(b < a, d_clipped, (d_free + d_clipped) / 2))
-        low, high = (r < 1 - EPSILON) & (A < 0), (r > 1 + HIGH) & (A > 0)
+        low, high = (r < floor) & (A < 0), (r > ceiling) & (A > 0)
     kl = r * 0
     if HAS_REF:
         x = tl.load(ref + place, mask=live, other=0.0).to(ACC) - logp
