@@ -25,8 +25,9 @@ from scaling import MODELS  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from grpo import optimizer, rms_norm, sdpa  # noqa: E402
-from grpo.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
+from grpo.kv_cache import CachedAttention, RowSpan  # noqa: E402
 from grpo.model import Layer, ModelConfig  # noqa: E402
+from grpo.slot_cache import SlotCache  # noqa: E402
 
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start

@@ -65,6 +65,7 @@ class Config:
     stop_check_steps: Count = field(
         1, "decode steps between looks at which rows have stopped; more lets a GPU run ahead"
     )
+    cuda_graphs: bool = field(True, "record decode steps and replay them, on CUDA")
 
     # Rollout
     train_on: Literal["reflection", "all", "retry", "attempt"] = field(

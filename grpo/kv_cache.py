@@ -1,4 +1,4 @@
-"""Key/value caches of the sampler, and attention over them.
+"""Attention of the sampler, over its caches of keys and values.
 
 softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1) for rows that share prompts. The keys and values of a
 prompt lie in the cache once; each of its rows has a private cache for what follows. One forward takes a
@@ -16,7 +16,7 @@ row always has a new token whose hidden state predicts the next.
 Shapes: B rows, g prompts, m rows of a prompt at most, K key/value heads, r = N / K query heads for each, D
 head size, P and L the longest cached prompt and private part.
 
-Left out: paging (a slot has a fixed capacity; schedule.py moves rows between slots), quantised caches.
+The caches themselves are in slot_cache.py.
 """
 
 from dataclasses import dataclass
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.model import ModelConfig
 from grpo.sdpa import attention
+from grpo.slot_cache import SlotCache
 
 
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -36,67 +36,13 @@ def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None)
     return host.to(device, non_blocking=True)
 
 
-class SlotCache:
-    """Keys and values of `slots` sequences of up to `capacity` tokens: per layer (slots, K, capacity, D).
+# With `fill`: the step in which the length of the private caches grows.
+LENGTHS = 128
 
-    Memory is kept from run to run, as faulting in fresh pages costs more than filling them. What lies beyond
-    a sequence's length is zero or stale, and finite as long as the model's weights were.
-    """
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.config, self.dtype, self.device = config, dtype, device
-        self.release()
-
-    def release(self) -> None:
-        """Gives the memory back."""
-        self.slots = self.capacity = 0
-        self._memory = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
-        self._views = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token's keys and values in all layers."""
-        config = self.config
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens that the memory held now has room for."""
-        return self._memory[0][0].numel() // (self.config.num_kv_heads * self.config.head_dim)
-
-    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one layer, each (slots, K, capacity, D)."""
-        return self._views[layer][0], self._views[layer][1]
-
-    def allocate(self, slots: int, capacity: int, *, keep_slots: int = 0, keep_length: int = 0) -> None:
-        """Makes room for `slots` sequences of `capacity` tokens, in the memory held when it is large enough.
-
-        Kept are the first `keep_length` tokens of the first `keep_slots` sequences.
-        """
-        shape = (slots, self.config.num_kv_heads, capacity, self.config.head_dim)
-        size = slots * self.config.num_kv_heads * capacity * self.config.head_dim
-        for memory, views in zip(self._memory, self._views, strict=True):
-            for i in range(2):
-                kept = views[i][:keep_slots, :, :keep_length].clone() if keep_slots else None
-                # The old tensor goes before the new one comes: never two full caches side by side.
-                views[i] = torch.empty(0)
-                if memory[i].numel() < size:
-                    memory[i] = torch.empty(0)
-                    memory[i] = torch.zeros(size, dtype=self.dtype, device=self.device)
-                views[i] = memory[i][:size].view(shape)
-                if kept is not None:
-                    views[i][:keep_slots, :, :keep_length] = kept
-        self.slots, self.capacity = slots, capacity
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies the first `length` tokens of slot `source` to slot `target`."""
-        for view in chain.from_iterable(self._views):
-            view[target, :, :length] = view[source, :, :length]
-
-    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Stores keys and values (T, K, D) at (slots[t], positions[t]), both (T,) int64."""
-        for view, new in zip(self._views[layer], (keys, values), strict=True):
-            view[slots, :, positions] = new
+def power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (number - 1).bit_length()
 
 
 @dataclass(frozen=True)
@@ -110,6 +56,9 @@ class RowSpan:
     prefix_length: int
     start: int
     length: int
+
+
+NOBODY = RowSpan(0, 0, 0, 1)  # fills up a batch
 
 
 @dataclass(frozen=True)
@@ -136,6 +85,8 @@ class CachedAttention:
         rows: one per row, in slot order, at least one.
         prompts: (slot, number of tokens) of each new prompt.
         lookahead: how many times `advance` will be called.
+        fill: at least so many rows, the missing ones of a token that nobody reads, and all sizes in steps:
+            then few shapes occur, which is what CUDA graphs are for. 0: everything as long as it must be.
     Attributes:
         position_ids: (1, T) int64, in the order given at the top of this file.
     """
@@ -147,8 +98,11 @@ class CachedAttention:
         rows: list[RowSpan],
         prompts: list[tuple[int, int]],
         lookahead: int = 0,
+        fill: int = 0,
     ) -> None:
         self.prefixes, self.own, self.config = prefixes, own, own.config
+        self.num_rows, self.fill = len(rows), fill
+        rows = rows + [NOBODY] * (fill - len(rows))
         self.batch = len(rows)
         # In this type a product copies what has gaps, and takes three times as long over it where it also
         # transposes: keys that are copied beforehand are copied straight.
@@ -177,7 +131,7 @@ class CachedAttention:
         table = upload([slots, places, positions], own.device)
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
         self._arrange(rows, lookahead)
-        self._biases = {window: self._bias(window) for window in set(self.config.windows)}
+        self.look()
         self._masks = {
             (run, window): self._mask(run, window) for run in self.runs for window in set(self.config.windows)
         }
@@ -192,25 +146,51 @@ class CachedAttention:
         n = self.own_tokens = self.batch
         self.runs, self._masks = [], {}
         self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
+        self.count()
+        self.look()
+
+    def count(self) -> None:
+        """One token more of every row; `look` comes next."""
         for counter in (self.places, self.position_ids, self._own_lengths):
             counter += 1
-        self._biases = {window: self._bias(window) for window in self._biases}
+
+    def look(self) -> None:
+        """Who sees what, from the counters."""
+        self._biases = {window: self._bias(window) for window in set(self.config.windows)}
+
+    @property
+    def state(self) -> list[Tensor]:
+        """All that one forward differs in from another of the same `shape`, if every row has one token."""
+        lengths = [self._prefix_lengths, self._own_lengths]
+        return [self.slots, self.places, self.position_ids, *lengths, self.members, self.place]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch, self.own_length, self.prefix_length, self.num_groups, len(self.members)
 
     def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
         """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
+        real = rows[: self.num_rows]
         self.prefix_length = max(row.prefix_length for row in rows)
         self.own_length = max(row.start + row.length for row in rows) + lookahead
         lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.own.device)
         self._prefix_lengths, self._own_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
-        members: list[list[int]] = [[] for _ in range(max(row.prefix_slot for row in rows) + 1)]
+        groups = max(row.prefix_slot for row in rows) + 1
+        if self.fill:
+            groups, self.prefix_length = self.prefixes.slots, self.prefixes.capacity
+            self.own_length = min(-(-self.own_length // LENGTHS) * LENGTHS, self.own.capacity)
+        members: list[list[int]] = [[] for _ in range(groups)]
         rank = []
-        for slot, row in enumerate(rows):
+        for slot, row in enumerate(real):
             rank.append(len(members[row.prefix_slot]))
             members[row.prefix_slot].append(slot)
         width = max(map(len, members))
+        if self.fill:
+            width = power_of_two(width)
         # Prompts with fewer rows are filled up with row 0, whose result there is never read.
         padded = [ids + [0] * (width - len(ids)) for ids in members]
-        place = [row.prefix_slot * width + r for row, r in zip(rows, rank, strict=True)]
+        place = [row.prefix_slot * width + r for row, r in zip(real, rank, strict=True)]
+        place += [0] * (len(rows) - len(real))
         self.num_groups = len(members)
         # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
         self.members = upload(list(chain.from_iterable(padded)), self.own.device)

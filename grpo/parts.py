@@ -8,6 +8,7 @@ some run bfloat16 matrix products ten times faster than float32, others seven ti
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import resource
 import statistics
@@ -59,6 +60,9 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
     config.dtype = choose_dtype(config.dtype, config.device)
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
+    if config.device.startswith("cuda"):
+        # Equal runs are equal only with a fixed workspace, which cuBLAS asks for when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model, tokenizer = weights.load(
         model_source or config.model_name_or_path, dtype=dtype, device=config.device
     )
@@ -70,6 +74,7 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
         max_rows=config.max_rows,
         cache_gb=config.cache_gb,
         stop_check_steps=config.stop_check_steps,
+        cuda_graphs=config.cuda_graphs,
     )
     rollout = build_rollout(config, sampler, task, chat)
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)

@@ -7,7 +7,8 @@ and the prompts of new groups, go through the model as one flat sequence, and ea
 token's hidden state.
 
     script.py    rows and their scripts            schedule.py  who is in the batch, and in which slot
-    sampling.py  noise and the choice of tokens    kv_cache.py  caches, and attention over them
+    sampling.py  noise and the choice of tokens    kv_cache.py  attention over the caches of slot_cache.py
+    cuda_graph.py  decode steps recorded for replay, on CUDA
 
 `Sampler.run` and `Sampler.load_weights` are all that the rest of the trainer knows of generation. Log-probs
 are those of the whole distribution at the sampling temperature, as the learner takes them.
@@ -23,12 +24,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from grpo.kv_cache import CachedAttention, SlotCache, upload
+from grpo.cuda_graph import DecodeGraphs
+from grpo.kv_cache import CachedAttention, upload
 from grpo.linear import pack, packed_product, packed_weights
 from grpo.model import Decoder
 from grpo.sampling import choose
 from grpo.schedule import Schedule
 from grpo.script import Feed, Finished, Row, RowState, Sample, Turn
+from grpo.slot_cache import SlotCache
 
 # Below it the packed output weight is faster, though its product cannot be written into memory at hand.
 FEW_ROWS = 16
@@ -50,6 +53,7 @@ class Sampler:
         stop_check_steps: forwards between two looks at who has stopped, at the most. The host waits for the
             device, and lays out the batch, that much less often; what a row samples after its stop token is
             dropped. For GPUs; log-probs may differ in their last bits.
+        cuda_graphs: on CUDA, decode steps are recorded once for each shape and replayed (cuda_graph.py).
     Attributes:
         stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
     """
@@ -66,16 +70,19 @@ class Sampler:
         max_rows: int = 64,
         cache_gb: float = 2.0,
         stop_check_steps: int = 1,
+        cuda_graphs: bool = True,
     ) -> None:
         self.model = model
         self.stop_token_ids = tuple(stop_token_ids)
         self.temperature, self.greedy, self.top_p, self.top_k = temperature, greedy, top_p, top_k
         self.max_rows, self.cache_gb, self.stop_check_steps = max_rows, cache_gb, stop_check_steps
+        self.cuda_graphs = cuda_graphs
         self.stats: dict[str, float] = {}
         weight = model.output_weight
         self._own = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
         self._prefixes = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._graphs: DecodeGraphs | None = None
         self._check_settings()
 
     @torch.inference_mode()
@@ -101,14 +108,22 @@ class Sampler:
         self.stats = {}
         if not states:
             return []
+        weights = self._prepare_graphs()
         schedule = Schedule(
-            states, self._own, self._prefixes, max_rows=self.max_rows, cache_bytes=self.cache_gb * 1e9
+            states,
+            self._own,
+            self._prefixes,
+            max_rows=self.max_rows,
+            cache_bytes=self.cache_gb * 1e9,
+            few_shapes=self._graphs is not None,
         )
         done = 0
         with packed_weights(self.model):
             head = pack(self.model.output_weight)
             while schedule.busy:
                 input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
+                if self._graphs is not None:
+                    self._graphs.keep_if((weights, self._own.layout, self._prefixes.layout))
                 noise = None if self.greedy else [row.noise(steps) for row in active]
                 left = schedule.take(*self._decode(input_ids, attend, head, steps, noise))
                 done += left
@@ -150,30 +165,32 @@ class Sampler:
 
         Args:
             head: the packed output weight, if there is one.
-            noise: (B, steps) uniforms, None: greedy.
+            noise: uniforms, as many per row as steps; None: greedy.
         Returns:
-            tokens and log-probs, (B, steps) each. Reading them is all that is waited for.
+            tokens and log-probs, `steps` for each row. Reading them is all that is waited for.
         """
         device = self.model.output_weight.device
-        # MPS has no float64; its memory is the CPU's anyway.
-        chosen_on = torch.device("cpu") if device.type == "mps" else device
-        uniforms = None if noise is None else upload(noise, chosen_on, torch.float64)
+        uniforms = None
+        if noise is not None:
+            noise = noise + [[0.0] * steps] * (attend.batch - len(noise))
+            # MPS has no float64; its memory is the CPU's anyway.
+            uniforms = upload(noise, torch.device("cpu") if device.type == "mps" else device, torch.float64)
+        # A forward that takes in more than one token per row has a shape of its own.
+        plain = steps if self._graphs is None else min(1, len(attend.runs))
         sampled: list[tuple[Tensor, Tensor]] = []
-        for step in range(steps):
-            hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : attend.batch]
-            logits = self._logits(hidden, head).to(chosen_on)
-            tokens, logprobs = choose(
-                logits,
-                None if uniforms is None else uniforms[:, step],
-                temperature=self.temperature,
-                top_p=self.top_p,
-                top_k=self.top_k,
-            )
-            sampled.append((tokens, logprobs))
+        for step in range(plain):
+            now = None if uniforms is None else uniforms[:, step]
+            tokens, logprobs = self._step(input_ids, attend, now, head)
+            sampled.append((tokens[:, None], logprobs[:, None]))
             if step + 1 < steps:
                 input_ids = tokens[None].to(device)
                 attend.advance()
-        ids, values = (torch.stack(columns, dim=1).tolist() for columns in zip(*sampled, strict=True))
+        if self._graphs is not None and plain < steps:
+            later = None if uniforms is None else uniforms[:, plain:]
+            settings = self.temperature, self.top_p, self.top_k
+            sampled.append(self._graphs.run(input_ids, attend, later, steps - plain, settings))
+        rows = attend.num_rows
+        ids, values = (torch.cat(columns, dim=1)[:rows].tolist() for columns in zip(*sampled, strict=True))
         if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
             self._own.release()
@@ -181,15 +198,46 @@ class Sampler:
             raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
         return ids, values
 
+    def _step(
+        self, input_ids: Tensor, attend: CachedAttention, noise: Tensor | None, head: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One forward, and a token and its log-prob for each row, (B,) each."""
+        hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : attend.batch]
+        logits = self._logits(hidden, head)
+        return choose(
+            logits.cpu() if logits.device.type == "mps" else logits,
+            noise,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
     def _logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
         """hidden (B, H) -> (V, B) float32."""
         weight = self.model.output_weight
+        if weight.device.type != "cpu":
+            return torch.mm(weight, hidden.T).float()
         if head is not None and len(hidden) < FEW_ROWS:
             return self._buffer(torch.float32, len(hidden)).copy_(packed_product(hidden, head).T)
         logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
         if logits.dtype == torch.float32:
             return logits
         return self._buffer(torch.float32, len(hidden)).copy_(logits)
+
+    def _recordable(self) -> bool:
+        """Whether decode steps can be CUDA graphs."""
+        # A rope that depends on the length waits for the device to tell it.
+        depends = self.model.config.rope.depends_on_length
+        return self.cuda_graphs and self.model.output_weight.is_cuda and not depends
+
+    def _prepare_graphs(self) -> tuple[int, ...] | None:
+        """Keeps `_graphs` if they can be used in this run; returns where the weights lie, which they read."""
+        if not self._recordable():
+            self._graphs = None
+            return None
+        if self._graphs is None or self._graphs.width != self.stop_check_steps:
+            self._graphs = DecodeGraphs(self._step, self.stop_check_steps)
+        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
 
     def _buffer(self, dtype: torch.dtype, batch: int) -> Tensor:
         """(V, B), the same memory at every step: fresh pages for logits cost more than sampling from them."""

@@ -19,9 +19,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from grpo.kv_cache import CachedAttention, RowSpan, SlotCache, upload
+from grpo.kv_cache import CachedAttention, RowSpan, power_of_two, upload
 from grpo.script import RowState
+from grpo.slot_cache import SlotCache
 
+# With `few_shapes`: what the lengths of the caches are rounded up to.
+CAPACITIES = 64
 # New tokens in one forward beyond which rows wait for the next one: bounds the memory of activations.
 NEW_TOKENS = 4096
 
@@ -76,7 +79,10 @@ def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
 
 
 class Schedule:
-    """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows."""
+    """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows.
+
+    With `few_shapes` batches are filled up, see CachedAttention.
+    """
 
     def __init__(
         self,
@@ -86,12 +92,15 @@ class Schedule:
         *,
         max_rows: int,
         cache_bytes: float,
+        few_shapes: bool = False,
     ) -> None:
-        self.own, self.prefixes = own, prefixes
+        self.own, self.prefixes, self.few_shapes = own, prefixes, few_shapes
         self.token_bytes = own.token_bytes
         self.budget = int(cache_bytes // self.token_bytes)
         need = max(state.need() for state in states)
         prompts_in_order = [state.row.prefix for state in states]
+        if few_shapes:
+            need = -(-need // CAPACITIES) * CAPACITIES
         slots, prompts, length = plan(prompts_in_order, need, max_rows, self.budget, self.token_bytes)
         if max(own.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
             own.release()
@@ -119,6 +128,7 @@ class Schedule:
         _close_holes(self.rows, lambda row, source, target: self.own.move(source, target, row.cached))
         _close_holes(self.groups, self._move_group)
         rows = [row for row in self.rows if row is not None]
+        fill = min(power_of_two(len(rows)), self.own.slots) if self.few_shapes else 0
         spans: list[RowSpan] = []
         prompts: list[tuple[int, int]] = []
         last: list[int] = []
@@ -138,8 +148,10 @@ class Schedule:
         self.stats["fed_tokens"] += len(earlier)
         steps = min(most_steps, *(row.left for row in rows)) if most_steps > 1 else 1
         self.stats["decode_steps"] += steps
+        last += [0] * (fill - len(last))
         input_ids = upload([last + earlier + prompt_ids], self.own.device)
-        return input_ids, CachedAttention(self.prefixes, self.own, spans, prompts, steps - 1), rows, steps
+        attend = CachedAttention(self.prefixes, self.own, spans, prompts, steps - 1, fill)
+        return input_ids, attend, rows, steps
 
     def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
         """Hands every row its tokens, up to the one that ends its turn; rows whose script is over leave.

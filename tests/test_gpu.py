@@ -16,25 +16,46 @@ from grpo.sampler import Row, Sample, Sampler
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("steps", [1, 8])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_sampler_writes_what_it_writes_on_a_cpu(family, steps):
+def test_the_sampler_writes_what_it_writes_on_a_cpu(family, steps, graphs):
     model = make_model(**FAMILIES[family])
     rows = make_rows(group=6)
     expected = Sampler(model, stop_token_ids=STOPS, max_rows=7).run(rows)
     there = copy.deepcopy(model).to("cuda")
-    finished = Sampler(there, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps).run(rows)
-    assert texts(finished) == texts(expected)
-    for ours, right in zip(finished, expected, strict=True):
-        for turn, other in zip(ours.turns, right.turns, strict=True):
-            torch.testing.assert_close(
-                torch.tensor(turn.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0
-            )
+    sampler = Sampler(there, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps, cuda_graphs=graphs)
+    for _ in range(2):  # recording, and replaying only
+        finished = sampler.run(rows)
+        assert texts(finished) == texts(expected)
+        for ours, right in zip(finished, expected, strict=True):
+            for turn, other in zip(ours.turns, right.turns, strict=True):
+                torch.testing.assert_close(
+                    torch.tensor(turn.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0
+                )
+
+
+def test_graphs_follow_the_weights_and_the_settings():
+    model, rows = make_model().to("cuda"), make_rows(group=6)
+    graphed, plain = (Sampler(model, stop_token_ids=STOPS, cuda_graphs=on) for on in (True, False))
+    before = texts(graphed.run(rows))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)  # an optimiser's step: in place
+    assert texts(graphed.run(rows)) == texts(plain.run(rows)) != before
+    for setting in ({"temperature": 0.7}, {"greedy": True}, {"top_p": 0.5, "greedy": False}, {"top_k": 3}):
+        for sampler in (graphed, plain):
+            for name, value in setting.items():
+                setattr(sampler, name, value)
+        assert texts(graphed.run(rows)) == texts(plain.run(rows)), setting
+    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach() * 0.9)
+    assert texts(graphed.run(rows)) == texts(plain.run(rows))
 
 
 def test_between_two_looks_at_who_has_stopped_nothing_waits(monkeypatch):
     """CUDA's own watch, over what tests/test_sampler.py counts by operation."""
-    sampler = Sampler(make_model().to("cuda"), stop_token_ids=[VOCABULARY], stop_check_steps=8)
+    model = make_model().to("cuda")
+    sampler = Sampler(model, stop_token_ids=[VOCABULARY], stop_check_steps=8, cuda_graphs=False)
     rows = [Row(prompt(9 + i // 4), [Sample(8, key=(i,))]) for i in range(8)]
     expected = texts(sampler.run(rows))
     advance, choose, calls = CachedAttention.advance, sampler_module.choose, []

@@ -1,6 +1,7 @@
 """The sampler against a plain forward pass, transformers, and itself in other batches."""
 
 import dataclasses
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from grpo import cuda_graph
 from grpo.model import Decoder, ModelConfig
 from grpo.sampler import Feed, Row, Sample, Sampler
 from grpo.schedule import plan
@@ -164,6 +166,81 @@ def test_between_two_looks_at_who_has_stopped_nothing_waits_and_no_shape_changes
     # The first forward takes in the prompts; each later one ends where the next begins.
     steps = [operations.seen[a:b] for a, b in pairwise(starts[1:])]
     assert len(steps) == 6 and all(step == steps[0] for step in steps)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """CUDA graphs without CUDA: a recording that is replayed by doing it. Counts recordings and replays."""
+    count = Counter()
+
+    def record(work, pool):
+        count["recorded"] += 1
+
+        def replay():
+            count["replayed"] += 1
+            work()
+
+        return replay
+
+    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(Sampler, "_recordable", lambda self: self.cuda_graphs)
+    return count
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("steps", [1, 5])
+def test_decode_steps_by_graph_change_no_text(family, steps, graphs):
+    model = make_model(**FAMILIES[family])
+    rows = make_rows(group=6)
+    plain, graphed = (
+        Sampler(model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps, cuda_graphs=on)
+        for on in (False, True)
+    )
+    expected = plain.run(rows)
+    assert not graphs
+    finished = graphed.run(rows)
+    assert texts(finished) == texts(expected)
+    assert_logprobs(model, finished, 1.0)
+    assert graphed.stats["sampled_tokens"] == plain.stats["sampled_tokens"]
+    assert graphed.stats["decode_steps"] == plain.stats["decode_steps"]
+    # Few shapes: all is recorded in the first run, most steps are replays, and the next run records nothing.
+    assert 0 < graphs["recorded"] < 12 and graphs["replayed"] > graphs["recorded"]
+    before = graphs["recorded"]
+    assert texts(graphed.run(rows)) == texts(expected) and graphs["recorded"] == before
+    graphed.greedy = plain.greedy = True
+    assert texts(graphed.run(rows)) == texts(plain.run(rows)) and graphs["recorded"] > before
+
+
+def test_graphs_are_forgotten_when_what_they_read_has_moved(graphs):
+    model = make_model()
+    rows = make_rows()
+    sampler = Sampler(model, stop_token_ids=STOPS)
+    sampler.run(rows)
+    first = graphs["recorded"]
+    with torch.no_grad():
+        model.output_weight.mul_(1.0)  # in place: the same addresses
+    sampler.run(rows)
+    assert graphs["recorded"] == first
+    model.embed_tokens.weight = torch.nn.Parameter(model.embed_tokens.weight.detach() * 0.99)
+    expected = texts(Sampler(model, stop_token_ids=STOPS, cuda_graphs=False).run(rows))
+    assert texts(sampler.run(rows)) == expected and graphs["recorded"] > first
+    second = graphs["recorded"]
+    sampler.run(make_rows(limits=(90, 80)))  # longer caches
+    assert graphs["recorded"] > second
+    assert texts(sampler.run(rows)) == expected
+    third = graphs["recorded"]
+    sampler.temperature = 0.7
+    expected = texts(Sampler(model, stop_token_ids=STOPS, cuda_graphs=False, temperature=0.7).run(rows))
+    assert texts(sampler.run(rows)) == expected and graphs["recorded"] > third
+
+
+def test_no_more_graphs_are_kept_than_memory_is_meant_for(graphs, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
+    model, rows = make_model(), make_rows(group=6)
+    sampler = Sampler(model, stop_token_ids=STOPS, max_rows=7)
+    expected = texts(Sampler(model, stop_token_ids=STOPS, max_rows=7, cuda_graphs=False).run(rows))
+    assert texts(sampler.run(rows)) == expected
+    assert len(sampler._graphs._recorded) <= 2
 
 
 @pytest.mark.parametrize("greedy", [True, False])

@@ -1,7 +1,7 @@
 """Block sizes of the kernels, by input type. Fixed: one chosen by M would make a row depend on the others.
 
-`python -m grpo_kernels.compile_report` says what they cost in registers and shared memory. Those by descriptor
-were timed on an H100 (docs/LOG.md); the others only compile.
+`python -m grpo_kernels.compile_report` says what they cost in registers and shared memory. Those by
+descriptor were timed on an H100 (docs/LOG.md); the others only compile.
 """
 
 from __future__ import annotations
