@@ -101,9 +101,11 @@ class CachedAttention:
         fill: int = 0,
     ) -> None:
         self.prefixes, self.own, self.config = prefixes, own, own.config
-        self.num_rows, self.fill = len(rows), fill
-        rows = rows + [NOBODY] * (fill - len(rows))
-        self.batch = len(rows)
+        self.num_rows = self.batch = len(rows)
+        self.fill = fill
+        if fill:
+            rows = rows + [NOBODY] * (fill - self.num_rows)
+            self.batch = len(rows)
         # In this type a product copies what has gaps, and takes three times as long over it where it also
         # transposes: keys that are copied beforehand are copied straight.
         self.copy_keys = own.device.type == "cpu" and own.dtype == torch.bfloat16
@@ -190,7 +192,7 @@ class CachedAttention:
         # Prompts with fewer rows are filled up with row 0, whose result there is never read.
         padded = [ids + [0] * (width - len(ids)) for ids in members]
         place = [row.prefix_slot * width + r for row, r in zip(real, rank, strict=True)]
-        place += [0] * (len(rows) - len(real))
+        place += [0] * (self.batch - self.num_rows)
         self.num_groups = len(members)
         # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
         self.members = upload(list(chain.from_iterable(padded)), self.own.device)

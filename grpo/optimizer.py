@@ -94,10 +94,8 @@ class MasterAdamW:
             for name, parameter in self.parameters.items()
             if self.masters[name] is not parameter
         ]
-        before = (
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        )
+        before = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
         if any(master.is_cuda for master in self.masters.values()):
             # Attention's backward pass has sums in no fixed order otherwise. Not for the sampler, where the
             # same setting costs time and changes nothing.
@@ -105,7 +103,7 @@ class MasterAdamW:
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
             for handle in handles:
                 handle.remove()
 

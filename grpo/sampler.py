@@ -172,7 +172,7 @@ class Sampler:
         device = self.model.output_weight.device
         uniforms = None
         if noise is not None:
-            noise = noise + [[0.0] * steps] * (attend.batch - len(noise))
+            noise = noise + [[0.0] * steps] * (attend.batch - attend.num_rows)
             # MPS has no float64; its memory is the CPU's anyway.
             uniforms = upload(noise, torch.device("cpu") if device.type == "mps" else device, torch.float64)
         # A forward that takes in more than one token per row has a shape of its own.
@@ -181,16 +181,18 @@ class Sampler:
         for step in range(plain):
             now = None if uniforms is None else uniforms[:, step]
             tokens, logprobs = self._step(input_ids, attend, now, head)
-            sampled.append((tokens[:, None], logprobs[:, None]))
+            sampled.append((tokens, logprobs))
             if step + 1 < steps:
                 input_ids = tokens[None].to(device)
                 attend.advance()
         if self._graphs is not None and plain < steps:
             later = None if uniforms is None else uniforms[:, plain:]
             settings = self.temperature, self.top_p, self.top_k
-            sampled.append(self._graphs.run(input_ids, attend, later, steps - plain, settings))
-        rows = attend.num_rows
-        ids, values = (torch.cat(columns, dim=1)[:rows].tolist() for columns in zip(*sampled, strict=True))
+            found = self._graphs.run(input_ids, attend, later, steps - plain, settings)
+            sampled += zip(*(columns.unbind(1) for columns in found), strict=True)
+        ids, values = (
+            torch.stack(columns, dim=1).tolist()[: attend.num_rows] for columns in zip(*sampled, strict=True)
+        )
         if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
             self._own.release()
