@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,22 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
     return peak
 
 
+def _vocabulary_flops(products: int, *shapes: Any, **_: Any) -> int:
+    """2 M H V for each product; `hidden` and `weight` are the first two matrices among the arguments."""
+    (m, h), (v, _) = [shape for shape in shapes if isinstance(shape, torch.Size) and len(shape) == 2][:2]
+    return 2 * products * m * h * v
+
+
 def flops(call: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs of products by operation, as torch counts them, and of two that it leaves out."""
+    """FLOPs of products by operation, as torch counts them, and of those that it leaves out."""
     uncounted = {
         torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
     }
     if (packed := getattr(torch.ops.mkldnn, "_linear_pointwise", None)) is not None:  # not in every build
         uncounted[packed] = lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0]
+    for name, products in (("linear_forward", 1), ("linear_backward", 3)):  # Triton's; see docs/kernels.md
+        if (kernel := getattr(torch.ops.grpo_kernels, name, None)) is not None:
+            uncounted[kernel] = partial(_vocabulary_flops, products)
     with FlopCounterMode(display=False, custom_mapping=uncounted) as counter:
         call()
     return {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}

@@ -92,12 +92,18 @@ class Setting:
     dtype: torch.dtype
     device: str
     max_rows: int
+    stop_check_steps: int = 1
 
 
 def ours(setting: Setting) -> Engine:
     # A stop token that cannot come: the workload says when a row ends.
     never = setting.model.config.vocab_size
-    sampler = Sampler(setting.model, stop_token_ids=[never], max_rows=setting.max_rows)
+    sampler = Sampler(
+        setting.model,
+        stop_token_ids=[never],
+        max_rows=setting.max_rows,
+        stop_check_steps=setting.stop_check_steps,
+    )
 
     def run(workload: Workload) -> int:
         rows = []
@@ -258,12 +264,18 @@ ABOUT = {
 
 
 def build(
-    names: list[str], model: Decoder, tokenizer: Any, dtype: torch.dtype, device: str, max_rows: int
+    names: list[str],
+    model: Decoder,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    device: str,
+    max_rows: int,
+    stop_check_steps: int = 1,
 ) -> tuple[dict[str, Engine], dict[str, str], tempfile.TemporaryDirectory]:
     """The engines that run here, for the others why not, and the folder of their weights, to be removed."""
     folder = tempfile.TemporaryDirectory(prefix="rollout-")
     weights.save(model, tokenizer, folder.name, dtype)
-    setting = Setting(model, Path(folder.name), dtype, device, max_rows)
+    setting = Setting(model, Path(folder.name), dtype, device, max_rows, stop_check_steps)
     found, absent = {}, {}
     for name in names:
         try:

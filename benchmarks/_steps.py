@@ -1,7 +1,7 @@
 """The two trainers of benchmarks/step.py, each as a function from its options to figures.
 
 Same prompts, lengths, rewards and settings for both. Options are those of step.py: folder (of the weights),
-dtype, prompts, generations, prompt, completion, beta, micro_batch, steps.
+device, dtype, prompts, generations, prompt, completion, beta, micro_batch, stop_check_steps, steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from _measure import flops
+from _measure import flops, seconds
 
 WORDS = "the a of to in is was for on as with by at from it an be this that which or were are his her".split()
 LEARNING_RATE = 1e-6
@@ -38,20 +38,19 @@ def reward_of(ids: list[int]) -> float:
     return (sum(ids) % 97) / 96
 
 
-def peak_gb() -> float:
-    """Of this process; TRL's environment need not have `grpo.parts.peak_memory_gb`."""
+def peak_gb(device: str) -> float:
+    """Of this process, on a GPU of PyTorch; TRL's environment need not have `grpo.parts.peak_memory_gb`."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def gemm_rate(dtype: torch.dtype, size: int = 2048, rounds: int = 7) -> float:
-    """FLOP/s of a square matrix product, the best of some rounds."""
-    a, b = (torch.ones(size, size, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(rounds):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+def gemm_rate(dtype: torch.dtype, device: str, rounds: int = 7) -> float:
+    """FLOP/s of a square matrix product of random numbers, the best of some rounds."""
+    size = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = seconds({"mm": lambda: torch.mm(a, b)}, device, rounds=rounds)["mm"]
+    return 2 * size**3 / min(times)
 
 
 class Ours:
@@ -67,7 +66,7 @@ class Ours:
 
         parts.keep_freed_memory()
         dtype = getattr(torch, own.dtype)
-        model, tokenizer = weights.load(own.folder, dtype)
+        model, tokenizer = weights.load(own.folder, dtype, own.device)
         config = configuration.Config(
             beta=own.beta,
             learning_rate=LEARNING_RATE,
@@ -79,7 +78,7 @@ class Ours:
         )
         if own.micro_batch:
             config.max_tokens_per_micro_batch = own.micro_batch
-        kernels = grpo_kernels.backend("cpu")
+        kernels = grpo_kernels.backend(own.device)
         self.own = own
         self.learner = Learner(
             model,
@@ -88,9 +87,13 @@ class Ours:
             grpo_loss=kernels.grpo_loss,
             group_advantage=kernels.group_advantage,
             total_steps=own.steps + 1,
-            reference=weights.load(own.folder, dtype)[0] if own.beta else None,
+            reference=weights.load(own.folder, dtype, own.device)[0] if own.beta else None,
         )
-        self.sampler = Sampler(model, stop_token_ids=[model.config.vocab_size])  # one that cannot come
+        never = model.config.vocab_size  # a stop token that cannot come
+        rows = max(64, own.prompts * own.generations) if own.device == "cuda" else 64
+        self.sampler = Sampler(
+            model, stop_token_ids=[never], max_rows=rows, stop_check_steps=own.stop_check_steps
+        )
         texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
         self.prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
 
@@ -138,12 +141,13 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
         if step:
             times["rollout"].append(middle - start)
             times["update"].append(end - middle)
-    peak = peak_gb()
+    peak = peak_gb(own.device)
+    ours.sampler.cuda_graphs = False  # the counter does not see what a graph does
     done = {
         "rollout": sum(flops(lambda: ours.rollout(own.steps + 1)).values()),
         "update": sum(flops(lambda: ours.update(episodes)).values()),
     }
-    rate = gemm_rate(getattr(torch, own.dtype))
+    rate = gemm_rate(getattr(torch, own.dtype), own.device)
     return {
         "seconds": [a + b for a, b in zip(times["rollout"], times["update"], strict=True)],
         "parts": times,
@@ -191,7 +195,7 @@ def run_trl(own: argparse.Namespace) -> dict[str, Any]:
     sequences = own.prompts * own.generations
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
-        use_cpu=True,
+        use_cpu=own.device == "cpu",
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
@@ -223,5 +227,5 @@ def run_trl(own: argparse.Namespace) -> dict[str, Any]:
     trainer.train()
     return {
         "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
-        "peak_gb": peak_gb(),
+        "peak_gb": peak_gb(own.device),
     }

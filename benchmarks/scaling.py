@@ -93,7 +93,7 @@ def save_random_model(config: dict[str, Any], tokenizer: Any, folder: Path, dtyp
 def point(folder: Path, dtype: str, threads: int, steps: int, sizes: dict[str, int]) -> dict[str, float]:
     """Seconds of rollout and update (medians of the steps) and peak GB of one setting."""
     command = [sys.executable, step.__file__, "--engine", "ours", "--folder", str(folder), "--dtype", dtype]
-    command += ["--beta", "0", "--steps", str(steps), "--threads", str(threads)]
+    command += ["--device", "cpu", "--beta", "0", "--steps", str(steps), "--threads", str(threads)]
     for name, size in sizes.items():
         command += [f"--{name}", str(size)]
     found = step.figures_of(command)

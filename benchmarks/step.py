@@ -3,12 +3,13 @@
     python benchmarks/step.py                                        4 prompts x 8 completions, bfloat16
     python benchmarks/step.py --dtype float32 --prompts 4 --prompt 349 --completion 64
     python benchmarks/step.py --engines ours trl --trl_python PATH   TRL in an environment of its own
+    python benchmarks/step.py --device cuda --stop_check_steps 8 --micro_batch 32768
 
 Same weights, prompts, numbers of tokens, dtype, KL penalty and threads. No completion ends early, rewards
 depend on the sampled tokens only, and nothing is logged or saved. Each engine is a process of its own, so
-that its peak memory is its own: the resident memory of the process, Python and weights included. The first
-step of each is not counted. Processes run one after the other, --rounds times over, so a slow minute can hit
-one of them; look at the spread.
+that its peak memory is its own: the resident memory of the process, Python and weights included; on a GPU
+what PyTorch allocated there. The first step of each is not counted. Processes run one after the other,
+--rounds times over, so a slow minute can hit one of them; look at the spread.
 
 For ours the matrix products' FLOPs are counted by torch's counter, for rollout and update, and given as share
 of the rate of a large square product measured in the same process. A counted FLOP is one that was done: the
@@ -114,6 +115,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", default=None, help="folder, Hub id, file.gguf or package:... (default: the demo's)"
     )
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=there, choices=["cpu", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="(default: all)")
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)"
@@ -128,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--beta", type=float, default=0.001, help="KL penalty (default: %(default)s)")
     parser.add_argument("--micro_batch", type=int, default=0, help="tokens of ours; 0: the preset's")
+    parser.add_argument("--stop_check_steps", type=int, default=1, help="of ours (default: %(default)s)")
     parser.add_argument(
         "--steps", type=int, default=2, help="counted steps of a process (default: %(default)s)"
     )
@@ -143,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # one process's part
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     own = parser.parse_args(argv)
-    for name in ("prompts", "prompt", "completion", "steps", "rounds"):
+    for name in ("prompts", "prompt", "completion", "stop_check_steps", "steps", "rounds"):
         if getattr(own, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(own, name)}")
     if own.generations < 2:
@@ -162,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
     from grpo import config as configuration
     from grpo import weights
 
-    where = machine("cpu")
+    where = machine(own.device)
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
     model, tokenizer = weights.load(
         own.model or configuration.Config().model_name_or_path, getattr(torch, own.dtype)
