@@ -94,16 +94,9 @@ class MasterAdamW:
             for name, parameter in self.parameters.items()
             if self.masters[name] is not parameter
         ]
-        before = torch.are_deterministic_algorithms_enabled()
-        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-        if any(master.is_cuda for master in self.masters.values()):
-            # Attention's backward pass has sums in no fixed order otherwise. Not for the sampler, where the
-            # same setting costs time and changes nothing.
-            torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield
         finally:
-            torch.use_deterministic_algorithms(before, warn_only=warn_only)
             for handle in handles:
                 handle.remove()
 

@@ -8,7 +8,6 @@ some run bfloat16 matrix products ten times faster than float32, others seven ti
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import resource
 import statistics
@@ -60,9 +59,6 @@ def build(config: Config, *, model_source: str | None = None) -> Parts:
     config.dtype = choose_dtype(config.dtype, config.device)
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
-    if config.device.startswith("cuda"):
-        # Equal runs are equal only with a fixed workspace, which cuBLAS asks for when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     model, tokenizer = weights.load(
         model_source or config.model_name_or_path, dtype=dtype, device=config.device
     )

@@ -20,7 +20,7 @@ _KERNELS = ("forward", "gradient", "hidden", "weight")
 # By descriptor: the fastest on an H100 of the tiles that spill no register.
 _TMA = {
     "forward": (128, 256, 64, 8, 3, 16),
-    "gradient": (128, 256, 64, 8, 3, 16),
+    "gradient": (128, 256, 64, 8, 4, 16),
     "hidden": (128, 256, 64, 8, 4, 8),
     "weight": (128, 256, 64, 8, 3, 16),
 }
