@@ -80,7 +80,8 @@ def total(works: list[Work], gpu: Gpu) -> float:
 
 def extra_bytes(m: int, h: int, v: int) -> int:
     """What fused_grpo holds beside inputs and gradients at its worst moment, in the backward pass."""
-    return m * min(v, CHUNK) * ELEMENT + m * h * SUM + 8 * m * SUM + 8 * m
+    rows = 2 * m * h * ELEMENT  # hidden states compacted, and their gradient before it is spread
+    return m * min(v, CHUNK) * ELEMENT + m * h * SUM + rows + 8 * m * SUM + 8 * m
 
 
 def report(m: int, h: int, v: int) -> str:
