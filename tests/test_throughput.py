@@ -110,6 +110,7 @@ def test_the_profile_names_the_operations(model, capsys):
     rollouts, updates = capsys.readouterr().out.split("\nupdate\n")
     # Two rows: all of the rollout's products are packed ones, where this build of torch can pack.
     assert "mkldnn::_linear_pointwise" in rollouts or "aten::mm" in rollouts
+    assert rollouts.count("outside of operations: ") == updates.count("outside of operations: ") == 1
     assert "aten::bmm" in rollouts and "Backward" in updates and "Backward" not in rollouts
 
 
