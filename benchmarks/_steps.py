@@ -161,7 +161,7 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
 def profile(own: argparse.Namespace, rows: int = 20) -> str:
     """Where the time of a step goes, by operation, the second of two steps: two of the profiler's tables.
 
-    Under each the share of the wall-clock that lies in none of torch's operations: Python's, and the profiler's.
+    Under each the share of the wall-clock that is in none of torch's operations: Python's and the profiler's.
     """
     ours = Ours(own)
     ours.update(ours.rollout(0))
