@@ -45,6 +45,11 @@ def power_of_two(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def multiple(number: int, step: int) -> int:
+    """The least multiple of `step` that is no smaller."""
+    return -(-number // step) * step
+
+
 @dataclass(frozen=True)
 class RowSpan:
     """A row's part in one forward: tokens [start, start + length) of its private sequence are new.
@@ -180,7 +185,7 @@ class CachedAttention:
         groups = max(row.prefix_slot for row in rows) + 1
         if self.fill:
             groups, self.prefix_length = self.prefixes.slots, self.prefixes.capacity
-            self.own_length = min(-(-self.own_length // LENGTHS) * LENGTHS, self.own.capacity)
+            self.own_length = min(multiple(self.own_length, LENGTHS), self.own.capacity)
         members: list[list[int]] = [[] for _ in range(groups)]
         rank = []
         for slot, row in enumerate(real):

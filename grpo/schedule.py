@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from grpo.kv_cache import CachedAttention, RowSpan, power_of_two, upload
+from grpo.kv_cache import CachedAttention, RowSpan, multiple, power_of_two, upload
 from grpo.script import RowState
 from grpo.slot_cache import SlotCache
 
@@ -100,7 +100,7 @@ class Schedule:
         need = max(state.need() for state in states)
         prompts_in_order = [state.row.prefix for state in states]
         if few_shapes:
-            need = -(-need // CAPACITIES) * CAPACITIES
+            need = multiple(need, CAPACITIES)
         slots, prompts, length = plan(prompts_in_order, need, max_rows, self.budget, self.token_bytes)
         if max(own.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
             own.release()

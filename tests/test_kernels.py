@@ -527,8 +527,7 @@ def test_tiles_by_descriptor_and_by_pointer(dtype):
     padded = torch.zeros(600, 41, dtype=dtype)
     padded[:, :40] = weight.detach()
     results = []
-    for w in (weight.detach(), padded[:, :40]):
-        w = w.to(DEVICE, copy=True) if w.is_contiguous() else padded.to(DEVICE)[:, :40]
+    for w in (weight.detach().to(DEVICE, copy=True), padded.to(DEVICE)[:, :40]):
         h, i, u = put(hidden, ids, upstream)
         w.requires_grad_()
         if DEVICE == "cpu" or config.has_tma(dtype):

@@ -82,7 +82,8 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
         if name in constants:
             types[name] = "constexpr"
         elif constants.get("TMA") and name in TILES[kernel]:
-            sizes = constants | {"HALF": constants["BLOCK_N"] // 2}
+            width = constants["BLOCK_N"]
+            sizes = constants | {"HALF": width // 2 if constants.get("HALVES") else width}
             rows, columns = (sizes[size] for size in TILES[kernel][name])
             types[name] = f"tensordesc<{dtype}[{rows},{columns}]>"
         elif name in INDEX:

@@ -201,19 +201,26 @@ def linear_backward(
     tile, of_hidden, of_weight = (
         blocks(hidden.dtype, name, tma) for name in ("gradient", "hidden", "weight")
     )
+    # What each kernel reads and writes by tiles: the same in every chunk.
+    m, n, k = (tile[name] for name in SHAPE)
+    h, w = _tiles(hidden, m, k, tma), _tiles(weight, n, k, tma)
+    g = _tiles(gradient, m, n // 2 if tile["HALVES"] else n, tma)
+    hidden_m, hidden_n, hidden_k = (of_hidden[name] for name in SHAPE)
+    hidden_g, hidden_w = _tiles(gradient, hidden_m, hidden_k, tma), _tiles(weight, hidden_k, hidden_n, tma)
+    weight_m, weight_n, weight_k = (of_weight[name] for name in SHAPE)
+    weight_g, weight_h = _tiles(gradient, weight_k, weight_m, tma), _tiles(hidden, weight_k, weight_n, tma)
     for first in range(0, V, CHUNK):
         stop = min(first + CHUNK, V)
         width = stop - first
-        m, n, k = (tile[name] for name in SHAPE)
         gradient_kernel[(triton.cdiv(M, m) * triton.cdiv(width, n),)](
-            _tiles(hidden, m, k, tma),
-            _tiles(weight, n, k, tma),
+            h,
+            w,
             ids,
             rows.count,
             stats,
             up,
             up_entropy,
-            _tiles(gradient, m, n // 2 if tile["HALVES"] else n, tma),
+            g,
             M,
             V,
             H,
@@ -226,10 +233,9 @@ def linear_backward(
             **tile,
         )
         if total is not None:
-            m, n, k = (of_hidden[name] for name in SHAPE)
-            hidden_kernel[(triton.cdiv(M, m) * triton.cdiv(H, n),)](
-                _tiles(gradient, m, k, tma),
-                _tiles(weight, k, n, tma),
+            hidden_kernel[(triton.cdiv(M, hidden_m) * triton.cdiv(H, hidden_n),)](
+                hidden_g,
+                hidden_w,
                 total,
                 rows.count,
                 M,
@@ -241,10 +247,9 @@ def linear_backward(
                 **of_hidden,
             )
         if wants_weight:
-            m, n, k = (of_weight[name] for name in SHAPE)
-            weight_kernel[(triton.cdiv(width, m) * triton.cdiv(H, n),)](
-                _tiles(gradient, k, m, tma),
-                _tiles(hidden, k, n, tma),
+            weight_kernel[(triton.cdiv(width, weight_m) * triton.cdiv(H, weight_n),)](
+                weight_g,
+                weight_h,
                 rows.count,
                 grad_weight[first:],
                 H,
