@@ -23,24 +23,27 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from grpo.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts
-from grpo.startup import prepare
+from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
 if __name__ == "__main__":
-    prepare()  # before the imports below, which take seconds
+    set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
 from tqdm import tqdm
 
 from grpo import config as configuration
-from grpo import evaluate, failures, parts, run_dir, session, warmstart
+from grpo import failures, warmstart
 from grpo.config import Config
 from grpo.episode import Episode
-from grpo.learner import Learner, NonFiniteError
-from grpo.metrics import Metrics, verdict_metrics
+from grpo.evaluate.comparison import CONTROLS, report
+from grpo.evaluate.measure import measure
+from grpo.evaluate.table import table
+from grpo.learner.learner import Learner, NonFiniteError
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.session import LOGS, WARM_START_LOG, AboveBar, Session
-from grpo.signatures import nothing_right
+from grpo.run import build, files, state
+from grpo.run.diagnostics import nothing_right
+from grpo.run.metrics import Metrics, verdict_metrics
+from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, Session
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
@@ -59,8 +62,8 @@ class Run(Session):
             if self.config.warm_start_steps:
                 self._supervised_steps(unfinished)
             self.save_start()
-        run_dir.delete(unfinished)
-        parts.load_into(self.parts, str(self.start))  # as it is stored, rounding included
+        files.delete(unfinished)
+        build.load_into(self.parts, str(self.start))  # as it is stored, rounding included
 
     def _supervised_steps(self, folder: Path) -> None:
         config, built = self.config, self.parts
@@ -80,11 +83,11 @@ class Run(Session):
                     self.interrupts.check()
                     result = learner.supervised_step(batch(step=done), rate(done))
                     done += 1
-                    run_dir.append_jsonl(self.folder / WARM_START_LOG, {"step": done, **result})
+                    files.append_jsonl(self.folder / WARM_START_LOG, {"step": done, **result})
                     bar.set_postfix(loss=f"{result['loss']:.3f}")
                     bar.update()
                     if done % MEMORY_BLOCK == 0:
-                        parts.return_unused_memory()
+                        build.return_unused_memory()
                     if done % WARM_START_BLOCK == 0:
                         self.save(learner, folder, done)
                         saved = done
@@ -98,7 +101,7 @@ class Run(Session):
         config, built, path = self.config, self.parts, self.folder / "failures.jsonl"
         examples = built.task.examples("train", config.num_examples)
         with tqdm(total=len(examples), desc="failures", unit="example") as bar:
-            found = failures.build(
+            found = failures.collect(
                 path,
                 built.rollout,
                 examples,
@@ -162,7 +165,7 @@ class Run(Session):
         built.sampler.load_weights(built.model.state_dict())
         learned = time.perf_counter()
         for episode in episodes:
-            run_dir.append_jsonl(self.folder / "episodes.jsonl", {"step": step, **vars(episode)})
+            files.append_jsonl(self.folder / "episodes.jsonl", {"step": step, **vars(episode)})
         figures |= verdict_metrics(reason for episode in episodes for reason in episode.reasons)
         if self.config.train_on != "attempt":
             pairs = [(groups[episode.group_id].example, episode.texts["reflection"]) for episode in episodes]
@@ -173,10 +176,10 @@ class Run(Session):
             "rollout_time": sampled - start,
             "update_time": learned - sampled,
             "sampled_tokens_per_second": tokens / (sampled - start),
-            "peak_memory_gb": parts.peak_memory_gb(built.device),
+            "peak_memory_gb": build.peak_memory_gb(built.device),
         }
         metrics.timings(step, timings)
-        parts.return_unused_memory()
+        build.return_unused_memory()
 
     def _episodes(self, groups: list[Attempt], step: int) -> list[Episode]:
         config, rollout = self.config, self.parts.rollout
@@ -195,11 +198,11 @@ class Run(Session):
     def _validate(self, step: int, metrics: Metrics) -> None:
         """First, second and blind try on validation problems, always with the same noise; once per step."""
         config, built = self.config, self.parts
-        if not config.eval_steps or step % config.eval_steps or step in session.validated(self.folder):
+        if not config.eval_steps or step % config.eval_steps or step in state.validated(self.folder):
             return
         examples = built.task.examples("validation", config.num_validation)
-        with parts.evaluation_sampling(built):
-            result = evaluate.measure(
+        with build.evaluation_sampling(built):
+            result = measure(
                 built.rollout,
                 examples,
                 controls=["blind"],
@@ -218,33 +221,33 @@ class Run(Session):
         examples = built.task.examples("heldout", config.num_eval)
         results = {}
         for label, source in self.compared().items():
-            parts.load_into(built, source)
-            parts.return_unused_memory()
+            build.load_into(built, source)
+            build.return_unused_memory()
             with (
                 tqdm(total=len(examples), desc=f"evaluate {label}", unit="problem") as bar,
-                parts.evaluation_sampling(built),
+                build.evaluation_sampling(built),
             ):
-                results[label] = evaluate.measure(
+                results[label] = measure(
                     built.rollout,
                     examples,
-                    controls=evaluate.CONTROLS if label != "untouched" else (),
+                    controls=CONTROLS if label != "untouched" else (),
                     store=self.folder / f"evaluation-{label}.jsonl",
                     identity=label,
                     progress=self.progress(bar),
                 )
-        figures = evaluate.report(results)
-        with run_dir.written_whole(self.folder / "evaluation.json") as path:
+        figures = report(results)
+        with files.written_whole(self.folder / "evaluation.json") as path:
             path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        print(evaluate.table(figures))
+        print(table(figures))
 
 
 def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run]) -> None:
     """All stages of `kind`. The settings are stored once the parts that they name could be built."""
-    with run_dir.lock(folder):
-        kernels = grpo_kernels.backend(parts.choose_device(config.device), config.kernels)
+    with files.lock(folder):
+        kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
         stages = kind(config, folder, interrupts, kernels)
         if config.resume is None:
-            with run_dir.written_whole(folder / "config.yaml") as path:
+            with files.written_whole(folder / "config.yaml") as path:
                 configuration.to_yaml(config, path)  # device and dtype are resolved by now
         interrupts.defer()
         where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
@@ -273,7 +276,7 @@ def main(
     try:
         with Interrupts() as interrupts:
             config = configuration.parse(sys.argv[1:] if argv is None else argv)
-            folder = session.directory(config)
+            folder = state.directory(config)
             if prepare is not None:
                 prepare(folder)
             run(config, folder, interrupts, kind)
@@ -285,14 +288,14 @@ def main(
     except (ValueError, FileNotFoundError) as error:
         message, status = f"error: {error}", EXIT_USAGE
     except (NonFiniteError, FloatingPointError) as error:
-        message = f"error: {error}. {session.saved_weights(folder)}"
-    except (run_dir.RunDirError, failures.NoSignalError) as error:
+        message = f"error: {error}. {state.saved_weights(folder)}"
+    except (files.RunDirError, failures.NoSignalError) as error:
         message = f"error: {error}"
     except OSError as error:
         message = f"error: {error}; what was saved before is intact"
     finally:
         if folder is not None:
-            run_dir.remove_if_empty(folder)
+            files.remove_if_empty(folder)
     print(message, file=sys.stderr)
     return status
 

@@ -29,12 +29,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a script beside this folder
 
 import train  # noqa: E402
-from grpo import blocks, run_dir, session, warmstart  # noqa: E402
 from grpo import config as configuration  # noqa: E402
-from grpo.comparison import ModelResult  # noqa: E402
+from grpo import warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
+from grpo.evaluate.comparison import ModelResult  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
+from grpo.run import files, state  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
@@ -76,7 +77,7 @@ class MoreSupervision(train.Run):
                 unseen = batch(step=1_000_000 + step)  # transcripts that the warm start has not seen
                 result = learner.supervised_step(unseen, 0.5 * config.warm_start_learning_rate)
                 step += 1
-                run_dir.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
+                files.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
                 bar.update(round(time.perf_counter() - start) - bar.n)
         self.save(learner, self.folder, step)
 
@@ -96,7 +97,7 @@ def continue_run(kind: type[train.Run], run: Path, name: str, *options: str) -> 
         for file in ("failures.jsonl", "evaluation-vanilla.jsonl"):
             shutil.copy(run / file, created)
         if kind is not train.Run:
-            (created / session.CONTROL).write_text(f"{kind.__name__} of {run}\n", encoding="utf-8")
+            (created / state.CONTROL).write_text(f"{kind.__name__} of {run}\n", encoding="utf-8")
 
     argv = ["--config", str(run / "config.yaml"), "--model_name_or_path", str(run / "start")]
     argv += ["--warm_start_steps", "0", "--output_dir", str(run.parent), "--run_name", name, *options]
@@ -155,7 +156,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def against(run: Path, other: Path) -> str:
     """The second try after the RL of `run` minus that after the RL of `other`, on the same problems."""
     after, before = (
-        ModelResult(list(blocks.records(folder / "evaluation-trained.jsonl"))) for folder in (run, other)
+        ModelResult(list(files.records(folder / "evaluation-trained.jsonl"))) for folder in (run, other)
     )
     if after.ids != before.ids:
         raise ValueError(f"{run} and {other} were evaluated on different problems")

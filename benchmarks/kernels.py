@@ -23,9 +23,19 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _candidates import ABOUT, BUILDERS, Forward, Problem, backward, build, eager_logprob, loss_of  # noqa: E402
-from _measure import DTYPES, command_line, machine, markdown, peak_bytes, ratio, seconds, summary, write_rows  # noqa: E402
-from _sizes import size_of  # noqa: E402
+from lib.candidates import ABOUT, BUILDERS, Forward, Problem, backward, build, eager_logprob, loss_of  # noqa: E402
+from lib.measure import (  # noqa: E402
+    DTYPES,
+    command_line,
+    machine,
+    markdown,
+    peak_bytes,
+    ratio,
+    seconds,
+    summary,
+    write_rows,
+)
+from lib.sizes import size_of  # noqa: E402
 
 OPERATIONS = ("logprob", "grpo")
 DEFAULT_SIZES = {"cpu": [(2048, 576, 49152)], "cuda": [(8192, 4096, 128256)]}

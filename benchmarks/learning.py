@@ -6,7 +6,7 @@
 
 Each RUN is a finished run of train.py. Both trainers begin with RUN/start and meet the failures of RUN in the
 same order, with its settings and for the same number of steps. In TRL the method is GRPO on the reflections
-with a reward function that samples the retry and judges it (_learning_trl.py); the sampling noise is its own.
+with a reward function that samples the retry and judges it (learning_trl.py); the sampling noise is its own.
 The clock runs during the steps only: rollout, reward, update. Saved weights are measured afterwards, all by
 `python -m grpo.evaluate`, on the same held-out problems with the same noise.
 
@@ -30,23 +30,24 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import evidence  # noqa: E402
-from _measure import command_line, machine  # noqa: E402
+from lib.measure import command_line, machine  # noqa: E402
 
 import train  # noqa: E402
-from grpo import checkpoint, failures, parts, run_dir  # noqa: E402
 from grpo import config as configuration  # noqa: E402
-from grpo.comparison import ModelResult, model_figures  # noqa: E402
+from grpo import failures  # noqa: E402
 from grpo.config import Config  # noqa: E402
+from grpo.evaluate.comparison import ModelResult, model_figures  # noqa: E402
 from grpo.experiments.outcome import ARM_COLUMNS, Column, Outcome, Row, difference  # noqa: E402
 from grpo.experiments.study import evaluate, joined  # noqa: E402
-from grpo.metrics import read_jsonl  # noqa: E402
+from grpo.run import build, checkpoint, files  # noqa: E402
+from grpo.run.metrics import read_jsonl  # noqa: E402
 from grpo.tasks import opening  # noqa: E402
 
 QUESTION = "How soon does RL make the second try better, ours and TRL's?"
 COLUMNS = {"arm": Column("trainer, step")} | {
     name: ARM_COLUMNS[name] for name in ("seconds", "first_try", "second_try", "gain", "length")
 }
-TRL_SCRIPT = Path(__file__).with_name("_learning_trl.py")
+TRL_SCRIPT = Path(__file__).with_name("learning_trl.py")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def train_trl(run: Path, folder: Path, own: argparse.Namespace) -> Curve:
     """TRL's trainer in a process of `--trl_python`."""
     output = folder / "trl"
     if not (output / "seconds.json").exists():
-        run_dir.delete(output)
+        files.delete(output)
         output.mkdir(parents=True)
         config = configuration.load(run / "config.yaml")
         config.max_steps = own.max_steps
@@ -110,7 +111,7 @@ def _curve(folders: dict[int, Path], times: list[float]) -> Curve:
 
 def conversations(run: Path, config: Config) -> Iterator[dict[str, Any]]:
     """What is reflected on, step by step as in train.py: messages up to the instruction, and the example."""
-    built = parts.build(config, model_source=str(run / "start"))
+    built = build.parts(config, model_source=str(run / "start"))
     task, chat = built.task, built.chat
     pool = failures.load(run / "failures.jsonl")
     for step in range(1, config.max_steps + 1):

@@ -3,11 +3,12 @@
     python benchmarks/operations.py                      the shapes of an update of the demo
     python benchmarks/operations.py --dtypes bfloat16 --rounds 50 --threads 1
 
-`attention`: forward and backward of a tree's branches (grpo/sdpa.py); `rms_norm`: forward and backward
-(grpo/rms_norm.py); `accumulate`: a 16-bit gradient added to its float32 buffer (grpo/optimizer.py);
-`decode`: one layer's attention in a decode step of 64 rows (grpo/kv_cache.py), against the same with keys as
-they lie; `layer`: all of a decoder layer but its attention, forward and backward, as it is and compiled by
-torch.compile, which needs a C++ compiler. Medians of rounds in turns, and the median of the ratios.
+`attention`: forward and backward of a tree's branches (grpo/model/attention.py); `rms_norm`: forward and
+backward (grpo/model/decoder.py); `accumulate`: a 16-bit gradient added to its float32 buffer
+(grpo/learner/optimizer.py); `decode`: one layer's attention in a decode step of 64 rows
+(grpo/sampler/kv_cache.py), against the same with keys as they lie; `layer`: all of a decoder layer but its
+attention, forward and backward, as it is and compiled by torch.compile, which needs a C++ compiler. Medians
+of rounds in turns, and the median of the ratios.
 """
 
 from __future__ import annotations
@@ -20,14 +21,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import DTYPES, command_line, machine, ratio, seconds, summary  # noqa: E402
+from lib.measure import DTYPES, command_line, machine, ratio, seconds, summary  # noqa: E402
 from scaling import MODELS  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
-from grpo import optimizer, rms_norm, sdpa  # noqa: E402
-from grpo.kv_cache import CachedAttention, RowSpan  # noqa: E402
-from grpo.model import Layer, ModelConfig  # noqa: E402
-from grpo.slot_cache import SlotCache  # noqa: E402
+from grpo.learner import optimizer  # noqa: E402
+from grpo.model import attention as sdpa  # noqa: E402
+from grpo.model import decoder  # noqa: E402
+from grpo.model.decoder import Layer, ModelConfig  # noqa: E402  # noqa: E402
+from grpo.sampler.kv_cache import (  # noqa: E402
+    CachedAttention,
+    RowSpan,
+    SlotCache,  # noqa: E402
+)
 
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
@@ -54,7 +60,7 @@ def normalise(dtype: torch.dtype) -> Pair:
     x, dy = (torch.randn(1, TOKENS, HIDDEN).to(dtype) for _ in range(2))
     leaves = [x.requires_grad_(), torch.rand(HIDDEN).to(dtype).requires_grad_()]
     return (
-        lambda: torch.autograd.grad(rms_norm.rms_norm(*leaves, EPS), leaves, dy),
+        lambda: torch.autograd.grad(decoder.rms_norm(*leaves, EPS), leaves, dy),
         lambda: torch.autograd.grad(F.rms_norm(x, (HIDDEN,), leaves[1], EPS), leaves, dy),
     )
 

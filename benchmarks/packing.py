@@ -4,7 +4,8 @@
 
 Per step of the warm start and of RL, three ways to lay out the same sequences, each up to its last trained
 token: `padded`, one row per sequence, prompts and completions each padded to the step's longest; `prompts
-once`, a prompt for all of its completions; `prefixes once`, as grpo/batch.py packs them. Counted, not timed.
+once`, a prompt for all of its completions; `prefixes once`, as grpo/learner/packing.py packs them. Counted,
+not timed.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
-from _measure import command_line  # noqa: E402
+from lib.measure import command_line  # noqa: E402
 
-from grpo import blocks, config, parts, warmstart, weights  # noqa: E402
-from grpo.batch import pack_sequences  # noqa: E402
+from grpo import config, warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
+from grpo.learner.packing import pack_sequences  # noqa: E402
+from grpo.model import weights  # noqa: E402
+from grpo.run import build, files  # noqa: E402
 from grpo.tasks import get_task  # noqa: E402
 
 LAYOUTS = ("padded", "prompts once", "prefixes once")
@@ -47,7 +50,7 @@ def count(groups: list[warmstart.TrainingSequence], max_tokens: int) -> dict[str
 def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:
     """The transcripts again: they are a function of the settings."""
     task = get_task(settings.task, settings.task_options)
-    chat = parts.build_chat(settings, *weights.load(str(run / "start")))
+    chat = build.build_chat(settings, *weights.load(str(run / "start")))
     batch = warmstart.by_step(task, chat, settings)  # type: ignore[arg-type]  # it wrote them then
     for step in range(settings.warm_start_steps):
         yield batch(step=step)
@@ -56,7 +59,7 @@ def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmst
 def rl_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:
     """Whole groups, without the updates' choice of completions that have a gradient."""
     names = {field.name for field in fields(Episode)}
-    for _, lines in groupby(blocks.read(run / "episodes.jsonl"), key=lambda line: line["step"]):
+    for _, lines in groupby(files.read_jsonl(run / "episodes.jsonl"), key=lambda line: line["step"]):
         groups: dict[int, warmstart.TrainingSequence] = {}
         for line in lines:
             episode = Episode(**{name: value for name, value in line.items() if name in names})

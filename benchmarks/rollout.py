@@ -26,12 +26,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import DTYPES, command_line, machine, markdown, ratio, seconds, summary, write_rows  # noqa: E402
-from _rollouts import ABOUT, BUILDERS, Engine, LinearLayers, Workload, build  # noqa: E402
+from lib.measure import DTYPES, command_line, machine, markdown, ratio, seconds, summary, write_rows  # noqa: E402
+from lib.rollouts import ABOUT, BUILDERS, Engine, LinearLayers, Workload, build  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
-from grpo import weights  # noqa: E402
-from grpo.model import Decoder  # noqa: E402
+from grpo.model import weights  # noqa: E402
+from grpo.model.decoder import Decoder  # noqa: E402
 
 SHARE = 8  # rows per prompt: num_generations of the demo
 FED = 32  # tokens between two turns of `reflect`: a chat template's, and the request for a retry

@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
-from _sizes import size_of  # noqa: E402
 from grpo_kernels.linear import CHUNK, STRIP  # noqa: E402
+from lib.sizes import size_of  # noqa: E402
 
 ELEMENT, SUM = 2, 4  # bytes of a bfloat16 input and of a float32 sum
 

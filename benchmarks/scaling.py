@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import step  # noqa: E402
 import torch  # noqa: E402
-from _measure import command_line, machine  # noqa: E402
+from lib.measure import command_line, machine  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
-from grpo import weights  # noqa: E402
-from grpo.model import Decoder, ModelConfig  # noqa: E402
+from grpo.model import weights  # noqa: E402
+from grpo.model.decoder import Decoder, ModelConfig  # noqa: E402
 
 DEFAULTS: dict[str, int] = {"prompts": 4, "generations": 8, "prompt": 128, "completion": 32}
 # SmolLM2-135M and 360M and Qwen2.5-0.5B, by their published configs

@@ -31,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _measure import command_line, hide_benchmarks, machine  # noqa: E402
+from lib.measure import command_line, hide_benchmarks, machine  # noqa: E402
 
 ENGINES = {
     "ours": "Sampler and Learner",
@@ -157,14 +157,14 @@ def main(argv: list[str] | None = None) -> int:
     if own.threads:
         torch.set_num_threads(own.threads)
     if own.engine:  # TRL's environment need not have what is imported below
-        from _steps import run_ours, run_trl
+        from lib.steps import run_ours, run_trl
 
         hide_benchmarks()
         print(json.dumps(run_ours(own) if own.engine == "ours" else run_trl(own)))
         return 0
 
     from grpo import config as configuration
-    from grpo import weights
+    from grpo.model import weights
 
     where = machine(own.device)
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
         weights.save(model, tokenizer, folder, getattr(torch, own.dtype))
         del model
         if own.profile:
-            from _steps import profile
+            from lib.steps import profile
 
             own.folder = folder
             print(profile(own))

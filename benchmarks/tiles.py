@@ -15,9 +15,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
 import torch  # noqa: E402
-from _candidates import Problem, backward  # noqa: E402
-from _measure import command_line, machine, peak_bytes, ratio, seconds  # noqa: E402
-from _sizes import size_of  # noqa: E402
+from lib.candidates import Problem, backward  # noqa: E402
+from lib.measure import command_line, machine, peak_bytes, ratio, seconds  # noqa: E402
+from lib.sizes import size_of  # noqa: E402
 
 from grpo import logprob  # noqa: E402
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo.experiments.answers import Calls, Truth, changed_answers, right_answers
-from grpo.tasks.berkeley import CATEGORIES, INSTALL
 from grpo.tasks.function_calling import verify
+from grpo.tasks.function_calling.berkeley import CATEGORIES, INSTALL
 
 Checker = Callable[[list[dict[str, Any]], Calls, Truth, str], bool | None]
 

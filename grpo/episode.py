@@ -2,7 +2,7 @@
 
 An episode is the prompt, the completion after it, and for every completion token the role it plays, so that
 roles and never token values decide which tokens carry gradient (the paper, arXiv 2505.24726, trains the
-reflection only). Left out: tensors. They are made late, in batch.py, when all lengths are known.
+reflection only). Left out: tensors. They are made late, in packing.py, when all lengths are known.
 """
 
 from __future__ import annotations

@@ -20,15 +20,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from grpo.interrupts import EXIT_INTERRUPTED, Interrupts
-from grpo.startup import prepare
+from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 
 if __name__ == "__main__":
-    prepare()  # before the imports below, which take seconds
+    set_up_process()  # before the imports below, which take seconds
 
-from grpo import blocks
 from grpo.rollout import Attempt, Rollout
-from grpo.sampler import Turn
+from grpo.run import files
+from grpo.sampler.engine import Turn
 from grpo.tasks import Example, Verdict
 
 BLOCK = 64  # examples sampled together, and redone together after a kill
@@ -44,7 +43,7 @@ class NoSignalError(RuntimeError):
     """The failures leave nothing to train on: the task is too easy or too hard for the starting policy."""
 
 
-def build(
+def collect(
     path: str | os.PathLike[str],
     rollout: Rollout,
     examples: Sequence[Example],
@@ -78,7 +77,7 @@ def build(
         "failures_per_example": failures_per_example,
         **({"keep_solved": True} if keep_solved else {}),
     }
-    done = blocks.keep_whole(path) * BLOCK
+    done = files.keep_whole_blocks(path) * BLOCK
     if done:
         _check_same(path, examples, settings)
 
@@ -97,7 +96,7 @@ def build(
         ]
         kept = [a for group in per_example for a in _kept(group, failures_per_example, keep_solved)]
         end_line = {**_summary(start // BLOCK, block, per_example), "settings": settings}
-        blocks.append(path, [_to_json(attempt) for attempt in kept], end_line)
+        files.append_block(path, [_to_json(attempt) for attempt in kept], end_line)
         done = start + BLOCK
     report_progress()
     return load(path)
@@ -105,7 +104,7 @@ def build(
 
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
     """The failures of a finished or unfinished build, in the order of their examples."""
-    return [_from_json(line) for line in blocks.records(Path(path))]
+    return [_from_json(line) for line in files.records(Path(path))]
 
 
 def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[Attempt]:
@@ -125,7 +124,7 @@ def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Counts over all blocks: examples tried, solved (right every time, hence dropped), failed; reasons."""
     total: dict[str, Any] = {"examples": 0, "solved": 0, "failed": 0, "attempts": 0, "right": 0}
     reasons: Counter[str] = Counter()
-    for line in blocks.read(Path(path)):
+    for line in files.read_jsonl(Path(path)):
         if "block" in line:
             for name in total:
                 total[name] += line[name]
@@ -195,7 +194,7 @@ def _from_json(line: dict[str, Any]) -> Attempt:
 
 
 def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> None:
-    for line in blocks.read(path):
+    for line in files.read_jsonl(path):
         if "block" in line:
             before = line["settings"]
             names = dict.fromkeys([*settings, *before])
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     from tqdm import tqdm
 
     from grpo import config as configuration
-    from grpo import parts
+    from grpo.run import build
 
     parser = argparse.ArgumentParser(
         prog="python -m grpo.failures",
@@ -235,10 +234,10 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupts():
             # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
             config = configuration.parse(["--overlong_buffer", "0", *rest])
-            built = parts.build(config)
+            built = build.parts(config)
             examples = built.task.examples("train", config.num_examples)
             with tqdm(total=len(examples), desc="failures", unit="example") as bar:
-                build(
+                collect(
                     own.output,
                     built.rollout,
                     examples,

@@ -32,6 +32,13 @@ TILE_ELEMENTS = 1 << 20
 NEGLIGIBLE = -1e4  # exp of it is 0 in every dtype, and unlike -inf it can be multiplied by 0
 
 
+def plain_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """(M,) log-probs of `ids`: what `linear_logprob` computes in tiles, here with the (M, V) logits."""
+    logits = hidden @ weight.T / temperature
+    logprobs = logits.log_softmax(-1)
+    return logprobs.gather(-1, ids[:, None])[:, 0]
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

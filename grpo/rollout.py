@@ -9,8 +9,8 @@ row then runs a script (sample the reflection, feed the next user turn, sample t
 finished reflecting retries at once, on the cache that it already holds. Sampled ids are never decoded and
 encoded again: text exists only for the verifier and for people.
 
-Left out on purpose: any notion of advantage or gradient (grpo/learner.py) and any reward model: the verdict
-is the reward.
+Left out on purpose: any notion of advantage or gradient (grpo/learner/learner.py) and any reward model: the
+verdict is the reward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from grpo.chat import Chat
 from grpo.episode import Episode
-from grpo.sampler import Feed, Finished, Row, Sample, Sampler, Turn
+from grpo.sampler.engine import Feed, Finished, Row, Sample, Sampler, Turn
 from grpo.tasks import Example, Task, Verdict, opening
 
 # The stage is part of the key of the sampling noise, so that no two stages of a run share a random number.
@@ -190,7 +190,7 @@ class Rollout:
         step: int = 0,
         progress: Progress | None = None,
     ) -> list[Attempt]:
-        """One retry per failure after a *given* reflection: the controls of grpo/evaluate.py.
+        """One retry per failure after a *given* reflection: the controls of grpo/evaluate/measure.py.
 
         Neighbours with the same failure share the cache of what precedes the reflection.
 

@@ -9,7 +9,7 @@ tokens worth imitating:
 - of those that share a wrong attempt, the reflections, and the retry of the first whose retry is right. The
   others' would say the same, and cost the task's text again. Wrong answers are never imitated;
 - on request (`warm_start_answers`) such a retry as a first answer too. The prompt goes through the model
-  anyway (batch.py), so a model that lacks the skill itself learns it for the price of the answer.
+  anyway (packing.py), so a model that lacks the skill itself learns it for the price of the answer.
 
 Left out: mixing in general chat data. The stage is a few dozen steps; grpo.evaluate says what it gave.
 """
@@ -26,7 +26,7 @@ from grpo.chat import Chat
 from grpo.tasks import Example, WarmStartTask, opening
 
 Completion = tuple[list[int], list[bool]]  # its ids, its loss mask
-TrainingSequence = tuple[list[int], list[Completion]]  # prompt, completions: batch.py
+TrainingSequence = tuple[list[int], list[Completion]]  # prompt, completions: packing.py
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> float:
@@ -69,7 +69,7 @@ def sequences(
         examples: each step takes the next `batch_size` of them, round and round.
         step: counts from 0.
         reflections: how many follow a wrong attempt. They share its cost: the prompt goes through the model
-            once (batch.py).
+            once (packing.py).
         answers: imitate a right retry as a first answer too.
     Returns:
         pairs (prompt ids, [(completion ids, loss mask)]), one or, with `answers`, two for each example.

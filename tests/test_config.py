@@ -11,6 +11,7 @@ from grpo.config import (
     TYPES,
     Config,
     TaskOptions,
+    coerce,
     differences,
     from_yaml,
     load,
@@ -18,7 +19,6 @@ from grpo.config import (
     to_yaml,
     validate,
 )
-from grpo.fields import coerce
 
 ROOT = Path(__file__).parent.parent
 # Read by config.py itself: where settings come from, and what training refuses.

@@ -12,11 +12,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-from _measure import flops  # noqa: E402
+from lib.measure import flops  # noqa: E402
 
-from grpo.batch import pack_sequences  # noqa: E402
-from grpo.model import Decoder, ModelConfig  # noqa: E402
-from grpo.sampler import Row, Sample, Sampler  # noqa: E402
+from grpo.learner.packing import pack_sequences  # noqa: E402
+from grpo.model.decoder import Decoder, ModelConfig  # noqa: E402
+from grpo.sampler.engine import Row, Sample, Sampler  # noqa: E402
 
 VOCABULARY, PROMPT, NEW, ROWS, SHARE = 1000, 40, 20, 16, 8
 NEVER = 10**6  # a stop token that cannot come: every row samples all its tokens
@@ -40,7 +40,7 @@ def layer_weights(model):
 
 
 def products(counted):
-    """FLOPs of all products with weights, packed (grpo/linear.py) or not."""
+    """FLOPs of all products with weights, packed (grpo/model/decoder.py) or not."""
     return sum(counted.get(name, 0) for name in ("aten.mm", "mkldnn._linear_pointwise"))
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo import sources
 from grpo.config import TYPES, Config
+from grpo.evaluate import __main__ as command
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -84,7 +84,7 @@ def is_metric(name: str) -> bool:
 def test_options_exist(page):
     options = set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", text_of(page))) - {"KEY"}
     commands = {
-        option.lstrip("-") for action in sources.parser()._actions for option in action.option_strings
+        option.lstrip("-") for action in command.parser()._actions for option in action.option_strings
     }
     known = set(TYPES) | commands | OWN_OPTIONS | BENCHMARK_OPTIONS | EXPERIMENT_OPTIONS | OTHER_OPTIONS
     assert options <= known

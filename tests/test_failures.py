@@ -9,9 +9,10 @@ import sys
 import pytest
 import tiny
 
-from grpo import blocks, failures
-from grpo.failures import NoSignalError, build, check_trainable, describe, load, summary
+from grpo import failures
+from grpo.failures import NoSignalError, check_trainable, collect, describe, load, summary
 from grpo.rollout import Attempt
+from grpo.run import files
 from grpo.tasks import Example, Verdict
 
 EXAMPLES = [Example(f"e{i}", f"Problem {i}", {"i": i}) for i in range(14)]
@@ -55,7 +56,7 @@ def without_logprobs(attempts):
 def test_keeps_the_failed_attempts_with_their_ids(tmp_path):
     rollout, calls = Scripted(), []
     path = tmp_path / "new folder" / "failures.jsonl"
-    found = build(path, rollout, EXAMPLES, progress=lambda *args: calls.append(args))
+    found = collect(path, rollout, EXAMPLES, progress=lambda *args: calls.append(args))
     every = [rollout.attempt(example, 0) for example in EXAMPLES]
     assert found == without_logprobs([a for a in every if not a.verdict.ok]) and 3 < len(found) < 12
     assert load(path) == found
@@ -66,7 +67,7 @@ def test_keeps_the_failed_attempts_with_their_ids(tmp_path):
 def test_failures_of_the_model_are_what_it_saw(tmp_path):
     parts = tiny.build()
     examples = parts.task.examples("train", 6)
-    found = build(
+    found = collect(
         tmp_path / "f.jsonl", parts.rollout, examples, attempts_per_example=2, failures_per_example=2
     )
     sampled = parts.rollout.attempts(examples, stage="failures", count=2)
@@ -78,7 +79,7 @@ def test_failures_of_the_model_are_what_it_saw(tmp_path):
 def test_attempts_and_failures_per_example(tmp_path, attempts, kept):
     rollout = Scripted(right=0.6)
     options = {"attempts_per_example": attempts, "failures_per_example": kept}
-    found = build(tmp_path / "f.jsonl", rollout, EXAMPLES, **options)
+    found = collect(tmp_path / "f.jsonl", rollout, EXAMPLES, **options)
     expected, wrong = [], 0
     for example in EXAMPLES:
         failed = [a for a in (rollout.attempt(example, g) for g in range(attempts)) if not a.verdict.ok]
@@ -95,7 +96,7 @@ def test_attempts_and_failures_per_example(tmp_path, attempts, kept):
 
 def test_cut_anywhere_the_build_goes_on_to_the_same_file(tmp_path):
     whole = tmp_path / "whole.jsonl"
-    found = build(whole, Scripted(), EXAMPLES, attempts_per_example=2)
+    found = collect(whole, Scripted(), EXAMPLES, attempts_per_example=2)
     data = whole.read_bytes()
     lines = data.splitlines(keepends=True)
     ends = [i for i, line in enumerate(lines) if line.startswith(b'{"block"')]
@@ -108,19 +109,19 @@ def test_cut_anywhere_the_build_goes_on_to_the_same_file(tmp_path):
         path = tmp_path / "cut.jsonl"
         path.write_bytes(data[:cut])
         rollout = Scripted()
-        assert build(path, rollout, EXAMPLES, attempts_per_example=2) == found
+        assert collect(path, rollout, EXAMPLES, attempts_per_example=2) == found
         assert path.read_bytes() == data
         blocks = sum(len(b"".join(lines[: end + 1])) <= cut for end in ends)
         assert rollout.asked == [example.id for example in EXAMPLES[4 * blocks :]]  # only what was missing
 
 
 def test_killed_while_sampling(tmp_path):
-    build(tmp_path / "whole.jsonl", Scripted(), EXAMPLES)
+    collect(tmp_path / "whole.jsonl", Scripted(), EXAMPLES)
     path = tmp_path / "f.jsonl"
     for victim in ("e0", "e6", "e13"):
         with pytest.raises(KeyboardInterrupt):
-            build(path, Scripted(die_at=victim), EXAMPLES)
-    build(path, Scripted(), EXAMPLES)
+            collect(path, Scripted(die_at=victim), EXAMPLES)
+    collect(path, Scripted(), EXAMPLES)
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
@@ -135,10 +136,10 @@ def test_killed_while_sampling(tmp_path):
 )
 def test_a_file_of_other_examples_is_refused_and_left_alone(tmp_path, others):
     path = tmp_path / "f.jsonl"
-    build(path, Scripted(), EXAMPLES[:8])
+    collect(path, Scripted(), EXAMPLES[:8])
     before, rollout = path.read_bytes(), Scripted()
     with pytest.raises(ValueError, match="built from other examples.*write a new file"):
-        build(path, rollout, others)
+        collect(path, rollout, others)
     assert path.read_bytes() == before and rollout.asked == []
 
 
@@ -149,18 +150,18 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(tmp_path, changed):
     """Its figures would be reported as those of the new settings."""
     path = tmp_path / "f.jsonl"
     options = {"weights": "mine", "attempts_per_example": 1}
-    build(path, Scripted(temperature=0.9), EXAMPLES[:8], **options)
+    collect(path, Scripted(temperature=0.9), EXAMPLES[:8], **options)
     before, rollout = path.read_bytes(), Scripted(temperature=changed.get("temperature", 0.9))
     options |= {name: value for name, value in changed.items() if name in options}
     ((name, value),) = changed.items()
     with pytest.raises(ValueError, match=rf"other settings \({name}: .* -> {value}\): write a new file"):
-        build(path, rollout, EXAMPLES[:8], **options)
+        collect(path, rollout, EXAMPLES[:8], **options)
     assert path.read_bytes() == before and rollout.asked == []
 
 
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "f.jsonl"
-    build(path, Scripted(), EXAMPLES)
+    collect(path, Scripted(), EXAMPLES)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
     with pytest.raises(ValueError, match="f.jsonl, line 2: not JSON"):
@@ -169,7 +170,7 @@ def test_a_damaged_line_is_named(tmp_path):
 
 def test_describe_and_no_signal(tmp_path):
     path = tmp_path / "f.jsonl"
-    build(path, Scripted(right=0.4), EXAMPLES)
+    collect(path, Scripted(right=0.4), EXAMPLES)
     counts = summary(path)
     text = describe(counts)
     assert f"14 examples, 14 attempts, {counts['right']} of them right" in text
@@ -182,7 +183,7 @@ def test_describe_and_no_signal(tmp_path):
     assert "no attempt was right" not in text
     assert "warning: no attempt was right" in describe({**counts, "right": 0})
 
-    assert build(tmp_path / "easy.jsonl", Scripted(right=1.0), EXAMPLES) == []
+    assert collect(tmp_path / "easy.jsonl", Scripted(right=1.0), EXAMPLES) == []
     counts = summary(tmp_path / "easy.jsonl")
     assert counts == {
         "examples": 14,
@@ -199,7 +200,7 @@ def test_describe_and_no_signal(tmp_path):
 
 def test_the_file_is_json_lines_with_texts_for_people(tmp_path):
     path = tmp_path / "f.jsonl"
-    build(path, Scripted(right=0.0), EXAMPLES[:2])
+    collect(path, Scripted(right=0.0), EXAMPLES[:2])
     first, second, end = [json.loads(line) for line in path.read_text().splitlines()]
     assert first["example"] == {"id": "e0", "prompt": "Problem 0", "data": {"i": 0}}
     assert second["reason"] in ("empty", "wrong") and second["text"].startswith("text")
@@ -232,7 +233,7 @@ def test_a_signal_during_the_imports_ends_the_commands_quietly(module, number):
         [sys.executable, "-X", "importtime", "-m", module], stderr=subprocess.PIPE, text=True
     )
     for line in process.stderr:
-        if "grpo.interrupts" in line:  # its handlers are set next; torch takes a second from here
+        if "grpo.run.interrupts" in line:  # its handlers are set next; torch takes a second from here
             break
     for line in process.stderr:
         if " numpy" in line:
@@ -253,8 +254,8 @@ def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypa
         return Scripted().attempts(*arguments, **options)
 
     parts = tiny.build()
-    monkeypatch.setattr("grpo.parts.build", lambda config: parts)
+    monkeypatch.setattr("grpo.run.build.build", lambda config: parts)
     monkeypatch.setattr(parts.rollout, "attempts", interrupted)
     assert failures.main(["--output", str(path), "--num_examples", "8"]) == 130
     assert "interrupted; the same command goes on" in capsys.readouterr().err
-    assert sum("block" in line for line in blocks.read(path)) == 1
+    assert sum("block" in line for line in files.read_jsonl(path)) == 1

@@ -1,7 +1,8 @@
-"""The table of docs/design.md: which file may import what. Read with `ast`, nothing is imported."""
+"""tests/imports.json: which package may import what. Read with `ast`, nothing is imported."""
 
 import ast
 import configparser
+import json
 import re
 import subprocess
 import sys
@@ -10,79 +11,86 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-MAX_LINES = 320
-
-# | `grpo/loss.py` | what it does | `torch` |: a path, and what it may import besides the standard library.
-ROW = re.compile(r"^\| `((?:grpo|kernels)/[^`]*)` \|.*\| ([^|]*) \|$", re.MULTILINE)
-TABLE = {
-    path: set(re.findall(r"`([^`]+)`", names))
-    for path, names in ROW.findall((ROOT / "docs/design.md").read_text(encoding="utf-8"))
-}
+RULES = json.loads((ROOT / "tests/imports.json").read_text(encoding="utf-8"))
+LEVEL = {unit: depth for depth, units in enumerate(RULES["levels"]) for unit in units}  # 0 is the top
+FILES = [ROOT / "train.py", *sorted((ROOT / "grpo").rglob("*.py"))]
+KERNELS = sorted((ROOT / "kernels/grpo_kernels").rglob("*.py"))
 
 
-def row_of(path: Path) -> str:
-    """A file stands for itself, but in a package that has a row, such as grpo/tasks/, for the package."""
-    relative = path.relative_to(ROOT).as_posix()
-    folder = relative.rpartition("/")[0] + "/"
-    return folder if folder in TABLE else relative
+def module_of(path: Path) -> str:
+    """grpo/run/build.py -> grpo.run.build; a package's __init__.py is the package."""
+    folder = ROOT / "kernels" if path in KERNELS else ROOT
+    return ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path) for path in [*FILES, *KERNELS]}
+
+
+def unit_of(module: str) -> str:
+    """What a level or a list of packages names: train, grpo.run, grpo.loss; torch, triton."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if parts[0] == "grpo" else parts[0]
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, standard library left out; `from grpo import loss` counts as grpo.loss."""
+    """Modules that a file imports, without the standard library; `from grpo.run import build` is grpo.run.build."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            module = node.module or ""
-            found |= {f"grpo.{alias.name}" for alias in node.names} if module == "grpo" else {module}
+            assert node.level == 0 and node.module, f"{path}: relative import"
+            members = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (members & MODULES) or {node.module}
     return {module for module in found if module.split(".")[0] not in sys.stdlib_module_names}
 
 
-def short(module: str) -> str:
-    """grpo.tasks.countdown -> tasks; torch.nn.functional -> torch."""
-    parts = module.split(".")
-    return parts[1] if parts[0] == "grpo" else parts[0]
-
-
-FILES = sorted(path for path in (ROOT / "grpo").rglob("*.py") if path != ROOT / "grpo/__init__.py")
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_only_what_the_table_allows(path):
-    row = row_of(path)
-    assert row in TABLE, f"{path.relative_to(ROOT)} has no row in the table of docs/design.md"
-    own = {Path(row).name} if row.endswith("/") else set()  # files of a package may import each other
-    allowed = TABLE[row] | own
-    # a row may name one submodule, such as torch.utils.tensorboard, to allow no more than that
-    wrong = {module for module in imports(path) if short(module) not in allowed and module not in allowed}
-    assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}, its row allows {sorted(allowed)}"
+def test_a_file_imports_from_lower_levels_and_the_packages_of_its_unit(path):
+    module = module_of(path)
+    if module == "grpo":
+        return
+    unit = unit_of(module)
+    for imported in sorted(imports(path)):
+        other = unit_of(imported)
+        if other == unit:
+            continue
+        if other in LEVEL:
+            below = LEVEL[other] > LEVEL[unit] or other in RULES["same_level"].get(unit, [])
+            assert below, f"{module} imports {imported}, which is not on a lower level"
+        else:
+            allowed = RULES["third_party"].get(unit, [])
+            assert other in allowed, f"{module} imports {imported}; {unit} may import {allowed}"
 
 
-def test_every_row_names_something_that_exists_and_no_row_comes_twice():
-    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
-    assert len(ROW.findall(text)) == len(TABLE) > 0
-    for path, names in TABLE.items():
-        assert (ROOT / path).exists(), path
-        own = {
-            name for name in names if any((ROOT / "grpo" / file).exists() for file in (f"{name}.py", name))
-        }
-        others = {name.split(".")[0] for name in names - own}
-        assert others <= required(), f"{path}: {sorted(others - required())}"
+def test_the_rules_name_what_exists_and_each_import_that_they_allow_is_made():
+    assert set(LEVEL) == {unit_of(module) for module in MODULES if module != "grpo"} - {"grpo_kernels"}
+    used: dict[str, set[str]] = {}
+    for path in [*FILES, *KERNELS]:
+        used.setdefault(unit_of(module_of(path)), set()).update(map(unit_of, imports(path)))
+    for unit, packages in RULES["third_party"].items():
+        assert set(packages) <= used[unit], f"{unit} imports no {sorted(set(packages) - used[unit])}"
 
 
-def test_grpo_package_is_empty_and_never_imports_the_kernels():
-    assert (ROOT / "grpo/__init__.py").read_text() == ""
+def test_packages_have_empty_init_files():
+    for package in RULES["empty"]:
+        assert (ROOT / package.replace(".", "/") / "__init__.py").read_text() == "", package
+
+
+def test_only_train_imports_the_kernels_and_they_only_their_references():
     for path in FILES:
-        assert not {module for module in imports(path) if module.split(".")[0] == "grpo_kernels"}, path
-
-
-def test_kernels_import_only_their_references():
-    for path in (ROOT / "kernels/grpo_kernels").rglob("*.py"):
-        own = {module for module in imports(path) if module.split(".")[0] != "grpo_kernels"}
-        assert {short(module) for module in own} <= TABLE["kernels/grpo_kernels/"], path
+        if path.name != "train.py":
+            assert "grpo_kernels" not in {unit_of(module) for module in imports(path)}, path
+    for path in KERNELS:
+        others = {unit_of(module) for module in imports(path)} - {"grpo_kernels"}
+        assert others <= set(RULES["third_party"]["grpo_kernels"]), path
     assert not (ROOT / "kernels/__init__.py").exists()  # it would shadow the PyPI package `kernels`
+
+
+def test_signals_are_set_up_without_torch():
+    """Commands import grpo.run.interrupts first: it sets what torch reads when it is imported."""
+    code = "import sys, grpo.run.interrupts; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def required() -> set[str]:
@@ -94,31 +102,23 @@ def required() -> set[str]:
 
 
 def test_every_third_party_import_is_a_requirement():
-    used = {module.split(".")[0] for path in [*FILES, ROOT / "train.py"] for module in imports(path)}
+    used = {module.split(".")[0] for path in [*FILES, *KERNELS] for module in imports(path)}
     assert used - {"grpo", "grpo_kernels"} <= required()
 
 
 def test_no_cycles():
-    graph: dict[str, set[str]] = {}
-    for path in FILES:
-        module = str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
-        graph[module] = {name for name in imports(path) if name.startswith("grpo.")}
+    graph = {module_of(path): imports(path) & MODULES for path in [*FILES, *KERNELS]}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
         assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
         if module not in done:
-            for target in graph.get(module, ()):
+            for target in graph[module] - {module}:
                 visit(target, (*trail, module))
             done.add(module)
 
     for module in graph:
         visit(module, ())
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES
 
 
 def test_an_installed_package_named_kernels_is_not_shadowed(tmp_path):

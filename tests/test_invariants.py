@@ -19,12 +19,12 @@ from tiny import assert_same, naive, other_model, padded_logprobs, token_logprob
 from torch.testing import assert_close
 
 from grpo import config as configuration
-from grpo.batch import pack
 from grpo.config import Config
 from grpo.episode import Episode
+from grpo.learner.packing import pack
 from grpo.logprob import linear_logprob, selected_logprob
 from grpo.loss import LOSS_TYPES, grpo_loss
-from grpo.metrics import Metrics
+from grpo.run.metrics import Metrics
 
 DIFFERENCE = "sampling/sampling_logp_difference"
 LOSSES = {name: {"loss_type": name} for name in LOSS_TYPES}
@@ -127,7 +127,7 @@ def test_05_the_learner_sees_the_sampled_ids(monkeypatch):
         learned.extend(token for batch in batches for token in batch.ids[batch.pairs].tolist())
         return batches
 
-    monkeypatch.setattr("grpo.learner.pack", spy)
+    monkeypatch.setattr("grpo.learner.learner.pack", spy)
     update(parts, episodes, beta=0.1)
     assert Counter(learned) == Counter(token for ids in reflections for token in ids)
     for episode, done in zip(episodes, finished, strict=True):

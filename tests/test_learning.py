@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import _learning_trl  # noqa: E402
 import learning  # noqa: E402
+from lib import learning_trl  # noqa: E402
 
 from grpo import config, failures  # noqa: E402
 from grpo.tasks import Verdict  # noqa: E402
@@ -59,7 +59,7 @@ def test_trl_meets_the_failures_of_the_run_in_its_order(run):
 
 
 def test_settings_shared_with_trl_are_settings():
-    assert set(_learning_trl.SHARED) <= set(vars(config.Config()))
+    assert set(learning_trl.SHARED) <= set(vars(config.Config()))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_trl_learns_from_the_same_weights(run, tmp_path, monkeypatch):
 
 
 def test_retries_in_trl_follow_the_whole_conversation_and_are_judged(run):
-    tokenizer = _learning_trl.load_tokenizer(run / "start")
+    tokenizer = learning_trl.load_tokenizer(run / "start")
     seen = []
 
     class Model:
@@ -118,7 +118,7 @@ def test_retries_in_trl_follow_the_whole_conversation_and_are_judged(run):
             return Verdict("ok" if text == "right" else "wrong")
 
     settings = {"dtype": "float32", "max_completion_length": 5, "temperature": 1.0}
-    reward = _learning_trl.retry_reward({"settings": settings}, Task(), tokenizer, Model)
+    reward = learning_trl.retry_reward({"settings": settings}, Task(), tokenizer, Model)
     prompts = [[{"role": "user", "content": text}] for text in ("Problem?", "A much longer problem?")]
     completions = [[{"role": "assistant", "content": text}] for text in ("Hm.", "Well, well.")]
     examples = [json.dumps({"id": str(i), "prompt": f"Again {i}?", "data": {}}) for i in range(2)]

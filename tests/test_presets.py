@@ -7,7 +7,7 @@ import tiny
 import tiny_run
 
 from grpo import config as configuration
-from grpo import weights
+from grpo.model import weights
 from grpo.tasks import get_task
 
 # What makes a run small; all other settings stay the preset's.

@@ -10,31 +10,31 @@ from pathlib import Path
 import pytest
 from tiny_run import Moment, arguments, contents, records, run, run_and_stop, save_model
 
-from grpo import checkpoint, run_dir
+from grpo.run import checkpoint, files
 
 ROOT = Path(__file__).parent.parent
 RUN = "tiny-001"
-SAMPLING, UPDATE = "grpo.sampler:Sampler._decode", "grpo.optimizer:MasterAdamW._publish"
+SAMPLING, UPDATE = "grpo.sampler.engine:Sampler._decode", "grpo.learner.optimizer:MasterAdamW._publish"
 STEP_2 = '{"step": 2, "clip'  # the line of its update; that of its validation comes after it
 
 KILLS = {
-    "during the warm start": Moment("grpo.learner:Learner.supervised_step", call=3),
-    "while start is written": Moment("grpo.weights:save_file"),
+    "during the warm start": Moment("grpo.learner.learner:Learner.supervised_step", call=3),
+    "while start is written": Moment("grpo.model.weights:save_file"),
     "before start gets its name": Moment("os:rename", call=2),  # the first one is for config.yaml
     "while failures are sampled": Moment("grpo.failures:_summary"),
-    "in the first validation": Moment("grpo.evaluate:_control_verdicts"),
+    "in the first validation": Moment("grpo.evaluate.measure:_control_verdicts"),
     "in the first rollout": Moment(SAMPLING, call=10, after='"step": 0'),
     "in a rollout": Moment(SAMPLING, call=10, after='{"step": 2, "validation'),
     "in an update": Moment(UPDATE, after='{"step": 1'),
-    "between an update and its log": Moment("grpo.metrics:Metrics.log", after='{"step": 2, "validation'),
-    "between the lines of one step": Moment("grpo.metrics:Metrics.timings", after=STEP_2),
+    "between an update and its log": Moment("grpo.run.metrics:Metrics.log", after='{"step": 2, "validation'),
+    "between the lines of one step": Moment("grpo.run.metrics:Metrics.timings", after=STEP_2),
     "in a validation": Moment(SAMPLING, call=5, after=STEP_2),
-    "before a checkpoint": Moment("grpo.checkpoint:save", after='{"step": 3'),
-    "in a checkpoint": Moment("grpo.checkpoint:_write_state", after='{"step": 3'),
-    "after a checkpoint, before pruning": Moment("grpo.checkpoint:prune", after='{"step": 3'),
+    "before a checkpoint": Moment("grpo.run.checkpoint:save", after='{"step": 3'),
+    "in a checkpoint": Moment("grpo.run.checkpoint:_write_state", after='{"step": 3'),
+    "after a checkpoint, before pruning": Moment("grpo.run.checkpoint:prune", after='{"step": 3'),
     "in the evaluation": Moment(SAMPLING, call=25, after='{"step": 4, "validation'),
-    "between models of the evaluation": Moment("grpo.parts:load_into", call=3),
-    "before evaluation.json": Moment("grpo.evaluate:report"),
+    "between models of the evaluation": Moment("grpo.run.build:load_into", call=3),
+    "before evaluation.json": Moment("grpo.evaluate.measure:report"),
 }
 
 
@@ -55,7 +55,7 @@ def assert_same(folder: Path, expected: dict[str, bytes]) -> None:
     assert found.keys() == expected.keys()
     assert [name for name in found if found[name] != expected[name]] == []
     names = {path.name for path in folder.rglob("*")}
-    assert not [name for name in names if run_dir.PARTIAL in name] and "warm_start" not in names
+    assert not [name for name in names if files.PARTIAL in name] and "warm_start" not in names
 
 
 def resume(folder: Path) -> None:
@@ -122,7 +122,7 @@ def test_killed_and_resumed_in_bfloat16_with_several_updates_per_rollout(model, 
 
 STOPS = {
     "during the warm start": (
-        Moment("grpo.learner:Learner.supervised_step", call=2),
+        Moment("grpo.learner.learner:Learner.supervised_step", call=2),
         "warm_start/checkpoints/step-000002",
     ),
     "while failures are sampled": (KILLS["while failures are sampled"], "start/model.safetensors"),
@@ -161,7 +161,7 @@ def test_a_second_signal_stops_at_once(model, tmp_path, undisturbed, place):
 
 def test_stopped_while_the_parts_are_built(model, tmp_path):
     """Nothing was begun: the directory is taken back, and there is nothing to resume."""
-    status, err = run_and_stop(arguments(model, tmp_path), Moment("grpo.weights:build"), signal.SIGTERM)
+    status, err = run_and_stop(arguments(model, tmp_path), Moment("grpo.model.weights:build"), signal.SIGTERM)
     assert (status, err.strip()) == (130, "stopped")
     assert list(tmp_path.iterdir()) == []
 

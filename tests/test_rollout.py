@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from grpo.batch import pack
+from grpo.learner.packing import pack
 from grpo.rollout import STAGES, attempt_episodes
-from grpo.sampler import Feed, Sample
+from grpo.sampler.engine import Feed, Sample
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
@@ -102,7 +102,7 @@ def test_a_group_shares_its_prompt(parts, pool, rows):
     (finished,) = rows
     prefixes = [done.row.prefix for done in finished]
     assert [prefixes[i] == prefixes[i - 1] for i in range(1, 16)] == [i % 4 != 0 for i in range(1, 16)]
-    # Prompts are run once for their four rows, but for their last token (grpo/kv_cache.py).
+    # Prompts are run once for their four rows, but for their last token (grpo/sampler/kv_cache.py).
     assert parts.sampler.stats["prefill_tokens"] == sum(len(p) - 1 for p in prefixes[::4])
 
 

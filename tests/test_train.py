@@ -13,8 +13,8 @@ from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, records, run, save_model
 
-from grpo import checkpoint, run_dir
-from grpo.optimizer import MasterAdamW
+from grpo.learner.optimizer import MasterAdamW
+from grpo.run import checkpoint, files
 from grpo.tasks import Verdict
 
 ROOT = Path(__file__).parent.parent
@@ -326,7 +326,7 @@ def test_resume_of_a_run_whose_start_has_one_bit_changed_or_a_file_less(unfinish
 
 
 def test_two_processes_on_one_run_directory(unfinished):
-    with run_dir.lock(unfinished):
+    with files.lock(unfinished):
         done = run(["--resume", str(unfinished)])
     assert_error(done, 1, f"{unfinished} is in use by process", "wait for it or stop it")
 
@@ -370,7 +370,7 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
     def fill(*args, **options):
         raise error
 
-    monkeypatch.setattr("grpo.weights.save_file", fill)
+    monkeypatch.setattr("grpo.model.weights.save_file", fill)
     done = quick()
     assert_error(done, 1, "the disk is full")
     assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml"]
@@ -380,7 +380,7 @@ def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
     def fill(*args):
         raise FULL[0]
 
-    monkeypatch.setattr(run_dir, "append_jsonl", fill)
+    monkeypatch.setattr(files, "append_jsonl", fill)
     assert_error(quick(), 1, "No space left on device", "what was saved before is intact")
 
 

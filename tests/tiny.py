@@ -20,13 +20,13 @@ from grpo.advantage import group_advantage
 from grpo.chat import Chat
 from grpo.config import Config
 from grpo.episode import Episode
-from grpo.learner import Learner
+from grpo.learner.learner import Learner
 from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
-from grpo.model import Decoder, ModelConfig
-from grpo.parts import Parts, build_rollout
+from grpo.model.decoder import Decoder, ModelConfig
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.sampler import Sampler, Turn
+from grpo.run.build import Parts, build_rollout
+from grpo.sampler.engine import Sampler, Turn
 from grpo.tasks import Example, Transcript, Verdict
 
 CHATML = (
@@ -138,7 +138,7 @@ def build(
     task: object = None,
     **settings: object,
 ) -> Parts:
-    """What `grpo.parts.build` makes, around the tiny model. `settings` are fields of Config."""
+    """What `grpo.run.build.build` makes, around the tiny model. `settings` are fields of Config."""
     config = Config(**{**SETTINGS, **settings})  # type: ignore[arg-type]
     tokenizer = tokenizer or byte_tokenizer(template=CHATML)
     if model is None:

@@ -15,7 +15,7 @@ import tiny
 import torch
 
 import train
-from grpo import weights
+from grpo.model import weights
 
 # A run of all stages in about two seconds. What the preset sets is set here too: presets change.
 SETTINGS = {

@@ -14,15 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from grpo.interrupts import EXIT_INTERRUPTED, Interrupts
-from grpo.startup import prepare
+from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 
 if __name__ == "__main__":
-    prepare()  # before the imports below, which take seconds
+    set_up_process()  # before the imports below, which take seconds
 
 from grpo import config as configuration
-from grpo import parts, run_dir
 from grpo.experiments.study import ExperimentError, Study
+from grpo.run import build, files
 
 NAMES = "verifier pilot ablation length transfer threshold first_try robustness retention".split()
 # Small defaults that all share; those of an experiment, then the command line, win over them.
@@ -77,8 +76,8 @@ def settings(own: argparse.Namespace, rest: list[str], defaults: dict[str, Any])
     if config.resume is not None:
         raise ValueError("resume must be left out: the same command goes on by itself")
     config.config = None
-    config.device = parts.choose_device(config.device)
-    config.dtype = parts.choose_dtype(config.dtype, config.device)
+    config.device = build.choose_device(config.device)
+    config.dtype = build.choose_dtype(config.dtype, config.device)
     return config
 
 
@@ -102,7 +101,7 @@ def begin(folder: Path, own: argparse.Namespace, rest: list[str]) -> None:
             raise ValueError(
                 f"output {folder} was begun with other options ({'; '.join(changed)}): choose another"
             )
-    with run_dir.written_whole(file) as path:
+    with files.written_whole(file) as path:
         path.write_text(json.dumps(asked, indent=2) + "\n", encoding="utf-8")
 
 
@@ -125,20 +124,20 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(f"seeds must be that of the run, {config.seed}, got {own.seeds}")
             own.seeds = own.seeds or [config.seed]
             begin(folder, own, rest)
-            with run_dir.lock(folder):
+            with files.lock(folder):
                 outcome = module.run(Study(folder, config, own.run), own)
-                files = outcome.write(folder, vars(config))
+                written = outcome.write(folder, vars(config))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (ExperimentError, run_dir.RunDirError, FloatingPointError, OSError) as error:
+    except (ExperimentError, files.RunDirError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(f"\n{outcome.question}\n\n{outcome.table()}\n\nwritten: {', '.join(map(str, files))}")
-    if len(files) < 3:
+    print(f"\n{outcome.question}\n\n{outcome.table()}\n\nwritten: {', '.join(map(str, written))}")
+    if len(written) < 3:
         print("no plot: pip install 'reflect-grpo[experiments]' (matplotlib)", file=sys.stderr)
     return 0
 

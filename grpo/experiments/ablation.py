@@ -11,9 +11,9 @@ import argparse
 import statistics
 from pathlib import Path
 
-from grpo import blocks
 from grpo.experiments.outcome import ARM_COLUMNS, Outcome, arm_row
 from grpo.experiments.study import Arm, Study
+from grpo.run import files
 
 QUESTION = "Which tokens should carry the gradient, at equal compute?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}
@@ -57,5 +57,5 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
 def matching_groups(reflection: Arm, start: Path) -> int:
     """Groups of attempts that sample as many tokens per step as `reflection` does with its retries."""
     per_step = reflection.sampled_tokens() / reflection.config.max_steps
-    lengths = [len(line["attempt_ids"]) for line in blocks.records(start / "failures.jsonl")]
+    lengths = [len(line["attempt_ids"]) for line in files.records(start / "failures.jsonl")]
     return max(1, round(per_step / (statistics.fmean(lengths) * reflection.config.num_generations)))

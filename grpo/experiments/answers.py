@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo.tasks.mistakes import alternatives, concrete
+from grpo.tasks.function_calling.mistakes import alternatives, concrete
 
 Args = dict[str, Any]
 Calls = list[tuple[str, Args]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from grpo.comparison import ModelResult
+from grpo.evaluate.comparison import ModelResult
 from grpo.experiments import ablation
 from grpo.experiments.outcome import Column, Outcome, Row, difference, percent
 from grpo.experiments.study import Arm, Study, pooled

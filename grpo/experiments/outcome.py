@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo import run_dir
-from grpo.comparison import Figures, ModelResult, model_figures
+from grpo.evaluate.comparison import Figures, ModelResult, model_figures
+from grpo.evaluate.statistics import paired_difference
 from grpo.experiments.study import Arm, pooled
-from grpo.statistics import paired_difference
+from grpo.run import files
 
 Row = dict[str, Any]
 
@@ -55,10 +55,10 @@ class Outcome:
 
     def write(self, folder: Path, settings: Figures) -> list[Path]:
         """table.md, result.json and, with matplotlib, plot.png; returns their paths."""
-        with run_dir.written_whole(folder / "result.json") as path:
+        with files.written_whole(folder / "result.json") as path:
             content = {"question": self.question, "settings": settings, "rows": self.rows, **self.details}
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        with run_dir.written_whole(folder / "table.md") as path:
+        with files.written_whole(folder / "table.md") as path:
             path.write_text(f"{self.question}\n\n{self.table()}\n", encoding="utf-8")
         drawn = [folder / "plot.png"] if self._plot(folder / "plot.png") else []
         return [folder / "table.md", folder / "result.json", *drawn]
@@ -85,7 +85,7 @@ class Outcome:
             panel.grid(axis="x", alpha=0.3)
         figure.suptitle(self.question, fontsize="small")
         figure.tight_layout()
-        with run_dir.written_whole(file) as path:
+        with files.written_whole(file) as path:
             figure.savefig(path, format="png", dpi=150)
         pyplot.close(figure)
         return True

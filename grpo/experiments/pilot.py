@@ -16,10 +16,11 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo import blocks, evaluate, parts, run_dir
-from grpo.comparison import ModelResult, model_figures
+from grpo.evaluate import measure
+from grpo.evaluate.comparison import ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study, joined
+from grpo.run import build, files
 
 QUESTION = "Before RL: how often does a retry succeed, how long are reflections, are they good?"
 DEFAULTS: dict[str, Any] = {}
@@ -53,7 +54,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         raise ValueError(f"failures must be at least 1, got {own.failures}")
     results = [_measure(study, seed, own.failures) for seed in own.seeds]
     result = joined(results)
-    with run_dir.written_whole(study.folder / "sheet.html") as path:
+    with files.written_whole(study.folder / "sheet.html") as path:
         path.write_text(sheet(result.failures, own.seeds[0]), encoding="utf-8")
     figures = model_figures(result)
     rows: list[Row] = [
@@ -71,17 +72,17 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
 def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
     """Blocks of problems until enough have failed; what is on the disk is not computed again."""
     start = study.start(seed)
-    built = parts.build(replace(study.config, seed=seed), model_source=str(start / "start"))
+    built = build.parts(replace(study.config, seed=seed), model_source=str(start / "start"))
     store = study.folder / f"records-seed{seed}.jsonl"
-    count = evaluate.BLOCK * max(1, blocks.keep_whole(store))  # what an earlier command has done, at least
-    with parts.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:
+    count = measure.BLOCK * max(1, files.keep_whole_blocks(store))  # done by an earlier command
+    with build.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:
         while True:
             examples = built.task.examples("train", count)
-            result = evaluate.measure(built.rollout, examples, store=store, identity=f"seed {seed}")
+            result = measure.measure(built.rollout, examples, store=store, identity=f"seed {seed}")
             bar.update(min(wanted, len(result.failures)) - bar.n)
             if len(result.failures) >= wanted:
                 return result
-            count += evaluate.BLOCK
+            count += measure.BLOCK
 
 
 # --- the sheet ----------------------------------------------------------------------------------------------

@@ -26,12 +26,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from grpo import parts, run_dir, weights
+from grpo.evaluate.statistics import bootstrap_interval, paired_difference
 from grpo.experiments.outcome import Column, Outcome, Row
 from grpo.experiments.study import ExperimentError, Study, evaluate, wait_for
 from grpo.logprob import linear_logprob
-from grpo.model import Decoder
-from grpo.statistics import bootstrap_interval, paired_difference
+from grpo.model import weights
+from grpo.model.decoder import Decoder
+from grpo.run import build, files
 
 QUESTION = "What does RL on reflections make the model forget?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}
@@ -83,7 +84,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
             file = study.folder / f"scores-{label}-seed{seed}.json"
             if not file.exists():
                 found = _scores(study, source, own.items, label)
-                with run_dir.written_whole(file) as path:
+                with files.written_whole(file) as path:
                     path.write_text(json.dumps(found), encoding="utf-8")
             for measure, values in json.loads(file.read_text(encoding="utf-8")).items():
                 scores.setdefault(measure, {}).setdefault(label, []).extend(values)
@@ -116,7 +117,7 @@ def _row(measure: str, by_model: dict[str, list[float]]) -> Row:
 def _scores(study: Study, source: str, items: int, label: str) -> dict[str, list[float]]:
     """Nats per token of each text, and 1.0 or 0.0 for each question."""
     model, tokenizer = weights.load(
-        source, dtype=parts.DTYPES[study.config.dtype], device=study.config.device
+        source, dtype=build.DTYPES[study.config.dtype], device=study.config.device
     )
     found: dict[str, list[float]] = {}
     for name, texts in text_sets(items):
@@ -199,7 +200,7 @@ def _lines(path: Path) -> list[dict[str, str]]:
 
 def stored_equal(study: Study, stored: Path, records: list[Any], seed: int) -> dict[str, str]:
     """Hidden states after one more round trip through a folder, and answers redone: equal or DIFFERENT."""
-    dtype, device = parts.DTYPES[study.config.dtype], study.config.device
+    dtype, device = build.DTYPES[study.config.dtype], study.config.device
     model, tokenizer = weights.load(str(stored), dtype=dtype, device=device)
     before = hidden_hash(model, tokenizer)
     with tempfile.TemporaryDirectory(dir=study.folder) as folder:

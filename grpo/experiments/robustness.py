@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from grpo.advantage import group_advantage
+from grpo.config import TaskOptions
+from grpo.evaluate.statistics import bootstrap_interval
 from grpo.experiments.outcome import Column, Outcome, arm_row, percent
 from grpo.experiments.study import Arm, Study
-from grpo.fields import TaskOptions
-from grpo.statistics import bootstrap_interval
 from grpo.tasks import Example, get_task
 
 QUESTION = "How far do a verifier's mistakes reach: reward, gradient, final success?"

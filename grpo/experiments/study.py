@@ -21,13 +21,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo import blocks, checkpoint, run_dir
 from grpo import config as configuration
-from grpo.comparison import ModelResult
 from grpo.config import Config
-from grpo.evaluate import records_file
-from grpo.metrics import read_jsonl
-from grpo.signatures import nothing_right
+from grpo.evaluate.comparison import ModelResult
+from grpo.evaluate.measure import records_file
+from grpo.run import checkpoint, files
+from grpo.run.diagnostics import nothing_right
+from grpo.run.metrics import read_jsonl
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
@@ -54,7 +54,7 @@ class Arm:
 
     def records(self, model: str = "trained") -> list[dict[str, Any]]:
         """What the model (vanilla: before RL) did with each held-out problem."""
-        return list(blocks.records(self.folder / f"evaluation-{model}.jsonl"))
+        return list(files.records(self.folder / f"evaluation-{model}.jsonl"))
 
     def checkpoint(self) -> Path:
         """The weights after RL, of an arm that keeps them."""
@@ -67,7 +67,7 @@ class Arm:
         return [line for line in read_jsonl(self.folder / "metrics.jsonl") if "reward" in line]
 
     def episodes(self) -> Iterator[dict[str, Any]]:
-        return blocks.read(self.folder / "episodes.jsonl")
+        return files.read_jsonl(self.folder / "episodes.jsonl")
 
     def seconds(self) -> float:
         """Of RL."""
@@ -162,7 +162,7 @@ class Study:
         if not arm.no_signal:
             self._measured.setdefault(key, folder)
         if not keep:
-            run_dir.delete(folder / "checkpoints")
+            files.delete(folder / "checkpoints")
         return arm
 
     def _folder(self, name: str, seed: int) -> Path:
@@ -176,13 +176,13 @@ class Study:
             if changed := configuration.differences(configuration.load(written), config):
                 raise ValueError(f"{folder} was begun with other settings: {'; '.join(changed)}")
             return
-        run_dir.delete(folder)
+        files.delete(folder)
         folder.mkdir(parents=True)
         if start is not None:
             shutil.copytree(start / "start", folder / "start", copy_function=link)
             for file in share:
                 copy(start / file, folder)
-        with run_dir.written_whole(written) as path:
+        with files.written_whole(written) as path:
             configuration.to_yaml(config, path)
 
 
@@ -218,7 +218,7 @@ def evaluate(models: Sequence[Path], output: Path, options: Sequence[str]) -> li
         ]
         _check(output, wait_for(command))
     labels = json.loads(output.read_text(encoding="utf-8"))["models"]
-    return [ModelResult(list(blocks.records(records_file(output, label)))) for label in labels]
+    return [ModelResult(list(files.records(records_file(output, label)))) for label in labels]
 
 
 def wait_for(command: Sequence[str]) -> int:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import statistics
 
+from grpo.evaluate.statistics import bootstrap_interval, wilson_interval
 from grpo.experiments.outcome import Column, Outcome, Row, arm_row, percent
 from grpo.experiments.study import Arm, Study
 from grpo.failures import summary
-from grpo.statistics import bootstrap_interval, wilson_interval
 
 QUESTION = "How good must the model be before RL for RL to help?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}

@@ -11,10 +11,10 @@ import importlib.util
 import json
 from typing import Any
 
-from grpo.comparison import ModelResult, model_figures
+from grpo.evaluate.comparison import ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, difference, percent
 from grpo.experiments.study import Study, evaluate, joined
-from grpo.tasks.berkeley import INSTALL
+from grpo.tasks.function_calling.berkeley import INSTALL
 
 QUESTION = "Does learning to reflect on one task help on another?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}

@@ -20,16 +20,16 @@ from fractions import Fraction
 from functools import cache
 from typing import Any
 
-from grpo import blocks
-from grpo.comparison import ModelResult
+from grpo.evaluate.comparison import ModelResult
+from grpo.evaluate.statistics import wilson_interval
 from grpo.experiments.answers import changed_answers, right_answers
 from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study, evaluate
-from grpo.statistics import wilson_interval
+from grpo.run import files
 from grpo.tasks import Example, get_task
-from grpo.tasks.berkeley import INSTALL
 from grpo.tasks.function_calling import FunctionCalling
 from grpo.tasks.function_calling import verify as verify_calls
+from grpo.tasks.function_calling.berkeley import INSTALL
 
 QUESTION = "Does the binary reward agree with the truth?"
 DEFAULTS = {"num_eval": 256}
@@ -103,7 +103,7 @@ def _models(study: Study, seeds: Sequence[int]) -> Iterator[ModelResult]:
     """What models wrote: those of the run's evaluation where there is one, else the model before RL, now."""
     if study.run is not None:
         for file in sorted(study.run.glob("evaluation-*.jsonl")):
-            yield ModelResult(list(blocks.records(file)))
+            yield ModelResult(list(files.records(file)))
         return
     for seed in seeds:
         options = ["--num_eval", str(study.config.num_eval), "--controls"]

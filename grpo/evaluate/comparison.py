@@ -1,0 +1,264 @@
+"""From records, one per problem and model, to figures: shares, paired differences, controls, examples.
+
+The figures follow the paper's table (arXiv 2505.24726, tables 1 and 2): first and second try, before and
+after training. A second try counts as right when the first was, or when the retry after the reflection is.
+Beside it stand the controls, which retry the same failures with the same noise after something else than the
+model's own reflection:
+
+    blind     no reflection at all: the failed answer, then the task again
+    shuffled  the reflection that the model wrote about another failed problem
+    blanked   an empty reflection
+
+A reflection helps as far as the retry beats them. Every interval is at 95%: Wilson's for one share, the
+paired bootstrap over problems for a difference. Left out: comparing models on different problems.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from grpo.evaluate.statistics import Interval, paired_difference, paired_rate_difference, wilson_interval
+
+Record = dict[str, Any]
+Figures = dict[str, Any]
+
+CONTROLS = ("blind", "shuffled", "blanked")
+NUM_EXAMPLES = 5  # shown before and after
+# The stages of a run in order of time; a comparison always sets a later one against an earlier one.
+STAGES = {"untouched": "the model as it came", "vanilla": "right before RL", "trained": "after RL"}
+GIVEN_BY = {
+    ("untouched", "vanilla"): "the warm start",
+    ("vanilla", "trained"): "training",
+    ("untouched", "trained"): "both together",
+}
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """What one model did with each problem.
+
+    Args:
+        records: one per problem, JSON-able (see `grpo.evaluate.measure`).
+        settings: what the figures depend on beside the weights: decoding, limits, seed, controls.
+    """
+
+    records: list[Record]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[str]:
+        return [record["id"] for record in self.records]
+
+    @property
+    def first_try(self) -> list[bool]:
+        return [_right(record["first"]) for record in self.records]
+
+    @property
+    def second_try(self) -> list[bool]:
+        return [_right(record["first"]) or _right(record["retry"]) for record in self.records]
+
+    @property
+    def failures(self) -> list[Record]:
+        """Records of the problems whose first try was wrong: those with a reflection and a retry."""
+        return [record for record in self.records if record["retry"] is not None]
+
+    def validation_metrics(self) -> dict[str, float]:
+        """For metrics.jsonl: means over all problems for the tries, over the failures for what follows them.
+
+        The latter are NaN where nothing failed. The blind control must have been measured.
+        """
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values) if values else math.nan
+
+        failed = self.failures
+        return {
+            "validation/first_try": mean(self.first_try),
+            "validation/second_try": mean(self.second_try),
+            "validation/retry": mean([_right(record["retry"]) for record in failed]),
+            "validation/retry_blind": mean([_right(record["controls"]["blind"]) for record in failed]),
+            "validation/reflection_length": mean([record["reflection"]["tokens"] for record in failed]),
+        }
+
+
+def report(results: Mapping[str, ModelResult]) -> Figures:
+    """All figures as one JSON-able dict (evaluation.json); `grpo.evaluate.table.table` renders it.
+
+    Args:
+        results: by name, the earliest model first. The names untouched, vanilla and trained are compared in
+            that order (what the warm start gave, what training gave); with other names, each with the first.
+    Raises:
+        ValueError: no model, no problems, or models that were measured on other problems or with other
+        settings.
+    """
+    _check_comparable(results)
+    first = next(iter(results.values()))
+    return {
+        "num_problems": len(first.records),
+        "confidence": 0.95,
+        "settings": _shared_settings(first),
+        "models": {name: model_figures(result) for name, result in results.items()},
+        "comparisons": [_comparison(results, *pair) for pair in _pairs(list(results))],
+        "examples": _examples(results),
+    }
+
+
+def model_figures(result: ModelResult) -> Figures:
+    """Figures of one model."""
+    failures = result.failures
+    reflections = [record["reflection"] for record in failures]
+    lengths = [reflection["tokens"] for reflection in reflections]
+    cut = sum(reflection["finish_reason"] == "length" for reflection in reflections)
+    figures = {
+        "first_try": _share(result.first_try),
+        "second_try": _share(result.second_try),
+        "gain_of_second_try": _interval(paired_difference(result.second_try, result.first_try)),
+        "num_failures": len(failures),
+        "retry_success": _share([_right(record["retry"]) for record in failures]),
+        "controls": _controls(failures),
+        "answer_leakage": _share([reflection["leaks"] for reflection in reflections]),
+        "reflection_mean_length": sum(lengths) / len(lengths) if lengths else None,
+        "reflection_max_length": max(lengths, default=None),
+        "reflection_truncated": cut / len(reflections) if reflections else None,
+        "reasons_of_failure": {
+            "first": _reasons(record["first"] for record in result.records),
+            "retry": _reasons(record["retry"] for record in failures),
+        },
+    }
+    if all("tolerant" in record["first"] for record in result.records):
+        figures["tolerant"] = _tolerant(result.records)
+    return figures
+
+
+def _tolerant(records: Sequence[Record]) -> Figures:
+    """First and second try by the task's milder judgement. The retries are those of the strict failures."""
+    first = [record["first"]["tolerant"] == "ok" for record in records]
+    retry = [record["retry"] is not None and record["retry"]["tolerant"] == "ok" for record in records]
+    second = [one or other for one, other in zip(first, retry, strict=True)]
+    return {"first_try": _share(first), "second_try": _share(second)}
+
+
+def _controls(failures: Sequence[Record]) -> dict[str, Figures]:
+    """Each control's success, and by how much the real retry beats it, over the failures with both."""
+    figures = {}
+    for name in CONTROLS:
+        both = [record for record in failures if record["controls"].get(name)]
+        if not both:
+            continue
+        retry = [_right(record["retry"]) for record in both]
+        control = [_right(record["controls"][name]) for record in both]
+        difference = _interval(paired_difference(_numbers(retry), _numbers(control)))
+        figures[name] = {"success": _share(control), "retry_minus_control": difference}
+    return figures
+
+
+def _comparison(results: Mapping[str, ModelResult], before: str, after: str) -> Figures:
+    """`after` minus `before`. A model retries only what it failed, so retries are compared as rates."""
+    old, new = results[before], results[after]
+    return {
+        "before": before,
+        "after": after,
+        "given_by": GIVEN_BY.get((before, after)),
+        "first_try": _interval(paired_difference(_numbers(new.first_try), _numbers(old.first_try))),
+        "second_try": _interval(paired_difference(_numbers(new.second_try), _numbers(old.second_try))),
+        "retry_success": _interval(paired_rate_difference(_retries(new, None), _retries(old, None))),
+        "controls": {
+            name: _interval(paired_rate_difference(_retries(new, name), _retries(old, name)))
+            for name in CONTROLS
+        },
+    }
+
+
+def _retries(result: ModelResult, control: str | None) -> tuple[list[float], list[float]]:
+    """Per problem: retry right, and retry made (of a control when one is named), as 0.0 or 1.0."""
+    tries = [(record["controls"].get(control) if control else record["retry"]) for record in result.records]
+    return _numbers(_right(one) for one in tries), _numbers(one is not None for one in tries)
+
+
+def _pairs(names: list[str]) -> list[tuple[str, str]]:
+    """(earlier, later) for the stages of a run, and every other model against the baseline."""
+    stages = [name for name in STAGES if name in names]
+    baseline, _ = before_and_after(names)
+    others = [name for name in names if name not in STAGES and name != baseline]
+    whole_way = [(stages[0], stages[-1])] if len(stages) > 2 else []
+    return [*pairwise(stages), *whole_way, *((baseline, name) for name in others)]
+
+
+def _examples(results: Mapping[str, ModelResult]) -> list[Figures]:
+    """Problems whose first try failed before training, those first where it failed after it too.
+
+    Then both have a reflection to show. Beyond that their order decides, not how well they look.
+    """
+    before, after = before_and_after(list(results))
+    old, new = results[before].records, results[after].records
+    both = [i for i in range(len(old)) if old[i]["retry"] and new[i]["retry"]]
+    one = [i for i in range(len(old)) if old[i]["retry"] and not new[i]["retry"]]
+    chosen = sorted([*both, *one][:NUM_EXAMPLES])
+    return [
+        {"id": old[i]["id"], "prompt": old[i]["prompt"], "before": _shown(old[i]), "after": _shown(new[i])}
+        for i in chosen
+    ]
+
+
+def before_and_after(names: Sequence[str]) -> tuple[str, str]:
+    """The two models whose examples are shown: vanilla where there is one, else the first; and the last."""
+    return ("vanilla" if "vanilla" in names else names[0]), names[-1]
+
+
+def _shown(record: Record) -> Record:
+    return {turn: record[turn] for turn in ("first", "reflection", "retry")}
+
+
+def _check_comparable(results: Mapping[str, ModelResult]) -> None:
+    if not results:
+        raise ValueError("results must name at least one model, got none")
+    name, first = next(iter(results.items()))
+    if not first.records:
+        raise ValueError(f"results must hold at least one problem, got none for {name}")
+    for other, result in results.items():
+        if result.ids != first.ids:
+            raise ValueError(
+                "models must be measured on the same problems in the same order, but those of "
+                f"{other} and {name} differ"
+            )
+        if _shared_settings(result) != _shared_settings(first):
+            changed = [key for key in first.settings if result.settings.get(key) != first.settings[key]]
+            raise ValueError(
+                f"models must be measured with the same settings, but {other} and {name} differ in {changed}"
+            )
+
+
+def _shared_settings(result: ModelResult) -> dict[str, Any]:
+    """What must not differ between models. Controls may be left out for some of them."""
+    return {name: value for name, value in result.settings.items() if name != "controls"}
+
+
+def _right(one: Record | None) -> bool:
+    return one is not None and one["reason"] == "ok"
+
+
+def _numbers(flags: Any) -> list[float]:
+    return [float(flag) for flag in flags]
+
+
+def _share(flags: Sequence[bool]) -> Figures | None:
+    """A share with Wilson's interval; None where there is nothing to take a share of."""
+    if not flags:
+        return None
+    mean, low, high = wilson_interval(sum(flags), len(flags))
+    return {"mean": mean, "low": low, "high": high, "count": sum(flags), "of": len(flags)}
+
+
+def _interval(interval: Interval | None) -> dict[str, float] | None:
+    return None if interval is None else interval._asdict()
+
+
+def _reasons(tries: Any) -> dict[str, float]:
+    """Shares of the wrong ones by reason, the most frequent first."""
+    counts = Counter(one["reason"] for one in tries if not _right(one))
+    return {reason: count / counts.total() for reason, count in counts.most_common()}

@@ -1,0 +1,243 @@
+"""Measures models on held-out problems: first try, reflection, second try, and what else could explain it.
+
+`measure` is the last stage of train.py (once per model), and `python -m grpo.evaluate CHECKPOINT...` compares
+any checkpoints. Every model answers the same problems, and the sampling noise does not depend on the model,
+so all comparisons are paired. Problems are done in fixed blocks, which an interrupted evaluation redoes whole
+or not at all.
+
+Left out: several samples per problem (pass@k), because the paper's table has one; figures are in
+comparison.py, their rendering in table.py, the command in __main__.py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from grpo.episode import Episode
+from grpo.evaluate.comparison import CONTROLS, ModelResult, Record
+from grpo.rollout import Attempt, Rollout
+from grpo.run import files
+from grpo.tasks import Example, TolerantTask
+
+BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
+
+Progress = Callable[[int, int], None]
+
+
+def measure(
+    rollout: Rollout,
+    examples: Sequence[Example],
+    *,
+    controls: Iterable[str] = CONTROLS,
+    block: int = BLOCK,
+    stage: str = "evaluation",
+    store: str | os.PathLike[str] | None = None,
+    identity: str = "",
+    progress: Progress | None = None,
+) -> ModelResult:
+    """Lets the model that `rollout` holds try each example, reflect on its failures and try again.
+
+    One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; and for failures
+    `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both None elsewhere),
+    `controls` {name: {text, reason}} (elsewhere empty). For a TolerantTask `first` and `retry` hold that
+    reason too, as `tolerant`.
+
+    Args:
+        rollout: policy and task; its sampler's decoding settings are used as they are.
+        examples: in a fixed order.
+        controls: which of blind, shuffled and blanked are tried on the same failures.
+        block: examples sampled together. A different size pairs other problems in the shuffled control.
+        stage: of the noise key: "evaluation", or "validation" during training.
+        store: JSON lines file for the records. What it already holds is not computed again.
+        identity: says whose weights these are; a store made with another one is refused.
+        progress: called with (examples done, about, and examples in all) while a block is sampled; the caller
+            may stop there.
+    Raises:
+        ValueError: an unknown control, or `store` was made for other examples, settings or weights.
+    """
+    controls = tuple(controls)
+    if unknown := set(controls) - set(CONTROLS):
+        raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(sorted(unknown))}")
+    if block < 1:
+        raise ValueError(f"block must be at least 1, got {block}")
+    settings = _settings(rollout, controls, block, stage)
+    path = None if store is None else Path(store)
+    records = _stored(path, examples, {**settings, "identity": identity}) if path else []
+
+    def report_progress(share: float = 0.0) -> None:
+        if progress:
+            progress(len(records) + int(share * block), len(examples))
+
+    report_progress()
+    for start in range(len(records), len(examples), block):
+        part = examples[start : start + block]
+        new = _measure_block(rollout, part, controls, stage, _phases(report_progress, len(part) / block))
+        if path:
+            files.append_block(path, new, _end_line(start // block, part, {**settings, "identity": identity}))
+        records += new
+        report_progress()
+    return ModelResult(records, settings)
+
+
+def records_file(output: Path, label: str) -> Path:
+    """Where the records of the model `label` are, beside the figures in `output`."""
+    return output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.jsonl")
+
+
+# --- one block ----------------------------------------------------------------------------------------------
+
+
+def _phases(report: Callable[[float], None], size: float) -> list[Progress]:
+    """For each of a block's sampler runs, a `progress` that reports the share of the block behind it.
+
+    The reflections take most of the time.
+    """
+
+    def phase(begin: float, end: float) -> Progress:
+        return lambda done, rows: report(size * (begin + (end - begin) * done / max(1, rows)))
+
+    return [phase(0.0, 0.2), phase(0.2, 0.8), phase(0.8, 0.99)]
+
+
+def _measure_block(
+    rollout: Rollout,
+    examples: Sequence[Example],
+    controls: Sequence[str],
+    stage: str,
+    progress: Sequence[Progress],
+) -> list[Record]:
+    attempts = rollout.attempts(examples, stage=stage, progress=progress[0])
+    failures = [attempt for attempt in attempts if not attempt.verdict.ok]
+    episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
+    verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress[2])
+    reflected = iter(zip(episodes, verdicts, strict=True))
+    return [
+        _record(rollout, attempt, *((None, {}) if attempt.verdict.ok else next(reflected)))
+        for attempt in attempts
+    ]
+
+
+def _control_verdicts(
+    rollout: Rollout,
+    controls: Sequence[str],
+    failures: Sequence[Attempt],
+    episodes: Sequence[Episode],
+    stage: str,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Per failure {control: {text, reason}}; None for shuffled where the block has but one failure.
+
+    All controls of a failure are neighbours in one call, since they share most of their context.
+    """
+    closed = [_closed_reflection(rollout, episode) for episode in episodes]
+    reflections: dict[str, Sequence[list[int] | None]] = {
+        "blind": [None] * len(failures),
+        "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # nobody keeps their own
+        "blanked": [rollout.chat.encode_turn("")] * len(failures),
+    }
+    tried = [control for control in controls if reflections[control]]
+    retries = iter(
+        rollout.retry_after(
+            [failure for failure in failures for _ in tried],
+            [reflections[control][index] for index in range(len(failures)) for control in tried],
+            stage=stage,
+            progress=progress,
+        )
+    )
+    verdicts: list[dict[str, Any]] = []
+    for _ in failures:
+        done = {control: next(retries) for control in tried}
+        texts = {name: {"text": one.text, "reason": one.verdict.reason} for name, one in done.items()}
+        verdicts.append({control: texts.get(control) for control in controls})
+    return verdicts
+
+
+def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:
+    """The sampled ids, with the end of turn that a reflection cut at its limit has not sampled.
+
+    In the model's own retry the chat's glue closes such a turn; in another conversation it must come closed.
+    """
+    ids = _ids(episode, "reflection")
+    return ids if episode.finish_reason == "stop" else [*ids, *rollout.chat.encode_turn("")]
+
+
+def _ids(episode: Episode, role: str) -> list[int]:
+    return [token for token, its in zip(episode.completion_ids, episode.roles, strict=True) if its == role]
+
+
+def _record(rollout: Rollout, attempt: Attempt, episode: Episode | None, controls: dict[str, Any]) -> Record:
+    example, turn = attempt.example, attempt.turn
+    first = {"text": attempt.text, "reason": attempt.verdict.reason, "tokens": len(turn.ids)}
+    record: Record = {
+        "id": example.id,
+        "prompt": example.prompt,
+        "first": {**first, "finish_reason": turn.finish_reason, **_tolerant(rollout, example, attempt.text)},
+        "reflection": None,
+        "retry": None,
+        "controls": controls,
+    }
+    if episode is not None:
+        text = episode.texts["reflection"]
+        record["reflection"] = {
+            "text": text,
+            "tokens": len(_ids(episode, "reflection")),
+            "finish_reason": episode.finish_reason,
+            "leaks": rollout.task.leaks(example, text),
+        }
+        retry = {"text": episode.texts["retry"], "reason": episode.reasons[0]}
+        tolerant = _tolerant(rollout, example, retry["text"])
+        record["retry"] = {**retry, "tokens": len(_ids(episode, "retry")), **tolerant}
+    return record
+
+
+def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
+    """The reason of the milder judgement, for tasks that have one."""
+    task = rollout.task
+    return {"tolerant": task.tolerant(example, text).reason} if isinstance(task, TolerantTask) else {}
+
+
+# --- the stored blocks --------------------------------------------------------------------------------------
+
+
+def _settings(rollout: Rollout, controls: Sequence[str], block: int, stage: str) -> dict[str, Any]:
+    """What the records depend on beside the weights and the examples."""
+    return {
+        **rollout.settings,
+        "max_reflection_length": rollout.max_reflection_length,
+        "stage": stage,
+        "block": block,
+        "controls": list(controls),
+    }
+
+
+def _end_line(number: int, part: Sequence[Example], settings: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "block": number,
+        "first": part[0].id,
+        "last": part[-1].id,
+        "examples": len(part),
+        "settings": settings,
+    }
+
+
+def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> list[Record]:
+    """Records of the whole blocks in `path`, after a check that they belong to this evaluation."""
+    if not files.keep_whole_blocks(path):
+        return []
+    lines = list(files.read_jsonl(path))
+    ends = [line for line in lines if "block" in line]
+    for end in ends:
+        if end["settings"] != settings:
+            changed = [key for key in settings if end["settings"].get(key) != settings[key]]
+            raise ValueError(
+                f"{path} was made with another {', '.join(changed)}: write to a new file, or delete it"
+            )
+        size = settings["block"]
+        part = examples[end["block"] * size :][:size]
+        if not part or end != _end_line(end["block"], part, settings):
+            raise ValueError(f"{path} was made for other problems: write to a new file, or delete it")
+    return [line for line in lines if "block" not in line]

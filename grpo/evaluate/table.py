@@ -1,0 +1,209 @@
+"""The report of comparison.py as text for a terminal: at most 100 columns, readable without colours.
+
+From top to bottom: the paper's table, what the warm start and the training gave, one line per figure with its
+95% interval, reasons of failure, and five problems before and after. Left out: colours and plots.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+from grpo.evaluate.comparison import CONTROLS, STAGES, Figures, before_and_after
+
+LABEL, COLUMN = 28, 24  # characters; three models fit side by side, more go below
+MODELS_PER_TABLE = 3
+HALF = 48  # width of one of two texts side by side
+LONGEST_TEXT = 700  # characters of a model's text that are shown
+
+
+def table(report: Figures) -> str:
+    """Text for the terminal, without a newline at the end.
+
+    Args:
+        report: what `grpo.evaluate.comparison.report` returns, also after a round trip through JSON.
+    """
+    parts = [_headline(report)]
+    parts += [_comparison(one) for one in report["comparisons"]]
+    names = list(report["models"])
+    for start in range(0, len(names), MODELS_PER_TABLE):
+        models = {name: report["models"][name] for name in names[start : start + MODELS_PER_TABLE]}
+        parts += [_figures(models), _reasons(models)]
+    parts.append(_examples(report))
+    return "\n\n".join(part for part in parts if part)
+
+
+# --- the paper's table --------------------------------------------------------------------------------------
+
+
+def _headline(report: Figures) -> str:
+    """Two columns per model: first and second try, in percent."""
+    task = report["settings"].get("task", "task")
+    title = f"{task}, {report['num_problems']} problems, right answers in percent"
+    names = list(report["models"])
+    lines = [title]
+    for start in range(0, len(names), MODELS_PER_TABLE):
+        shown = names[start : start + MODELS_PER_TABLE]
+        width = max(20, min(COLUMN + 8, 2 + max(len(name) for name in shown)))
+        tries = [
+            (_percent(report["models"][n]["first_try"]), _percent(report["models"][n]["second_try"]))
+            for n in shown
+        ]
+        lines += [
+            "".join(f"{_fit(name, width - 2):>{width}}" for name in shown),
+            "".join(f"{'1st try':>{width - 9}}{'2nd try':>9}" for _ in shown),
+            "".join(f"{first:>{width - 9}}{second:>9}" for first, second in tries),
+        ]
+    legend = [f"{name}: {STAGES[name]}" for name in names if name in STAGES]
+    return "\n".join(lines + (["(" + "; ".join(legend) + ")"] if legend else []))
+
+
+def _comparison(one: Figures) -> str:
+    """What changed from one model to another, in percentage points."""
+    given_by = f"What {one['given_by']} gave" if one["given_by"] else "Difference"
+    lines = [f"{given_by} ({one['after']} minus {one['before']}, percentage points, 95% paired interval)"]
+    lines.append(_row("first try", [_points(one["first_try"])]))
+    lines.append(_row("second try", [_points(one["second_try"])]))
+    lines.append(_row("retries right", [_points(one["retry_success"])]))
+    lines += [_row(f"  {name} retry", [_points(value)]) for name, value in one["controls"].items() if value]
+    return "\n".join(lines)
+
+
+# --- one line per figure, one column per model --------------------------------------------------------------
+
+
+def _figures(models: Mapping[str, Figures]) -> str:
+    figures = list(models.values())
+    lines = [_row("percent [95% interval]", list(models))]
+    lines.append(_row("first try right", [_share(f["first_try"]) for f in figures]))
+    lines.append(_row("second try right", [_share(f["second_try"]) for f in figures]))
+    if any("tolerant" in f for f in figures):
+        found = [f.get("tolerant", {}) for f in figures]
+        lines.append(_row("first try, tolerant", [_share(one.get("first_try")) for one in found]))
+        lines.append(_row("second try, tolerant", [_share(one.get("second_try")) for one in found]))
+    lines.append(_row("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
+    lines.append(_row("retries right", [_share(f["retry_success"]) for f in figures]))
+    for name in CONTROLS:
+        if any(name in f["controls"] for f in figures):
+            found = [f["controls"].get(name, {}) for f in figures]
+            lines.append(_row(f"  {name} retry right", [_share(one.get("success")) for one in found]))
+            lines.append(
+                _row(f"  retry minus {name}", [_points(one.get("retry_minus_control")) for one in found])
+            )
+    lines.append(_row("answer in the reflection", [_share(f["answer_leakage"]) for f in figures]))
+    lines.append(
+        _row("reflections cut at the limit", [_plain_percent(f["reflection_truncated"]) for f in figures])
+    )
+    lines.append(_row("mean reflection, tokens", [_number(f["reflection_mean_length"]) for f in figures]))
+    lines.append(_row("first tries wrong, problems", [str(f["num_failures"]) for f in figures]))
+    return "\n".join(lines)
+
+
+def _reasons(models: Mapping[str, Figures]) -> str:
+    """Shares of the wrong tries by reason, first try and retry, per model."""
+    found = {name: model["reasons_of_failure"] for name, model in models.items()}
+    total: dict[str, float] = {}
+    for by_turn in found.values():
+        for by_reason in by_turn.values():
+            for reason, share in by_reason.items():
+                total[reason] = total.get(reason, 0.0) + share
+    if not total:
+        return ""
+    lines = [_row("why wrong, percent of wrong", list(models)), _row("", ["1st try   retry"] * len(models))]
+    for reason in sorted(total, key=lambda reason: -total[reason]):
+        shares = [
+            [_plain_percent(reasons[turn].get(reason, 0.0)) for turn in ("first", "retry")]
+            for reasons in found.values()
+        ]
+        lines.append(_row(reason, [f"{first:>7}{retry:>8}" for first, retry in shares]))
+    return "\n".join(lines)
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"{label:<{LABEL}}" + "".join(f"{_fit(cell, COLUMN - 1):>{COLUMN}}" for cell in cells)
+
+
+def _fit(text: str, width: int) -> str:
+    """The end of a long name tells more than its beginning: runs/demo-001/checkpoints/step-000050."""
+    return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
+
+
+def _percent(share: Mapping[str, Any] | None) -> str:
+    return "-" if share is None else _plain_percent(share["mean"])
+
+
+def _plain_percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _share(share: Mapping[str, Any] | None) -> str:
+    return (
+        "-"
+        if share is None
+        else f"{100 * share['mean']:.1f} [{100 * share['low']:5.1f}, {100 * share['high']:5.1f}]"
+    )
+
+
+def _points(interval: Mapping[str, float] | None) -> str:
+    if interval is None:
+        return "-"
+    return f"{100 * interval['mean']:+.1f} [{100 * interval['low']:+5.1f}, {100 * interval['high']:+5.1f}]"
+
+
+# --- examples -----------------------------------------------------------------------------------------------
+
+
+def _examples(report: Figures) -> str:
+    """Problems that the first model failed at first, both models' conversations side by side."""
+    if not report["examples"]:
+        return ""
+    before, after = before_and_after(list(report["models"]))
+    names = [before] if before == after else [before, after]
+    title = f"{len(report['examples'])} problems that {before} got wrong at first"
+    if before != after:
+        title += f", those first that {after} got wrong too"
+    sides = [side for side, _ in zip(("before", "after"), names, strict=False)]
+    return "\n\n".join([title, *[_example(one, names, sides) for one in report["examples"]]])
+
+
+def _example(one: Figures, names: Sequence[str], sides: Sequence[str]) -> str:
+    width = HALF if len(sides) == 2 else 2 * HALF
+    lines = [f"--- {one['id']} ".ljust(2 * HALF + 3, "-"), *_wrapped(one["prompt"], 2 * HALF)]
+    cells = [[f"[{_fit(name, width - 2)}]"] for name in names]
+    lines += _side_by_side(cells, width)
+    for turn, label in (("first", "first try"), ("reflection", "reflection"), ("retry", "second try")):
+        cells = [_turn(label, one[side][turn], width) for side in sides]
+        if any(cells):
+            lines += _side_by_side(cells, width)
+    return "\n".join(lines)
+
+
+def _turn(label: str, turn: Mapping[str, Any] | None, width: int) -> list[str]:
+    if turn is None:
+        return []
+    verdict = turn.get("reason", "cut at the limit" if turn.get("finish_reason") == "length" else "")
+    mark = f" ({'right' if verdict == 'ok' else verdict})" if verdict else ""
+    return [f"{label}{mark}:", *(f"  {line}" for line in _wrapped(turn["text"], width - 2))]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, without what could steer the terminal (models write anything)."""
+    shown = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " [...]"
+    lines = []
+    for line in shown.splitlines():
+        safe = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
+        lines += textwrap.wrap(safe, width) or [""]
+    return lines or ["(nothing)"]
+
+
+def _side_by_side(cells: Sequence[Sequence[str]], width: int) -> list[str]:
+    rows = zip_longest(*cells, fillvalue="")
+    return [
+        " | ".join(f"{cell:<{width}}" for cell in row).rstrip().removesuffix("|").rstrip() for row in rows
+    ]

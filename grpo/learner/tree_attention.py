@@ -1,0 +1,142 @@
+"""Attention over a packed row: the trees of packing.py, exactly, without a (T, T) mask.
+
+A row holds each shared prefix once. Attention runs tree by tree: the prompt attends causally; the branches,
+in runs of similar length padded to the longest, attend to the prompt and to themselves. What branches share
+is computed once for each of them here, and once in all other operations of the model.
+
+T tokens of the row, N query heads, K key/value heads, D head size; P the prompt length of a tree, G the
+branches of a run, L the longest of them. Left out: kernels that skip masked blocks (flex attention has no
+backward on a CPU; its place would be here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from grpo.model.attention import Attend, attention
+
+SIMILAR = 0.75  # of a run's longest branch: on the demo's steps a third less attention than in a single run
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where one prompt and its completions lie in the row, as places from 0 to T - 1."""
+
+    prompt: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]  # prompt to leaf, longest first; they may share places
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[index], by `embedding`: its backward, unlike that of index_select, has a fixed order on CUDA too."""
+    return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
+
+
+def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
+    """Scaled dot-product attention under `dense_mask(trees, window=...)`, as the decoder's `attend`.
+
+    Args:
+        windows: per layer, how many positions a query sees (itself included), or None for all of them.
+    Returns:
+        attend(layer, q (1, N, T, D), k (1, K, T, D), v (1, K, T, D)) -> (1, N, T, D), differentiable.
+    """
+    num_tokens = 1 + max(max(path) for tree in trees for path in (tree.prompt, *tree.branches))
+    plans: dict[tuple[int | None, torch.device], _Plan] = {}  # made once per micro-batch, not per layer
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.shape[0] != 1 or q.shape[2] != num_tokens:
+            raise ValueError(f"q must hold one packed row of {num_tokens} tokens, got shape {tuple(q.shape)}")
+        key = (windows[layer], q.device)
+        if key not in plans:
+            plans[key] = _Plan.of(trees, num_tokens, *key)
+        plan = plans[key]
+        # One gather and one split: every single slice would cost a gradient of T tokens, filled with zeros.
+        slots = [gather(x[0].transpose(0, 1), plan.tokens).split(plan.sizes) for x in (q, k, v)]
+        pieces = zip(*slots, strict=True)  # of q, k and v, each (slots, heads, D): a prompt, its runs, ...
+        out = []
+        for prompt_mask, runs in plan.masks:
+            prompt = [x.transpose(0, 1)[None] for x in next(pieces)]  # (1, heads, P, D)
+            out.append(attention(prompt[0], prompt[1], prompt[2], prompt_mask)[0].transpose(0, 1))
+            out += [_attend_run(count, next(pieces), prompt, mask) for count, mask in runs]
+        return gather(torch.cat(out), plan.slots).transpose(0, 1)[None]
+
+    return attend
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Indices and masks under one window. Attention has S slots: a prompt, its runs, the next prompt, ..."""
+
+    tokens: Tensor  # (S,) int64, the place in the row that each slot reads
+    slots: Tensor  # (T,) int64, a slot of each place
+    sizes: list[int]  # slots of each piece
+    masks: list[tuple[Tensor | None, list[tuple[int, Tensor]]]]  # (P, P) or causal; of each run G, (L, P + L)
+
+    @staticmethod
+    def of(trees: Sequence[Tree], num_tokens: int, window: int | None, device: torch.device) -> _Plan:
+        tokens: list[int] = []
+        slots = [-1] * num_tokens
+        sizes, masks = [], []
+
+        def read(path: Sequence[int], length: int) -> None:
+            for slot, place in enumerate(path, len(tokens)):
+                slots[place] = slot
+            tokens.extend([*path, *[path[-1]] * (length - len(path))])
+
+        for tree in trees:
+            size = len(tree.prompt)
+            position = torch.arange(size + max(map(len, tree.branches), default=0), device=device)
+            read(tree.prompt, size)
+            sizes.append(size)
+            narrow = window is not None and window < size
+            prompt_mask = _visible(position[:size], position[:size], window) if narrow else None
+            runs = []
+            for run in _runs(tree.branches):
+                longest = len(run[0])
+                for branch in run:
+                    read(branch, longest)
+                sizes.append(len(run) * longest)
+                # Padding comes last, where causality hides it: one mask for all branches.
+                own = position[: size + longest]
+                runs.append((len(run), _visible(own[size:], own, window)))
+            masks.append((prompt_mask, runs))
+        indices = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, slots)]
+        return _Plan(indices[0], indices[1], sizes, masks)
+
+
+def _runs(branches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Cuts branches, longest first, where the next one is shorter than SIMILAR of the run's first."""
+    start = 0
+    for end in range(1, len(branches) + 1):
+        if end == len(branches) or len(branches[end]) < SIMILAR * len(branches[start]):
+            yield branches[start:end]
+            start = end
+
+
+def _attend_run(count: int, run: Sequence[Tensor], prompt: Sequence[Tensor], mask: Tensor) -> Tensor:
+    """(G * L, heads, D) of q, k and v -> (G * L, N, D): each branch attends to the prompt and to itself."""
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in run)  # (G, heads, L, D)
+    shared_k, shared_v = (x.expand(count, -1, -1, -1) for x in prompt[1:])
+    out = attention(q, torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2), mask)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """(queries, keys) bool from positions: a query sees itself and at most window - 1 positions before."""
+    distance = query[:, None] - key
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def dense_mask(trees: Sequence[Tree], *, window: int | None = None) -> Tensor:
+    """(T, T) bool, True where a query (row) sees a key: the reference for `tree_attend`, in O(T^2) memory."""
+    paths = [torch.tensor(tree.prompt + branch) for tree in trees for branch in tree.branches or ((),)]
+    num_tokens = 1 + max(int(path.max()) for path in paths)
+    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for path in paths:
+        position = torch.arange(len(path))
+        mask[path[:, None], path] = _visible(position, position, window)
+    return mask

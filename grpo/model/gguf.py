@@ -1,0 +1,282 @@
+"""Reads a GGUF file (llama.cpp's format): its tensors, config and tokenizer in Hugging Face's terms.
+
+The file stores (quantised) tensors under llama.cpp's names and everything else as key-value pairs. Three
+things need undoing: the names; the order of the rows of the query and key projections of the `llama`
+architecture, which llama.cpp permutes because its RoPE pairs neighbouring dimensions; and the RoPE scaling,
+which Llama 3.1 and Phi-3 files keep as a tensor of divisors.
+
+Left out: mixture of experts, other architectures than the decoder's, and split files.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
+_TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+# How each `tokenizer.ggml.pre` cuts a text before byte-pair merges, as in the models' own tokenizer.json.
+# None: as GPT-2.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_PRETOKENIZERS = {"gpt-2": None, "smollm": None, "llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", "")}
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+
+
+class GGUFFile:
+    """One open GGUF file. `config`: HF config dict.
+
+    Raises:
+        ValueError: damaged; an architecture, RoPE scaling or tokenizer that is not supported; or the package
+            `gguf` is not installed.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            from gguf import GGUFReader
+        except ImportError as error:
+            raise ValueError(
+                f"{path}: GGUF files need the package gguf: pip install 'reflect-grpo[gguf]'"
+            ) from error
+        self.path = path
+        try:
+            # Memory-mapped: only what is looked at is read.
+            reader = GGUFReader(path)
+        except Exception as error:  # the reader checks little: a short file shows as any NumPy error
+            raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+        self._fields = reader.fields
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.architecture = self._get("general.architecture")
+        if self.architecture not in _ARCHITECTURES:
+            known = ", ".join(_ARCHITECTURES)
+            raise ValueError(
+                f"{path}: general.architecture must be one of {known}, got {self.architecture!r}"
+            )
+        self.config = self._config()
+
+    _MISSING = object()
+
+    def _get(self, key: str, default: Any = _MISSING) -> Any:
+        if key in self._fields:
+            return self._fields[key].contents()
+        if default is GGUFFile._MISSING:
+            raise ValueError(f"{self.path} has no {key}; it is not a complete model file")
+        return default
+
+    def _of_model(self, key: str, default: Any = _MISSING) -> Any:
+        return self._get(f"{self.architecture}.{key}", default)
+
+    def _config(self) -> dict[str, Any]:
+        heads, hidden = self._of_model("attention.head_count"), self._of_model("embedding_length")
+        head_dim = self._of_model("attention.key_length", hidden // heads)
+        config = {
+            "architectures": [_ARCHITECTURES[self.architecture]],
+            "model_type": self.architecture,
+            "vocab_size": self._shape("token_embd.weight")[0],
+            "hidden_size": hidden,
+            "intermediate_size": self._of_model("feed_forward_length"),
+            "num_hidden_layers": self._of_model("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._of_model("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            # The file holds a float32, 9.9999997e-06: give back the decimal that was meant.
+            "rms_norm_eps": float(f"{self._of_model('attention.layer_norm_rms_epsilon'):.6g}"),
+            "max_position_embeddings": self._of_model("context_length"),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
+            "attention_bias": self.architecture != "qwen2" and "blk.0.attn_q.bias" in self._tensors,
+            "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
+            "rope_parameters": self._rope_parameters(head_dim),
+            "bos_token_id": self._get("tokenizer.ggml.bos_token_id", None),
+            "eos_token_id": self._get("tokenizer.ggml.eos_token_id", None),
+            "pad_token_id": self._get("tokenizer.ggml.padding_token_id", None),
+        }
+        if self.architecture == "phi3":
+            config["sliding_window"] = self._of_model("attention.sliding_window", None) or None
+            original = self._of_model("rope.scaling.original_context_length", None)
+            config["original_max_position_embeddings"] = original or config["max_position_embeddings"]
+        return config
+
+    def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
+        theta = float(self._of_model("rope.freq_base", 10_000.0))
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
+        partial = self._of_model("rope.dimension_count", head_dim) / head_dim
+        if partial != 1:
+            rope["partial_rotary_factor"] = partial
+        kind = self._of_model("rope.scaling.type", "none")
+        if "rope_freqs.weight" in self._tensors:
+            return rope | self._llama3_scaling(theta, head_dim)
+        if "rope_factors_long.weight" in self._tensors:
+            for length in ("long", "short"):
+                divisors = self._read(f"rope_factors_{length}.weight")
+                rope[f"{length}_factor"] = [float(f"{value:.7g}") for value in divisors.tolist()]
+            if attention_factor := self._of_model("rope.scaling.attn_factor", None):
+                rope["attention_factor"] = attention_factor
+            return rope | {"rope_type": "longrope"}
+        if kind in ("linear", "yarn"):
+            rope |= {"rope_type": kind, "factor": self._of_model("rope.scaling.factor")}
+            if kind == "yarn":
+                original = self._of_model("rope.scaling.original_context_length")
+                rope["original_max_position_embeddings"] = original
+        elif kind != "none":
+            raise ValueError(f"{self.path}: rope.scaling.type {kind!r} is not supported")
+        return rope
+
+    def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
+        """Llama 3.1's scaling is stored as divisors only; find the published parameters that give them."""
+        from grpo.model.rope import Rope, frequencies
+
+        divisors = self._read("rope_freqs.weight")
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(divisors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+        given = {"max_position_embeddings": self._of_model("context_length")}
+        plain = frequencies(Rope.from_hf(given | {"rope_theta": theta}, head_dim), 0)[0]
+        rope = Rope.from_hf(given | {"rope_parameters": scaling | {"rope_theta": theta}}, head_dim)
+        if divisors.shape != plain.shape or not torch.allclose(
+            plain / divisors, frequencies(rope, 0)[0], rtol=1e-3
+        ):
+            raise ValueError(
+                f"{self.path}: rope_freqs.weight is not Llama 3's scaling; pass the HF folder instead"
+            )
+        return scaling
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._tensors:
+            raise ValueError(f"{self.path} has no tensor {name}; it is not a complete model file")
+        return tuple(
+            int(size) for size in reversed(self._tensors[name].shape)
+        )  # GGUF counts from the inside out
+
+    def _read(self, name: str) -> Tensor:
+        """One tensor, dequantised: float32."""
+        from gguf.quants import dequantize
+
+        tensor = self._tensors[name]
+        try:
+            values = dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError as error:
+            kind = tensor.tensor_type.name
+            raise ValueError(f"{self.path}: {name} is quantised as {kind}, which gguf cannot undo") from error
+        return torch.tensor(values, dtype=torch.float32).reshape(self._shape(name))
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(HF name, float32 tensor), one at a time; unknown tensors keep llama.cpp's name."""
+        for name in self._tensors:
+            if name not in _ROPE_TENSORS:
+                tensor = self._read(name)
+                if self.architecture == "llama" and re.search(r"\.attn_[qk]\.", name):
+                    heads = "num_attention_heads" if ".attn_q." in name else "num_key_value_heads"
+                    tensor = _unpermute(tensor, self.config[heads])
+                yield self._hf_name(name), tensor
+
+    def _hf_name(self, name: str) -> str:
+        match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
+        if match is None or match[2] not in _TENSORS:
+            return name
+        part = _TENSORS[match[2]]
+        if self.architecture == "phi3" and match[2] == "ffn_up":
+            part = "mlp.gate_up_proj"
+        return (f"model.layers.{match[1]}." if match[1] else "") + f"{part}.{match[3]}"
+
+    def tokenizer(self) -> Any:
+        """The tokenizer in the file, chat template and special tokens included, as transformers has it."""
+        if self._get("tokenizer.ggml.model") == "gpt2":
+            return self._byte_level_tokenizer()
+        from transformers import AutoTokenizer
+
+        # SentencePiece vocabularies (Llama 2, Mistral, Phi-3): transformers reads the file and converts them.
+        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        tokenizer.chat_template = self._get("tokenizer.chat_template", None)
+        return tokenizer
+
+    def _byte_level_tokenizer(self) -> Any:
+        # Built here: transformers' reading ignores `tokenizer.ggml.pre`, and reads the file a second time.
+        from tokenizers import AddedToken, Tokenizer, models, processors
+        from transformers import PreTrainedTokenizerFast
+
+        tokens = self._get("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
+        pre = self._get("tokenizer.ggml.pre", "gpt-2")
+        if pre not in _PRETOKENIZERS:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.pre must be one of {', '.join(_PRETOKENIZERS)}, got {pre!r}"
+            )
+        vocab = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+        _set_byte_level(tokenizer, pre)
+        kinds = self._get("tokenizer.ggml.token_type", [1] * len(tokens))
+        tokenizer.add_tokens(
+            [
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, kinds, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+        ids = {name: self._get(f"tokenizer.ggml.{key}_token_id", None) for name, key in names.items()}
+        special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+        if self._get("tokenizer.ggml.add_bos_token", False) and "bos_token" in special:
+            bos = special["bos_token"]
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", special_tokens=[(bos, ids["bos"])]
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            model_max_length=self._of_model("context_length"),
+            clean_up_tokenization_spaces=False,
+            chat_template=self._get("tokenizer.chat_template", None),
+            **special,
+        )
+
+
+def _set_byte_level(tokenizer: Any, pre: str) -> None:
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    pattern = _PRETOKENIZERS[pre]
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
+    if pattern is not None:
+        steps.insert(0, pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    if pre == "smollm":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.decoder = decoders.ByteLevel()
+
+
+def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
+    """From llama.cpp's order of a head's rows, x0, x_{D/2}, x1, x_{D/2 + 1}, ..., to x0, x1, x2, ..."""
+    return tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)

@@ -1,0 +1,92 @@
+"""One GRPO step in plain PyTorch: read this first. The tests compare the real learner with it, in float64.
+
+For a completion i of a group, with reward r_i and tokens t (GRPO, arXiv 2402.03300, equations 3 and 4):
+
+    advantage  A_i = (r_i - mean of the group) / (std of the group + 1e-4)
+    ratio      rho = exp(log-prob under the policy - log-prob under the policy that sampled)
+    KL         k   = exp(x) - x - 1  with x = log-prob under the reference - log-prob under the policy
+    loss           = sum over all trained tokens of  -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta rho k
+                     divided by the number of trained tokens of the whole step (DAPO, arXiv 2503.14476)
+
+`mask` says which tokens are trained. In "Reflect, Retry, Reward" (arXiv 2505.24726) these are the reflection's
+tokens, and the reward is 1 where the retry after that reflection is right.
+
+Left out, and found in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits, micro-batches,
+bfloat16 weights with float32 masters, other losses (grpo/loss.py). B completions, T tokens of the longest row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from grpo.advantage import group_advantage
+from grpo.logprob import plain_logprob
+
+
+def completion_logprobs(
+    model: nn.Module, prompts: list[list[int]], completions: list[list[int]], temperature: float
+) -> list[Tensor]:
+    """Log-probs of each completion's tokens, in nats, from one row per completion padded on the right."""
+    rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])  # (B, T)
+    real = torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows])
+    hidden = model(ids, attention_mask=real)  # (B, T, H)
+    logprobs = []
+    for row, prompt, completion in zip(hidden, prompts, completions, strict=True):
+        predicting = row[len(prompt) - 1 : len(prompt) + len(completion) - 1]  # token t is predicted at t - 1
+        logprobs.append(plain_logprob(predicting, model.output_weight, torch.tensor(completion), temperature))
+    return logprobs
+
+
+def step_loss(
+    logprobs: list[Tensor],
+    old_logprobs: list[Tensor],
+    ref_logprobs: list[Tensor],
+    masks: list[list[bool]],
+    advantages: Tensor,
+    *,
+    epsilon: float = 0.2,
+    beta: float = 0.001,
+) -> Tensor:
+    """() loss of all completions; each list has one entry per completion, each entry one value per token."""
+    total, count = torch.zeros((), dtype=logprobs[0].dtype), 0
+    for new, old, ref, trained, A in zip(
+        logprobs, old_logprobs, ref_logprobs, masks, advantages, strict=True
+    ):
+        mask = torch.tensor(trained)
+        ratio = (new - old)[mask].exp()
+        surrogate = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
+        x = (ref - new)[mask]
+        total = total + (-surrogate + beta * ratio * (x.exp() - x - 1)).sum()
+        count += int(mask.sum())
+    return total / max(1, count)
+
+
+def grpo_step(
+    model: nn.Module,
+    reference: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    prompts: list[list[int]],
+    completions: list[list[int]],
+    masks: list[list[bool]],
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    temperature: float = 1.0,
+    beta: float = 0.001,
+    max_grad_norm: float = 1.0,
+) -> float:
+    """One update of `model` on whole groups; returns the loss. `rewards` and `group_ids` are (B,)."""
+    advantages = group_advantage(rewards, group_ids)
+    with torch.no_grad():
+        ref_logprobs = completion_logprobs(reference, prompts, completions, temperature)
+    logprobs = completion_logprobs(model, prompts, completions, temperature)
+    old_logprobs = [values.detach() for values in logprobs]  # one update per rollout: still the sampling policy
+    loss = step_loss(logprobs, old_logprobs, ref_logprobs, masks, advantages, beta=beta)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    optimizer.step()
+    return loss.item()

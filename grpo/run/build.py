@@ -1,0 +1,270 @@
+"""Builds what a run needs from its configuration: device, dtype, model, tokenizer, task, sampler, rollout.
+
+Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same
+thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: of machines that look alike
+some run bfloat16 matrix products ten times faster than float32, others seven times slower (docs/LOG.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from grpo.chat import Chat
+from grpo.config import Config
+from grpo.model import weights
+from grpo.model.decoder import Decoder
+from grpo.rollout import Rollout
+from grpo.sampler.engine import Sampler
+from grpo.tasks import Example, Task, WarmStartTask, get_task, opening
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Parts:
+    """What the stages of a run share. The sampler generates with `model` itself: one copy of the weights."""
+
+    config: Config
+    device: str
+    dtype: torch.dtype
+    model: Decoder
+    tokenizer: Any
+    chat: Chat
+    task: Task
+    sampler: Sampler
+    rollout: Rollout
+
+
+def parts(config: Config, *, model_source: str | None = None) -> Parts:
+    """Loads the model (from `model_source` if given, not the configured one) and puts the parts together.
+
+    `config.device` and `config.dtype` are resolved in place, so that config.yaml names what was really used.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    keep_freed_memory()
+    config.device = choose_device(config.device)
+    config.dtype = choose_dtype(config.dtype, config.device)
+    task = get_task(config.task, config.task_options)
+    dtype = DTYPES[config.dtype]
+    model, tokenizer = weights.load(
+        model_source or config.model_name_or_path, dtype=dtype, device=config.device
+    )
+    chat = build_chat(config, model, tokenizer)
+    sampler = Sampler(
+        model,
+        stop_token_ids=chat.stop_token_ids,
+        temperature=config.temperature,
+        max_rows=config.max_rows,
+        cache_gb=config.cache_gb,
+        stop_check_steps=config.stop_check_steps,
+        cuda_graphs=config.cuda_graphs,
+    )
+    rollout = build_rollout(config, sampler, task, chat)
+    return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
+
+
+def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> Rollout:
+    return Rollout(
+        sampler,
+        task,
+        chat,
+        seed=config.seed,
+        max_completion_length=config.max_completion_length,
+        max_reflection_length=config.max_reflection_length,
+        overlong_buffer=config.overlong_buffer,
+        soft_overlong_penalty=config.soft_overlong_penalty,
+        length_cost=config.length_cost,
+    )
+
+
+def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
+    """Raises ValueError: a template that is missing, cannot be read, or is not right."""
+    template = None
+    if config.chat_template is not None:
+        try:
+            template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template must be a readable text file, got {error}") from error
+    try:
+        return Chat(tokenizer, weights.stop_token_ids(model, tokenizer), chat_template=template)
+    except ValueError:
+        raise
+    except Exception as error:  # Jinja's own classes, and whatever a template raises
+        raise ValueError(f"chat_template cannot be rendered: {error}") from error
+
+
+def load_into(parts: Parts, name_or_path: str) -> None:
+    """Replaces the weights of `parts.model` by those of another folder or file of the same architecture."""
+    other, _ = weights.load(name_or_path, dtype=parts.dtype, device=parts.device)
+    parts.sampler.load_weights(other.state_dict())
+
+
+@contextmanager
+def evaluation_sampling(parts: Parts) -> Iterator[None]:
+    """Samples at `eval_temperature` (0: greedy) for a while instead of the training temperature."""
+    sampler, temperature = parts.sampler, parts.config.eval_temperature
+    before = sampler.temperature, sampler.greedy
+    sampler.temperature, sampler.greedy = temperature or 1.0, temperature == 0
+    try:
+        yield
+    finally:
+        sampler.temperature, sampler.greedy = before
+
+
+def choose_device(name: str) -> str:
+    """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError: this machine has no such device."""
+    if name != "auto":
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"device must be one that this machine has, got {name!r} (not cpu, cuda or mps)")
+        try:
+            torch.empty(0, device=name)
+        except (RuntimeError, AssertionError) as error:  # each backend says it in its own way
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"device must be one that this machine has, got {name!r} ({reason})") from error
+        return name
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
+    """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are measured to be faster here."""
+    if name != "auto":
+        return name
+    if device != "cpu":
+        return "bfloat16"
+    times = {dtype: _matmul_seconds(DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
+    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to
+    # some hundredths.
+    return "bfloat16" if times["bfloat16"] < 0.8 * times["float32"] else "float32"
+
+
+def _matmul_seconds(dtype: torch.dtype, rounds: int = 5) -> float:
+    """Median seconds of a matrix product as in a decode step of a small model; some 20 ms in all."""
+    x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        torch.nn.functional.linear(x, w)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])  # the first one warms up
+
+
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory: else each step faults its activations in again.
+
+    mallopt: no mmap for large blocks (M_MMAP_MAX = -4), never trim the heap (M_TRIM_THRESHOLD = -1).
+    Elsewhere a no-op.
+    """
+    if (libc := _glibc()) is not None:
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, 2**31 - 1)
+
+
+def return_unused_memory() -> None:
+    """Gives the system what lies free in glibc's heap; between steps, and not after each.
+
+    Micro-batches of many lengths leave a heap of many holes, which grows for hundreds of steps. Returning the
+    holes costs some hundredths of a step, since the next one faults in again what it needs (docs/LOG.md).
+    """
+    if (libc := _glibc()) is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
+
+
+def peak_memory_gb(device: str) -> float:
+    """Most memory held so far, in GB: of the process on a CPU, of PyTorch's allocator on a GPU."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# --- checks before a run ---------------------------------------------------------------------------------
+#
+# What would go wrong late is said early: checks of a whole run, made before its first token is sampled.
+#
+# Settings by themselves are checked in config.py. Here they meet the task and the model: enough examples
+# in each split, transcripts for the warm start, room for the longest conversation. Left out: the size of
+# the disk and of the memory, which are not this program's alone.
+
+LONGEST = 32  # prompts with the most characters; the one with the most tokens is looked for among them
+
+
+def check_run(config: Config, parts: Parts) -> None:
+    """Raises ValueError naming the setting that does not fit."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError(
+            "tensorboard must be false, or its extra installed: pip install 'reflect-grpo[tensorboard]'"
+        )
+    if config.warm_start_steps and not isinstance(parts.task, WarmStartTask):
+        raise ValueError(
+            f"warm_start_steps must be 0 with task {parts.task.name}, got {config.warm_start_steps}: the "
+            "task writes no transcripts to start from (it has no method `transcript`)"
+        )
+    examples = _examples(config, parts)
+    longest = sorted(examples, key=lambda example: _characters(parts, example))[-LONGEST:]
+    _check_room(config, parts, max(longest, key=lambda example: len(parts.rollout.prompt_ids(example))))
+
+
+def _examples(config: Config, parts: Parts) -> list[Example]:
+    """All examples that the run will ask for."""
+    train = {"num_examples": config.num_examples}
+    if config.warm_start_steps:
+        train["warm_start_examples"] = config.warm_start_examples
+    needs = {
+        "train": train,
+        "validation": {"num_validation": config.num_validation} if config.eval_steps else {},
+        "heldout": {"num_eval": config.num_eval} if config.num_eval else {},
+    }
+    examples = []
+    for split, need in needs.items():
+        try:
+            examples += parts.task.examples(split, sum(need.values())) if need else []
+        except ValueError as error:
+            settings = " and ".join(f"{name}={count}" for name, count in need.items())
+            raise ValueError(f"{settings} must not ask for more than the task has: {error}") from error
+    return examples
+
+
+def _characters(parts: Parts, example: Example) -> int:
+    """Roughly, the length of the prompt. Tools and earlier turns are most of it where there are any."""
+    return sum(len(str(part)) for part in opening(parts.task, example, parts.chat).values())
+
+
+def _check_room(config: Config, parts: Parts, example: Example) -> None:
+    """The conversation about `example`, with every turn at its limit, against positions and cache."""
+    rollout, model = parts.rollout, parts.model.config
+    answer, reflection = config.max_completion_length, config.max_reflection_length
+    total = len(rollout.prompt_ids(example)) + answer
+    if config.train_on != "attempt" or config.eval_steps or config.num_eval:
+        asked = len(parts.chat.glue([], "length", parts.task.reflection_instruction))
+        total += asked + reflection + len(parts.chat.glue([], "length", example.prompt)) + answer
+    sizes = f"a conversation of up to {total} tokens (answers up to {answer}, reflection up to {reflection})"
+    if total > model.max_position_embeddings:
+        raise ValueError(
+            f"{sizes} must fit the model's max_position_embeddings, {model.max_position_embeddings}: lower "
+            "max_reflection_length or max_completion_length, or choose a task with shorter prompts"
+        )
+    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * parts.dtype.itemsize
+    if total * per_token > config.cache_gb * 1e9:
+        raise ValueError(
+            f"cache_gb must be at least {total * per_token / 1e9:.3g} for {sizes}, got {config.cache_gb:g}"
+        )

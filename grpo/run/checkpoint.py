@@ -1,0 +1,245 @@
+"""Atomic checkpoints, from which a run goes on bit by bit.
+
+A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (written by a callable that is
+handed in) with `trainer/` inside it for what only this trainer needs:
+
+    trainer/state.safetensors   float32 master weights and moments
+    trainer/state.json          counters, versions of the environment, sha256 of all other files and of itself
+
+Under its own name it is complete or absent (files.py). Nothing is pickled. Left out: sharded or
+asynchronous saving.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import re
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from grpo.run.files import RunDirError, remove, written_whole
+
+STATE = "trainer/state.json"
+TENSORS = "trainer/state.safetensors"
+SEAL = "sha256.json"
+STEP_NAME = re.compile(r"step-(\d{6,})")
+
+
+class CheckpointError(RunDirError):
+    """A checkpoint is damaged; the message names the file and what to use instead."""
+
+
+def save(
+    run_dir: str | Path,
+    step: int,
+    *,
+    write_model: Callable[[Path], object],
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    keep: int = 0,
+    best_step: int | None = None,
+) -> Path:
+    """Writes `checkpoints/step-NNNNNN` atomically, then prunes the older ones.
+
+    Args:
+        write_model: called with the folder, writes the Hugging Face files into it.
+        tensors: any dtypes and devices; the live tensors are only read.
+        state: JSON-able; comes back from `load` unchanged.
+        keep: number of checkpoints that stay, 0 for all; `best_step` stays in any case.
+    Raises:
+        RunDirError: the disk is full or not writable. Nothing half-written stays, older checkpoints do.
+    """
+    with written_whole(final := _folder(run_dir, step)) as partial:
+        (partial / "trainer").mkdir(parents=True)
+        write_model(partial)
+        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
+        _write_state(partial, step, state)
+    prune(run_dir, keep, best_step)
+    return final
+
+
+def load(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged."""
+    path = Path(path)
+    state = verify(path) if check else _read_state(path)
+    return load_file(path / TENSORS), state["state"]
+
+
+def latest(run_dir: str | Path) -> Path | None:
+    """The newest checkpoint, None when there is none.
+
+    Raises:
+        CheckpointError: the newest is damaged. Going back silently would throw away steps, so the message
+            names the file and the newest older checkpoint that is intact, and the user decides.
+    """
+    folders = [_folder(run_dir, step) for step in reversed(steps(run_dir))]
+    if not folders:
+        return None
+    try:
+        verify(folders[0])
+    except CheckpointError as error:
+        intact = next((folder for folder in folders[1:] if _is_intact(folder)), None)
+        advice = f"delete {folders[0]} to resume from {intact}" if intact else "no older checkpoint is intact"
+        raise CheckpointError(f"{error}; {advice}") from error
+    return folders[0]
+
+
+def verify(path: str | Path) -> dict[str, Any]:
+    """Compares every file of a checkpoint with its sha256; returns the content of trainer/state.json."""
+    path = Path(path)
+    payload = _read_state(path)
+    _compare(path, payload["sha256"], STATE)
+    return payload
+
+
+def seal(folder: Path) -> None:
+    """Writes sha256.json, the sums of all other files, into a folder of weights that is no checkpoint."""
+    (folder / SEAL).write_text(json.dumps(_sums(folder), indent=1) + "\n", encoding="utf-8")
+
+
+def check_seal(folder: Path) -> None:
+    """Compares the files of a folder with its seal. CheckpointError: one of them, or the seal, is damaged.
+
+    A folder without a seal passes: users may put weights there themselves.
+    """
+    if not (folder / SEAL).exists():
+        return
+    try:
+        sums = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / SEAL} is damaged: {error}") from error
+    _compare(folder, sums, SEAL)
+
+
+def steps(run_dir: str | Path) -> list[int]:
+    """Steps of the checkpoints of a run, ascending."""
+    folder = Path(run_dir) / "checkpoints"
+    if not folder.is_dir():
+        return []
+    matches = (STEP_NAME.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(path.name.removeprefix("step-"))
+
+
+def prune(run_dir: str | Path, keep: int, best_step: int | None = None) -> list[Path]:
+    """Deletes all but the newest `keep` checkpoints (0: deletes none) and `best_step`; returns them."""
+    if keep < 0:
+        raise ValueError(f"save_total_limit must be at least 0 (0 keeps all), got {keep}")
+    surplus = steps(run_dir)[:-keep] if keep else []
+    deleted = [_folder(run_dir, step) for step in surplus if step != best_step]
+    for folder in deleted:
+        remove(folder)
+    return deleted
+
+
+def environment() -> dict[str, str]:
+    """What exact resume depends on: versions, machine, thread count."""
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def environment_differences(path: str | Path) -> list[str]:
+    """What is not as it was when the checkpoint was written, so that resume is inexact: a phrase for each."""
+    then, now = _read_state(Path(path))["environment"], environment()
+    keys = sorted(then.keys() | now.keys())
+    return [
+        f"{key} was {then.get(key, 'not recorded')}, is {now.get(key, 'not recorded')}"
+        for key in keys
+        if then.get(key) != now.get(key)
+    ]
+
+
+# --- helpers
+
+
+def _folder(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+
+
+def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+    payload = {
+        "step": step,
+        "state": dict(state),
+        "environment": environment(),
+        "sha256": _sums(folder),
+    }
+    payload["digest"] = _digest(payload)
+    (folder / STATE).write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE
+    try:
+        payload = json.loads(path.read_text(encoding="utf-8"))
+        intact = payload.pop("digest") == _digest(payload)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its content differs from its digest")
+    return payload
+
+
+def _digest(payload: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
+    return {name: _sha256(folder / name) for name in files}
+
+
+def _compare(folder: Path, sums: Mapping[str, str], stored_in: str) -> None:
+    for name, digest in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if _sha256(file) != digest:
+            raise CheckpointError(f"{file} is damaged: its sha256 differs from the one in {stored_in}")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _is_intact(folder: Path) -> bool:
+    try:
+        verify(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _processor() -> str:
+    """The CPU's model: kernels, and with them rounding, are chosen by it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or "unknown"
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.processor() or "unknown"

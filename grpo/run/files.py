@@ -1,0 +1,266 @@
+"""Run directories: numbered, never reused, held by one process at a time, and never left with half a file.
+
+What must be complete or absent is written under another name, flushed to the disk and renamed
+(`written_whole`). Logs grow line by line instead; on resume they are cut back to the size that they had at
+the last checkpoint, so that steps which are redone appear once. Left out: remote file systems, which may know
+neither locks nor atomic renames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+# --- JSON lines in whole blocks --------------------------------------------------------------------------
+#
+# JSON lines files that grow in whole blocks, so that long work goes on after a kill where its last block
+# ended.
+#
+# A block is any number of lines and then one *end line*, `{"block": number, ...}`. All of it is appended
+# in one write and synced; whatever follows the last end line was left by a kill, and is cut away and
+# redone. Because work inside a block is deterministic, the file of an interrupted run equals the file of
+# one that was not.
+
+
+def keep_whole_blocks(path: Path) -> int:
+    """Cuts the file after its last end line; returns the number of blocks kept, 0 when there is no file."""
+    if not path.exists():
+        return 0
+    blocks, end, position = 0, 0, 0
+    with open(path, "rb") as file:
+        for text in file:
+            position += len(text)
+            if text.startswith(b'{"block"') and text.endswith(b"\n"):
+                blocks, end = blocks + 1, position
+    if end < position:
+        with open(path, "r+b") as file:
+            file.truncate(end)
+    return blocks
+
+
+def append_block(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str, Any]) -> None:
+    """Appends one block. `end_line` must hold the key `block`, which no other line may begin with."""
+    end_line = {"block": end_line["block"], **end_line}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in [*lines, end_line]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines but the end lines."""
+    return (line for line in read_jsonl(path) if "block" not in line)
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """All lines in order, end lines included.
+
+    Raises:
+        ValueError: a line is not JSON; the message names file and line.
+    """
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
+LOCK = ".lock"
+
+
+class RunDirError(RuntimeError):
+    """A run directory, or something in it, cannot be made, written or read."""
+
+
+class RunLockedError(RunDirError):
+    """Another process works in this run directory."""
+
+
+# --- directories
+
+
+def new_run_dir(output_dir: str | Path, name: str) -> Path:
+    """Makes `output_dir/NAME-001`, or the next free number: a run never overwrites another.
+
+    Raises:
+        ValueError: `name` is empty or holds a path separator.
+        RunDirError: the directory cannot be made (permission, disk).
+    """
+    if not name or Path(name).name != name or name in (".", ".."):
+        raise ValueError(f"run_name must be a plain directory name, got {name!r}")
+    parent = Path(output_dir)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        pattern = re.compile(re.escape(name) + r"-(\d{3,})")
+        numbers = [int(m[1]) for m in (pattern.fullmatch(entry.name) for entry in parent.iterdir()) if m]
+        number = max(numbers, default=0)
+        while True:
+            number += 1
+            run_dir = parent / f"{name}-{number:03d}"
+            with contextlib.suppress(FileExistsError):  # another process was faster: take the next
+                run_dir.mkdir()
+                return run_dir
+    except OSError as error:
+        raise RunDirError(
+            f"cannot make a run directory in {parent.absolute()}: {error.strerror}; choose another output_dir"
+        ) from error
+
+
+def remove_if_empty(run_dir: str | Path) -> None:
+    """Takes back a directory in which nothing was begun; only its lock may be in it."""
+    with contextlib.suppress(OSError):
+        if os.listdir(run_dir) == [LOCK]:
+            os.unlink(Path(run_dir) / LOCK)
+        os.rmdir(run_dir)
+
+
+@contextlib.contextmanager
+def lock(run_dir: str | Path) -> Iterator[None]:
+    """Holds the run directory for this process and removes leftovers; the lock ends with the process.
+
+    Raises:
+        RunLockedError: another process holds it; the message gives its id.
+    """
+    with open(Path(run_dir) / LOCK, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip() or "(unknown)"
+            message = f"{run_dir} is in use by process {holder}; wait for it or stop it"
+            raise RunLockedError(message) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        remove_leftovers(run_dir)
+        # Closing the file frees the lock; were it deleted, two processes could lock two files of its name.
+        yield
+
+
+def remove_leftovers(run_dir: str | Path) -> None:
+    """Deletes what an interrupted write, prune or truncation left behind; only for the holder of the lock."""
+    for entry in sorted(Path(run_dir).rglob(f"*{PARTIAL}*")):
+        delete(entry)
+
+
+# --- whole files and folders
+
+
+@contextlib.contextmanager
+def written_whole(final: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to. It becomes `final` when complete and on the disk, or vanishes.
+
+    Raises:
+        RunDirError: the disk is full or not writable; what was at `final` before is still there.
+    """
+    partial = final.with_name(f"{final.name}{PARTIAL}{os.getpid()}")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        flush(partial)
+        if final.is_dir():  # a file is replaced by the renaming itself
+            remove(final)
+        os.rename(partial, final)
+        flush_directory(final.parent)
+    except BaseException as error:
+        written = sum(path.stat().st_size for path in partial.rglob("*")) if partial.is_dir() else 0
+        delete(partial)
+        if isinstance(error, OSError | SafetensorError):
+            raise RunDirError(_write_failure(final, error, written)) from error
+        raise
+
+
+def remove(folder: Path) -> None:
+    """Renames before deleting: an interruption must not leave half a folder under its own name."""
+    doomed = folder.with_name(f"{folder.name}{PARTIAL}removed")
+    delete(doomed)
+    os.rename(folder, doomed)
+    delete(doomed)
+
+
+def delete(path: Path) -> None:
+    """A file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """A file, or every file and directory of a folder, onto the disk."""
+    for directory, _, names in os.walk(path):
+        for name in names:
+            flush(Path(directory) / name)
+        flush_directory(Path(directory))
+    if path.is_file():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_failure(final: Path, error: Exception, written: int) -> str:
+    # safetensors reports a full disk in its own exception, with the system's error number in the text.
+    full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
+    if not full:
+        return f"cannot write {final}: {error}"
+    free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
+    return (
+        f"the disk is full: {free / 1e9:.2f} GB are free, and {final} takes more than the "
+        f"{written / 1e9:.2f} GB that were written of it. What was saved before is intact; make room or "
+        "lower save_total_limit, and resume"
+    )
+
+
+# --- logs
+
+
+def append_jsonl(path: Path, record: dict[str, Any]) -> None:
+    """One line. The file is opened anew for each: a killed run has then lost no line that it printed."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:
+    """Bytes of each log, all of them on the disk; for a checkpoint, and for `cut_logs`."""
+    paths = [run_dir / name for name in names if (run_dir / name).exists()]
+    for path in paths:
+        flush(path)
+    return {path.name: path.stat().st_size for path in paths}
+
+
+def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
+    """Cuts logs back to the size that they had at a checkpoint. One that is gone starts anew.
+
+    Raises:
+        RunDirError: a log is shorter than it was.
+    """
+    for name, size in sizes.items():
+        path = run_dir / name
+        present = path.stat().st_size if path.exists() else size
+        if present < size:
+            raise RunDirError(
+                f"{path} must have at least the {size} bytes that it had at the checkpoint, got {present}: "
+                "it was changed since; delete it to go on without its first part"
+            )
+        if present > size:
+            os.truncate(path, size)

@@ -1,0 +1,203 @@
+"""What the stages of a run share: its directory and parts, the way to a learner, and back from a checkpoint.
+
+A checkpoint holds the learner's state and how long each log was. Resuming restores the one and cuts the
+other, so that steps which are redone appear once; all else is a function of the settings and the step.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+from grpo import config as configuration
+from grpo.config import Config
+from grpo.learner.learner import Learner
+from grpo.model import weights
+from grpo.run import build, checkpoint, files
+from grpo.run.interrupts import Interrupts
+from grpo.run.metrics import read_jsonl
+
+CONTROL = "control.txt"  # of benchmarks/evidence.py: this run is none that train.py could continue
+LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
+WARM_START_LOG = "warm_start.jsonl"
+
+
+class AboveBar:
+    """Standard output, with lines written above a progress bar instead of into it."""
+
+    def __init__(self) -> None:
+        self.line = ""
+
+    def write(self, text: str) -> None:
+        """`print` writes a line and its end apart, and each `tqdm.write` draws the bar anew."""
+        self.line += text
+        if self.line.endswith("\n"):
+            tqdm.write(self.line, end="")
+            self.line = ""
+
+    def flush(self) -> None:
+        sys.stdout.flush()
+
+
+class Session:
+    """One run directory, held by this process.
+
+    Args:
+        kernels: has linear_logprob, grpo_loss and group_advantage.
+    Raises:
+        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine.
+    """
+
+    def __init__(self, config: Config, folder: Path, interrupts: Interrupts, kernels: ModuleType):
+        self.config, self.folder, self.interrupts, self.kernels = config, folder, interrupts, kernels
+        self.start = folder / "start"  # the weights that RL starts from, and the KL's reference
+        self.parts = build.parts(config)
+        build.check_run(config, self.parts)
+
+    def progress(self, bar: tqdm) -> Callable[[int, int], None]:
+        """For long stages: moves the bar, and answers a signal."""
+
+        def update(done: int, _: int) -> None:
+            bar.update(done - bar.n)
+            self.interrupts.check()
+
+        return update
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """A line in stages.jsonl when the stage is done: what this process spent on it."""
+        start = time.perf_counter()
+        yield
+        line = {"stage": stage, "seconds": time.perf_counter() - start}
+        line["peak_memory_gb"] = build.peak_memory_gb(self.parts.device)
+        files.append_jsonl(self.folder / "stages.jsonl", line)
+
+    def learner(self, config: Config) -> Learner:
+        """A new one, with the reference model where `config` asks for a KL penalty."""
+        reference = None
+        if config.beta > 0:
+            reference, _ = weights.load(str(self.start), dtype=self.parts.dtype, device=self.parts.device)
+        return Learner(
+            self.parts.model,
+            config,
+            linear_logprob=self.kernels.linear_logprob,
+            grpo_loss=self.kernels.grpo_loss,
+            group_advantage=self.kernels.group_advantage,
+            total_steps=config.max_steps,
+            reference=reference,
+        )
+
+    def has_start(self) -> bool:
+        """Whether the weights before RL are there. CheckpointError: they are damaged."""
+        if not self.start.is_dir():
+            return False
+        try:
+            checkpoint.check_seal(self.start)
+        except checkpoint.CheckpointError as error:
+            raise checkpoint.CheckpointError(f"{error}; delete {self.start} to make it again") from error
+        return True
+
+    def save_start(self) -> None:
+        with files.written_whole(self.start) as folder:
+            weights.save(self.parts.model, self.parts.tokenizer, folder)
+            checkpoint.seal(folder)
+
+    def save(self, learner: Learner, folder: Path, step: int) -> None:
+        """A checkpoint in `folder`: the run's own, or that of its unfinished warm start.
+
+        Raises:
+            NonFiniteError: the weights are NaN or infinite; what was saved before stays.
+        """
+        learner.check_weights()
+        of_run = folder == self.folder
+        tensors, counters = learner.state()
+        checkpoint.save(
+            folder,
+            step,
+            write_model=lambda path: weights.save(self.parts.model, self.parts.tokenizer, path),
+            tensors=tensors,
+            state={"counters": counters, "logs": files.log_sizes(self.folder, [*LOGS, WARM_START_LOG])},
+            keep=self.config.save_total_limit if of_run else 1,
+            best_step=self.best_step() if of_run else None,
+        )
+
+    def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
+        """Puts the newest checkpoint into the learner, cuts `logs` back to it; its step, or 0 with none."""
+        step, sizes = 0, {}
+        if (path := checkpoint.latest(folder)) is not None:
+            for difference in checkpoint.environment_differences(path):
+                message = f"warning: {difference}: the run goes on, but not bit for bit as it would have"
+                print(message, file=sys.stderr)
+            tensors, state = checkpoint.load(path, check=False)
+            learner.load_state(tensors, state["counters"])
+            step, sizes = checkpoint.step_of(path), state["logs"]
+        files.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
+        return step
+
+    def compared(self) -> dict[str, str]:
+        """The models of the final table: label, and where the weights are."""
+        models = {"vanilla": str(self.start), "trained": str(checkpoint.latest(self.folder))}
+        if self.config.warm_start_steps:  # else the model right before RL is the untouched one
+            models = {"untouched": self.config.model_name_or_path, **models}
+        return models
+
+    def best_step(self) -> int | None:
+        """The first of the validated steps with the most right second tries; None before there is one."""
+        shares = {step: share for step, share in validated(self.folder).items() if step > 0}
+        return max(shares, key=shares.__getitem__, default=None)
+
+
+def validated(folder: Path) -> dict[int, float]:
+    """Share of right second tries by step, as far as validated; from the log, so a continued run knows it."""
+    records, name = read_jsonl(folder / "metrics.jsonl"), "validation/second_try"
+    return {record["step"]: record[name] for record in records if name in record}
+
+
+def directory(config: Config) -> Path:
+    """The run's directory: a new one, or the one to be continued.
+
+    Raises:
+        ValueError: the run to be continued is finished, or had other settings.
+    """
+    if config.resume is None:
+        return files.new_run_dir(config.output_dir, config.run_name or config.preset)
+    folder = Path(config.resume)
+    if (folder / CONTROL).exists():
+        kind = (folder / CONTROL).read_text(encoding="utf-8").strip()
+        raise ValueError(f"resume: {folder} is a control ({kind}), which would go on as a real run")
+    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
+        settings = "; ".join(changed)
+        raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
+    if _finished(config, folder):
+        raise ValueError(f"resume: {folder} is finished; python -m grpo.evaluate {folder} measures it again")
+    return folder
+
+
+def _finished(config: Config, folder: Path) -> bool:
+    if config.num_eval:
+        return (folder / "evaluation.json").exists()
+    last = config.max_steps
+    validation_due = config.eval_steps and last % config.eval_steps == 0
+    return last in checkpoint.steps(folder) and (not validation_due or last in validated(folder))
+
+
+def saved_weights(folder: Path | None) -> str:
+    """Where a run that failed left weights: advice for the end of its error message."""
+    found = None
+    if folder is None:
+        pass
+    elif checkpoint.steps(folder):
+        found = folder / "checkpoints"
+    elif checkpoint.steps(folder / "warm_start"):
+        found = folder / "warm_start" / "checkpoints"
+    elif (folder / "start").is_dir():
+        found = folder / "start"
+    if found is None:
+        return "No weights were saved yet"
+    return f"A new run can begin with the weights in {found} (model_name_or_path)"

@@ -1,0 +1,260 @@
+"""Which rows share the next forward, and where their keys and values lie.
+
+Rows wait in order, enter as soon as a slot is free and leave when their script ends (continuous batching:
+Orca, OSDI 2022). Slots are kept dense, so that the caches of the rows in the batch are a view: a row that
+leaves is replaced by a waiting row, or else by the last one, whose cache is moved. The same goes for the
+prompts. A prompt stays while it has rows in the batch or next in line; if others come later it is run again.
+
+When a Feed turns out longer than was foreseen, the private caches get longer and, where `cache_gb` asks for
+it, fewer. Rows that lose their slot wait at the front, and all of their tokens go through the model again
+when they re-enter.
+
+Left out: priorities, reordering to save padding, pages shared by prompts that are equal in part.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable
+from itertools import islice
+from typing import TypeVar
+
+from torch import Tensor
+
+from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache, multiple, power_of_two, upload
+from grpo.sampler.script import RowState
+
+# With `few_shapes`: what the lengths of the caches are rounded up to.
+CAPACITIES = 64
+# New tokens in one forward beyond which rows wait for the next one: bounds the memory of activations.
+NEW_TOKENS = 4096
+
+Entry = TypeVar("Entry")
+
+
+class Group:
+    """A prompt in the cache, without its last token, and how many rows of the batch use it."""
+
+    def __init__(self, prefix: tuple[int, ...], slot: int) -> None:
+        self.prefix, self.slot = prefix, slot
+        self.length = len(prefix) - 1
+        self.users = 0
+        self.cached = False
+
+
+def plan(
+    prefixes: list[tuple[int, ...]], need: int, max_rows: int, budget: int, token_bytes: int
+) -> tuple[int, int, int]:
+    """Slots for rows, slots for prompts, and the length of the latter, in `budget` tokens.
+
+    Prompts get twice the slots that neighbouring rows need at a time: groups leave stragglers behind.
+
+    Args:
+        prefixes: of all rows, in order.
+        need: the longest private part, in tokens.
+    Raises:
+        ValueError: not even one row fits.
+    """
+    length = max(len(prefix) for prefix in prefixes) - 1
+    for slots in range(min(max_rows, len(prefixes)), 0, -1):
+        prompts = min(2 * _most_distinct(prefixes, slots), slots, len(set(prefixes)))
+        if slots * need + prompts * length <= budget:
+            return slots, prompts, length
+    raise ValueError(
+        f"cache_gb must be at least {(need + length) * token_bytes / 1e9:.3g} for one row of {need + length} "
+        f"tokens, got {budget * token_bytes / 1e9:.3g}"
+    )
+
+
+def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
+    """The largest number of different prefixes in any `width` neighbours."""
+    inside = Counter(prefixes[:width])
+    most = len(inside)
+    for leaving, entering in zip(prefixes, prefixes[width:], strict=False):
+        inside[entering] += 1
+        inside[leaving] -= 1
+        if not inside[leaving]:
+            del inside[leaving]
+        most = max(most, len(inside))
+    return most
+
+
+class Schedule:
+    """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows.
+
+    With `few_shapes` batches are filled up, see CachedAttention.
+    """
+
+    def __init__(
+        self,
+        states: list[RowState],
+        own: SlotCache,
+        prefixes: SlotCache,
+        *,
+        max_rows: int,
+        cache_bytes: float,
+        few_shapes: bool = False,
+    ) -> None:
+        self.own, self.prefixes, self.few_shapes = own, prefixes, few_shapes
+        self.token_bytes = own.token_bytes
+        self.budget = int(cache_bytes // self.token_bytes)
+        need = max(state.need() for state in states)
+        prompts_in_order = [state.row.prefix for state in states]
+        if few_shapes:
+            need = multiple(need, CAPACITIES)
+        slots, prompts, length = plan(prompts_in_order, need, max_rows, self.budget, self.token_bytes)
+        if max(own.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
+            own.release()
+            prefixes.release()
+        own.allocate(slots, need)
+        prefixes.allocate(prompts, length)
+        self.waiting = deque(states)
+        self.rows: list[RowState | None] = []
+        self.groups: list[Group | None] = []
+        self.group_of: dict[RowState, Group] = {}
+        self.stats = {"prefill_tokens": 0, "fed_tokens": 0, "sampled_tokens": 0, "decode_steps": 0}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.group_of)
+
+    def next(self, most_steps: int = 1) -> tuple[Tensor, CachedAttention, list[RowState], int]:
+        """The next forward: input_ids (1, T), its `attend`, and the rows, whose last tokens come first.
+
+        Then the number of forwards until `take`, up to `most_steps`: what follows the first one takes in
+        nothing but the tokens that the one before it sampled.
+        """
+        self._grow()
+        self._admit()
+        _close_holes(self.rows, lambda row, source, target: self.own.move(source, target, row.cached))
+        _close_holes(self.groups, self._move_group)
+        rows = [row for row in self.rows if row is not None]
+        fill = min(power_of_two(len(rows)), self.own.slots) if self.few_shapes else 0
+        spans: list[RowSpan] = []
+        prompts: list[tuple[int, int]] = []
+        last: list[int] = []
+        earlier: list[int] = []
+        prompt_ids: list[int] = []
+        for row in rows:
+            home = self.group_of[row]
+            spans.append(RowSpan(home.slot, home.length, row.cached, len(row.ids) - row.cached))
+            last.append(row.ids[-1])
+            earlier += row.ids[row.cached : -1]
+        for group in self.groups:
+            if group is not None and not group.cached:
+                prompts.append((group.slot, group.length))
+                prompt_ids += group.prefix[:-1]
+                group.cached = True
+        self.stats["prefill_tokens"] += len(prompt_ids)
+        self.stats["fed_tokens"] += len(earlier)
+        steps = min(most_steps, *(row.left for row in rows)) if most_steps > 1 else 1
+        self.stats["decode_steps"] += steps
+        last += [0] * (fill - len(last))
+        input_ids = upload([last + earlier + prompt_ids], self.own.device)
+        attend = CachedAttention(self.prefixes, self.own, spans, prompts, steps - 1, fill)
+        return input_ids, attend, rows, steps
+
+    def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
+        """Hands every row its tokens, up to the one that ends its turn; rows whose script is over leave.
+
+        Args:
+            tokens, logprobs: of each row, those of all forwards since `next`.
+        Returns:
+            how many rows left.
+        """
+        done = 0
+        for slot, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
+            row = self.rows[slot]
+            assert row is not None
+            for token, logprob in zip(ids, values, strict=True):
+                if ended := row.take(token, logprob):
+                    break  # what was sampled after the end of the turn is dropped
+            row.cached = len(row.ids) - 1  # the last one has not been through the model
+            if ended:
+                self.stats["sampled_tokens"] += len(row.turns[-1].ids)
+                if not row.begin():
+                    self._leave(slot)
+                    done += 1
+        return done
+
+    def _leave(self, slot: int) -> RowState:
+        row = self.rows[slot]
+        assert row is not None
+        self.rows[slot] = None
+        self.group_of.pop(row).users -= 1
+        return row
+
+    def _admit(self) -> None:
+        """Fills free slots with waiting rows, in order, while prompts fit and the forward stays bounded."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        free += range(len(self.rows), self.own.slots)
+        upcoming = {row.row.prefix for row in islice(self.waiting, len(free))}
+        for group in self.groups:
+            if group is not None and not group.users and group.prefix not in upcoming:
+                self.groups[group.slot] = None
+        tokens = 0
+        for slot in free:
+            # The batch always holds a row, so what does not fit now will, once others have left.
+            if not self.waiting or tokens >= NEW_TOKENS:
+                break
+            row = self.waiting[0]
+            group = self._group(row.row.prefix)
+            if group is None:
+                break
+            self.waiting.popleft()
+            if row.turn is None:
+                row.begin()
+            tokens += len(row.ids) + (0 if group.cached or group.users else group.length)
+            group.users += 1
+            self.group_of[row] = group
+            self.rows += [None] * (slot + 1 - len(self.rows))
+            self.rows[slot] = row
+
+    def _group(self, prefix: tuple[int, ...]) -> Group | None:
+        """The prompt's place in the cache, a new one if it has none; None while there is no room."""
+        for group in self.groups:
+            if group is not None and group.prefix == prefix:
+                return group
+        if len(self.groups) < self.prefixes.slots:
+            self.groups.append(None)
+        for slot, group in enumerate(self.groups):
+            if group is None or not group.users:
+                self.groups[slot] = new = Group(prefix, slot)
+                return new
+        return None
+
+    def _move_group(self, group: Group, source: int, target: int) -> None:
+        if group.cached:
+            self.prefixes.move(source, target, group.length)
+        group.slot = target
+
+    def _grow(self) -> None:
+        """Longer private caches when a Feed needs them; rows that then lose their slot wait at the front."""
+        rows = [row for row in self.rows if row is not None]
+        need = max((row.need() for row in rows), default=0)
+        if need <= self.own.capacity:
+            return
+        room = self.budget - self.prefixes.held_tokens
+        if need > room:
+            raise ValueError(
+                f"cache_gb must be at least {(self.budget - room + need) * self.token_bytes / 1e9:.3g} for a "
+                f"row of {need} tokens beside the prompts, got {self.budget * self.token_bytes / 1e9:.3g}"
+            )
+        capacity = min(need + need // 8, room)  # some more, as the next row's Feed may be a little longer
+        slots = min(self.own.slots, room // capacity)
+        for slot in reversed(range(slots, len(self.rows))):
+            if self.rows[slot] is not None:
+                row = self._leave(slot)
+                row.cached = 0
+                self.waiting.appendleft(row)
+        del self.rows[slots:]
+        longest = max((row.cached for row in self.rows if row is not None), default=0)
+        self.own.allocate(slots, capacity, keep_slots=len(self.rows), keep_length=longest)
+
+
+def _close_holes(entries: list[Entry | None], move: Callable[[Entry, int, int], None]) -> None:
+    """Puts the last entries into the holes before them; `move(entry, source, target)` moves their cache."""
+    while None in entries:
+        entry = entries.pop()
+        if entry is not None:
+            hole = entries.index(None)
+            entries[hole] = entry
+            move(entry, len(entries), hole)

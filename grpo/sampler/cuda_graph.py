@@ -1,0 +1,119 @@
+"""Decode steps as CUDA graphs: what a forward asks of the GPU is recorded once, and replayed as one request.
+
+A small model's decode step is hundreds of kernels of a few microseconds each, and Python needs longer to ask
+for one of them than the GPU to run it. A graph replays the same kernels on the same addresses, so all that
+differs between two steps lives in tensors that are filled before a replay: tokens, positions and lengths,
+which the step itself counts on, and the noise.
+
+There is one graph for each shape. The schedule fills up batches so that few occur; graphs are recorded as
+they are needed, kept from run to run, and forgotten when caches or weights have moved.
+
+Left out: steps that take in prompts or fed tokens, whose shapes are all different.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.sampler.kv_cache import CachedAttention
+
+MOST_GRAPHS = 64  # each keeps some megabytes
+
+# (input_ids (1, B), attend, noise (B,) or None) -> tokens and log-probs, (B,) each
+Step = Callable[[Tensor, CachedAttention, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
+    """Records what `work` asks of the GPU, without doing it; returns what does it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
+
+
+class DecodeGraphs:
+    """Runs decode steps, by graph from the second one of a shape on.
+
+    Args:
+        step: one decode step. It may not wait for the device, nor keep memory of its own.
+        width: most steps in one `run`.
+    """
+
+    def __init__(self, step: Step, width: int) -> None:
+        self.step, self.width = step, width
+        self._recorded: dict[Any, _Recorded] = {}
+        self._pool: Any = None
+        self._valid_for: Any = None
+
+    def run(
+        self, input_ids: Tensor, attend: CachedAttention, noise: Tensor | None, steps: int, settings: Any
+    ) -> tuple[Tensor, Tensor]:
+        """`steps` decode steps from tokens (1, B) on, every row of `attend` having one new token.
+
+        Args:
+            noise: (B, steps) float64, or None.
+            settings: a graph is replayed only for the settings that it was recorded with.
+        Returns:
+            tokens (B, steps) int64 and log-probs (B, steps) float64; overwritten by the next call.
+        """
+        key = attend.shape, noise is None, settings
+        if key not in self._recorded:
+            if len(self._recorded) >= MOST_GRAPHS:
+                self.forget()
+            self._recorded[key] = _Recorded(self.step, attend, self.width, noise is not None)
+        one = self._recorded[key]
+        one.load(input_ids, attend, noise)
+        for _ in range(steps):
+            if one.replay is not None:
+                one.replay()
+                continue
+            one.advance()  # done at once: a recording wants everything warm
+            self._pool = self._pool or (torch.cuda.graph_pool_handle() if input_ids.is_cuda else None)
+            one.replay = record(one.advance, self._pool)
+        return one.tokens[:, :steps], one.logprobs[:, :steps]
+
+    def keep_if(self, valid_for: Any) -> None:
+        """Forgets all graphs unless `valid_for`, whatever they depend on, is what it was at the last call."""
+        if valid_for != self._valid_for:
+            self.forget()
+            self._valid_for = valid_for
+
+    def forget(self) -> None:
+        self._recorded.clear()
+        self._pool = None
+
+
+class _Recorded:
+    """The tensors that a graph reads and writes, and the graph once there is one."""
+
+    def __init__(self, step: Step, attend: CachedAttention, width: int, noisy: bool) -> None:
+        self.step, self.attend = step, attend
+        self.replay: Callable[[], None] | None = None
+        batch, device = attend.batch, attend.own.device
+        self.input_ids = torch.zeros(1, batch, dtype=torch.int64, device=device)
+        self.noise = torch.zeros(batch, width, dtype=torch.float64, device=device) if noisy else None
+        self.column = torch.zeros(1, dtype=torch.int64, device=device)
+        self.tokens = torch.zeros(batch, width, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(batch, width, dtype=torch.float64, device=device)
+
+    def load(self, input_ids: Tensor, attend: CachedAttention, noise: Tensor | None) -> None:
+        self.input_ids.copy_(input_ids)
+        self.column.zero_()
+        if self.noise is not None and noise is not None:
+            self.noise[:, : noise.shape[1]].copy_(noise)
+        if attend is not self.attend:
+            for mine, new in zip(self.attend.state, attend.state, strict=True):
+                mine.copy_(new)
+
+    def advance(self) -> None:
+        """One step, and everything counted on for the next."""
+        self.attend.look()
+        noise = None if self.noise is None else self.noise.index_select(1, self.column)[:, 0]
+        tokens, logprobs = self.step(self.input_ids, self.attend, noise)
+        self.tokens.index_copy_(1, self.column, tokens[:, None])
+        self.logprobs.index_copy_(1, self.column, logprobs[:, None])
+        self.input_ids.copy_(tokens[None])
+        self.attend.count()
+        self.column += 1

@@ -1,0 +1,261 @@
+"""The sampler: runs many scripts of "sample until stop, feed these tokens, sample until stop" side by side.
+
+There is no barrier between the phases of an episode: at any step some rows sample an attempt, some take in
+the tokens that ask for a reflection, some sample the retry, and all share the same forward. Every row has new
+tokens (the last one sampled and what was fed after it or, on entering, its prompt's last token); all of them,
+and the prompts of new groups, go through the model as one flat sequence, and each row samples from its last
+token's hidden state.
+
+    script.py    rows and their scripts            batching.py  who is in the batch, and in which slot
+    sampling.py  noise and the choice of tokens    kv_cache.py  attention over the caches of kv_cache.py
+    cuda_graph.py  decode steps recorded for replay, on CUDA
+
+`Sampler.run` and `Sampler.load_weights` are all that the rest of the trainer knows of generation. Log-probs
+are those of the whole distribution at the sampling temperature, as the learner takes them.
+
+Left out: speculative decoding, prompts run in chunks, several devices.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
+from grpo.sampler.batching import Schedule
+from grpo.sampler.cuda_graph import DecodeGraphs
+from grpo.sampler.kv_cache import CachedAttention, SlotCache, upload
+from grpo.sampler.sampling import choose
+from grpo.sampler.script import Feed, Finished, Row, RowState, Sample, Turn
+
+# Below it the packed output weight is faster, though its product cannot be written into memory at hand.
+FEW_ROWS = 16
+
+__all__ = ["Feed", "Finished", "Row", "Sample", "Sampler", "Turn"]
+
+
+class Sampler:
+    """Generates with `model`. Settings are plain attributes that may be changed between runs.
+
+    Args:
+        model: the decoder; the learner's own, or a copy that `load_weights` keeps up to date.
+        stop_token_ids: any of them ends a turn.
+        temperature: of the samples and of the log-probs, above 0.
+        greedy: take the most likely token; log-probs still at `temperature`.
+        top_p, top_k: restrict the tokens sampled (1.0 and 0: all). For evaluation: log-probs leave them out.
+        max_rows: rows in one forward.
+        cache_gb: bound on the key/value caches, in 10^9 bytes. Fewer rows run at a time where it is short.
+        stop_check_steps: forwards between two looks at who has stopped, at the most. The host waits for the
+            device, and lays out the batch, that much less often; what a row samples after its stop token is
+            dropped. For GPUs; log-probs may differ in their last bits.
+        cuda_graphs: on CUDA, decode steps are recorded once for each shape and replayed (cuda_graph.py).
+    Attributes:
+        stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        stop_token_ids: Sequence[int],
+        temperature: float = 1.0,
+        greedy: bool = False,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        max_rows: int = 64,
+        cache_gb: float = 2.0,
+        stop_check_steps: int = 1,
+        cuda_graphs: bool = True,
+    ) -> None:
+        self.model = model
+        self.stop_token_ids = tuple(stop_token_ids)
+        self.temperature, self.greedy, self.top_p, self.top_k = temperature, greedy, top_p, top_k
+        self.max_rows, self.cache_gb, self.stop_check_steps = max_rows, cache_gb, stop_check_steps
+        self.cuda_graphs = cuda_graphs
+        self.stats: dict[str, float] = {}
+        weight = model.output_weight
+        self._own = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
+        self._prefixes = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+        self._graphs: DecodeGraphs | None = None
+        self._check_settings()
+
+    @torch.inference_mode()
+    def run(
+        self, rows: Sequence[Row], *, progress: Callable[[int, int], None] | None = None
+    ) -> list[Finished]:
+        """Runs every row's script to its end.
+
+        Args:
+            rows: any number. They enter in this order, so rows with equal prefixes should be neighbours.
+            progress: called with (rows done, rows) whenever rows are done.
+        Returns:
+            one Finished per row, in the order of `rows`.
+        Raises:
+            ValueError: a setting or a script that cannot run; a row longer than the model's positions, or too
+                large for `cache_gb`.
+            FloatingPointError: the model's logits are NaN or infinite.
+        """
+        start = time.perf_counter()
+        self._check_settings()
+        stop, positions = frozenset(self.stop_token_ids), self.model.config.max_position_embeddings
+        states = [RowState(row, f"rows[{i}]", stop, positions, self.greedy) for i, row in enumerate(rows)]
+        self.stats = {}
+        if not states:
+            return []
+        weights = self._prepare_graphs()
+        schedule = Schedule(
+            states,
+            self._own,
+            self._prefixes,
+            max_rows=self.max_rows,
+            cache_bytes=self.cache_gb * 1e9,
+            few_shapes=self._graphs is not None,
+        )
+        done = 0
+        with packed_weights(self.model):
+            head = pack_weight(self.model.output_weight)
+            while schedule.busy:
+                input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
+                if self._graphs is not None:
+                    self._graphs.keep_if((weights, self._own.layout, self._prefixes.layout))
+                noise = None if self.greedy else [row.noise(steps) for row in active]
+                left = schedule.take(*self._decode(input_ids, attend, head, steps, noise))
+                done += left
+                if left and progress is not None:
+                    progress(done, len(states))
+        self.stats = {**schedule.stats, "seconds": time.perf_counter() - start}
+        return [Finished(state.row, state.turns, state.fed) for state in states]
+
+    def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Copies the learner's weights in; tensors that are the model's own already cost nothing.
+
+        Raises:
+            ValueError: names or shapes are not the model's; nothing is copied then.
+        """
+        own = self.model.state_dict()
+        if own.keys() != state_dict.keys():
+            raise ValueError(
+                f"state_dict must have the model's names; missing: {sorted(own.keys() - state_dict.keys())}, "
+                f"unknown: {sorted(state_dict.keys() - own.keys())}"
+            )
+        for name, tensor in own.items():
+            shape, new = tuple(tensor.shape), tuple(state_dict[name].shape)
+            if shape != new:
+                raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {new}")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                if tensor.data_ptr() != state_dict[name].data_ptr():
+                    tensor.copy_(state_dict[name])
+
+    def _decode(
+        self,
+        input_ids: Tensor,
+        attend: CachedAttention,
+        head: Tensor | None,
+        steps: int,
+        noise: list[list[float]] | None,
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """`steps` forwards, each on the tokens of the one before.
+
+        Args:
+            head: the packed output weight, if there is one.
+            noise: uniforms, as many per row as steps; None: greedy.
+        Returns:
+            tokens and log-probs, `steps` for each row. Reading them is all that is waited for.
+        """
+        device = self.model.output_weight.device
+        uniforms = None
+        if noise is not None:
+            noise = noise + [[0.0] * steps] * (attend.batch - attend.num_rows)
+            # MPS has no float64; its memory is the CPU's anyway.
+            uniforms = upload(noise, torch.device("cpu") if device.type == "mps" else device, torch.float64)
+        # A forward that takes in more than one token per row has a shape of its own.
+        plain = steps if self._graphs is None else min(1, len(attend.runs))
+        sampled: list[tuple[Tensor, Tensor]] = []
+        for step in range(plain):
+            now = None if uniforms is None else uniforms[:, step]
+            tokens, logprobs = self._step(input_ids, attend, now, head)
+            sampled.append((tokens, logprobs))
+            if step + 1 < steps:
+                input_ids = tokens[None].to(device)
+                attend.advance()
+        if self._graphs is not None and plain < steps:
+            later = None if uniforms is None else uniforms[:, plain:]
+            settings = self.temperature, self.top_p, self.top_k
+            found = self._graphs.run(input_ids, attend, later, steps - plain, settings)
+            sampled += zip(*(columns.unbind(1) for columns in found), strict=True)
+        ids, values = (
+            torch.stack(columns, dim=1).tolist()[: attend.num_rows] for columns in zip(*sampled, strict=True)
+        )
+        if not all(map(math.isfinite, chain.from_iterable(values))):
+            # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
+            self._own.release()
+            self._prefixes.release()
+            raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
+        return ids, values
+
+    def _step(
+        self, input_ids: Tensor, attend: CachedAttention, noise: Tensor | None, head: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One forward, and a token and its log-prob for each row, (B,) each."""
+        hidden = self.model(input_ids, attend.position_ids, attend=attend)[0, : attend.batch]
+        logits = self._logits(hidden, head)
+        return choose(
+            logits.cpu() if logits.device.type == "mps" else logits,
+            noise,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+        )
+
+    def _logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
+        """hidden (B, H) -> (V, B) float32."""
+        weight = self.model.output_weight
+        if weight.device.type != "cpu":
+            return torch.mm(weight, hidden.T).float()
+        if head is not None and len(hidden) < FEW_ROWS:
+            return self._buffer(torch.float32, len(hidden)).copy_(packed_product(hidden, head).T)
+        logits = torch.mm(weight, hidden.T, out=self._buffer(weight.dtype, len(hidden)))
+        if logits.dtype == torch.float32:
+            return logits
+        return self._buffer(torch.float32, len(hidden)).copy_(logits)
+
+    def _recordable(self) -> bool:
+        """Whether decode steps can be CUDA graphs."""
+        # A rope that depends on the length waits for the device to tell it.
+        depends = self.model.config.rope.depends_on_length
+        return self.cuda_graphs and self.model.output_weight.is_cuda and not depends
+
+    def _prepare_graphs(self) -> tuple[int, ...] | None:
+        """Keeps `_graphs` if they can be used in this run; returns where the weights lie, which they read."""
+        if not self._recordable():
+            self._graphs = None
+            return None
+        if self._graphs is None or self._graphs.width != self.stop_check_steps:
+            self._graphs = DecodeGraphs(self._step, self.stop_check_steps)
+        return tuple(parameter.data_ptr() for parameter in self.model.parameters())
+
+    def _buffer(self, dtype: torch.dtype, batch: int) -> Tensor:
+        """(V, B), the same memory at every step: fresh pages for logits cost more than sampling from them."""
+        weight = self.model.output_weight
+        size = len(weight) * batch
+        if dtype not in self._buffers or self._buffers[dtype].numel() < size:
+            self._buffers[dtype] = torch.empty(size, dtype=dtype, device=weight.device)
+        return self._buffers[dtype][:size].view(len(weight), batch)
+
+    def _check_settings(self) -> None:
+        if not self.stop_token_ids:
+            raise ValueError("stop_token_ids must hold at least one token, got none")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be above 0 (greedy=True for argmax), got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        for name in ("max_rows", "stop_check_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

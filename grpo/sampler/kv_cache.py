@@ -1,0 +1,360 @@
+"""Attention of the sampler, over its caches of keys and values.
+
+softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1) for rows that share prompts. The keys and values of a
+prompt lie in the cache once; each of its rows has a private cache for what follows. One forward takes a
+*ragged* batch, packed flat into T tokens in this order:
+
+    last new token of each row (B) | earlier new tokens of rows that have several | tokens of new prompts
+
+The first part is all there is in most steps and goes through batched matrix products:
+scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The
+others are rare and use it, one run of tokens at a time.
+
+A prompt is cached without its last token. Each row starts with that token as its first private one, so every
+row always has a new token whose hidden state predicts the next.
+
+Shapes: B rows, g prompts, m rows of a prompt at most, K key/value heads, r = N / K query heads for each, D
+head size, P and L the longest cached prompt and private part.
+
+The caches themselves are in kv_cache.py.
+"""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.model.attention import attention
+from grpo.model.decoder import ModelConfig
+
+# --- slots -----------------------------------------------------------------------------------------------
+#
+# Where the sampler's keys and values lie: slots of one capacity, which sequences take and leave.
+#
+# Shapes: K key/value heads, D head size.
+#
+# Left out: paging (batching.py moves sequences between slots), quantised caches.
+
+
+class SlotCache:
+    """Keys and values of `slots` sequences of up to `capacity` tokens: per layer (slots, K, capacity, D).
+
+    Memory is kept from run to run, as faulting in fresh pages costs more than filling them. What lies beyond
+    a sequence's length is zero or stale, and finite as long as the model's weights were.
+    """
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.layout = 0  # changes when tensors move: who remembers addresses must forget them then
+        self.release()
+
+    def release(self) -> None:
+        """Gives the memory back."""
+        self.layout += 1
+        self.slots = self.capacity = 0
+        self._memory = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
+        self._views = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        config = self.config
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that the memory held now has room for."""
+        return self._memory[0][0].numel() // (self.config.num_kv_heads * self.config.head_dim)
+
+    def layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each (slots, K, capacity, D)."""
+        return self._views[layer][0], self._views[layer][1]
+
+    def allocate(self, slots: int, capacity: int, *, keep_slots: int = 0, keep_length: int = 0) -> None:
+        """Makes room for `slots` sequences of `capacity` tokens, in the memory held when it is large enough.
+
+        Kept are the first `keep_length` tokens of the first `keep_slots` sequences.
+        """
+        shape = (slots, self.config.num_kv_heads, capacity, self.config.head_dim)
+        size = slots * self.config.num_kv_heads * capacity * self.config.head_dim
+        if (slots, capacity) != (self.slots, self.capacity) or self._memory[0][0].numel() < size:
+            self.layout += 1
+        for memory, views in zip(self._memory, self._views, strict=True):
+            for i in range(2):
+                kept = views[i][:keep_slots, :, :keep_length].clone() if keep_slots else None
+                # The old tensor goes before the new one comes: never two full caches side by side.
+                views[i] = torch.empty(0)
+                if memory[i].numel() < size:
+                    memory[i] = torch.empty(0)
+                    memory[i] = torch.zeros(size, dtype=self.dtype, device=self.device)
+                views[i] = memory[i][:size].view(shape)
+                if kept is not None:
+                    views[i][:keep_slots, :, :keep_length] = kept
+        self.slots, self.capacity = slots, capacity
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies the first `length` tokens of slot `source` to slot `target`."""
+        for view in chain.from_iterable(self._views):
+            view[target, :, :length] = view[source, :, :length]
+
+    def write(self, layer: int, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values (T, K, D) at (slots[t], positions[t]), both (T,) int64."""
+        for view, new in zip(self._views[layer], (keys, values), strict=True):
+            view[slots, :, positions] = new
+
+
+def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A list of numbers as a tensor on the device: from pinned memory, so that nobody waits for a GPU."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+# With `fill`: the step in which the length of the private caches grows.
+LENGTHS = 128
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is no smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def multiple(number: int, step: int) -> int:
+    """The least multiple of `step` that is no smaller."""
+    return -(-number // step) * step
+
+
+@dataclass(frozen=True)
+class RowSpan:
+    """A row's part in one forward: tokens [start, start + length) of its private sequence are new.
+
+    Private token i stands at position `prefix_length` + i; `prefix_slot` is where the row's prompt lies.
+    """
+
+    prefix_slot: int
+    prefix_length: int
+    start: int
+    length: int
+
+
+NOBODY = RowSpan(0, 0, 0, 1)  # fills up a batch
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Consecutive tokens [first, first + length) of the flat input that belong to one sequence.
+
+    They see `prefix_length` tokens of prompt `prefix_slot`, then the first `own_length` tokens of row `slot`,
+    the run itself at their end; a new prompt (slot None) sees nothing but itself.
+    """
+
+    first: int
+    length: int
+    slot: int | None = None
+    prefix_slot: int = 0
+    prefix_length: int = 0
+    own_length: int = 0
+
+
+class CachedAttention:
+    """The `attend` of one forward: stores new keys and values, then attends to prompts and private caches.
+
+    Args:
+        prefixes, own: caches of the prompts and of the rows.
+        rows: one per row, in slot order, at least one.
+        prompts: (slot, number of tokens) of each new prompt.
+        lookahead: how many times `advance` will be called.
+        fill: at least so many rows, the missing ones of a token that nobody reads, and all sizes in steps:
+            then few shapes occur, which is what CUDA graphs are for. 0: everything as long as it must be.
+    Attributes:
+        position_ids: (1, T) int64, in the order given at the top of this file.
+    """
+
+    def __init__(
+        self,
+        prefixes: SlotCache,
+        own: SlotCache,
+        rows: list[RowSpan],
+        prompts: list[tuple[int, int]],
+        lookahead: int = 0,
+        fill: int = 0,
+    ) -> None:
+        self.prefixes, self.own, self.config = prefixes, own, own.config
+        self.num_rows = self.batch = len(rows)
+        self.fill = fill
+        if fill:
+            rows = rows + [NOBODY] * (fill - self.num_rows)
+            self.batch = len(rows)
+        # In this type a product copies what has gaps, and takes three times as long over it where it also
+        # transposes: keys that are copied beforehand are copied straight.
+        self.copy_keys = own.device.type == "cpu" and own.dtype == torch.bfloat16
+        slots = list(range(self.batch))
+        places = [row.start + row.length - 1 for row in rows]
+        positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
+        self.runs: list[_Run] = []
+        for slot, row in enumerate(rows):
+            if row.length > 1:
+                last = row.start + row.length - 1  # the last token is in the first part already
+                self.runs.append(
+                    _Run(len(slots), row.length - 1, slot, row.prefix_slot, row.prefix_length, last)
+                )
+                slots += [slot] * (row.length - 1)
+                places += range(row.start, last)
+                positions += range(row.prefix_length + row.start, row.prefix_length + last)
+        self.own_tokens = len(slots)
+        for slot, length in prompts:
+            if length:
+                self.runs.append(_Run(len(slots), length))
+                slots += [slot] * length
+                places += range(length)
+                positions += range(length)
+        # One transfer to the device for everything whose length is the number of tokens.
+        table = upload([slots, places, positions], own.device)
+        self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
+        self._arrange(rows, lookahead)
+        self.look()
+        self._masks = {
+            (run, window): self._mask(run, window) for run in self.runs for window in set(self.config.windows)
+        }
+
+    def advance(self) -> None:
+        """Goes on to the next forward, if all that is new in it is one token more of every row.
+
+        Without a word between host and device, and from the second call on without a change of shapes: such
+        forwards can be queued, or captured in a CUDA graph. The longest caches are as long as they will be
+        after `lookahead` calls, and what they do not hold yet is masked.
+        """
+        n = self.own_tokens = self.batch
+        self.runs, self._masks = [], {}
+        self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
+        self.count()
+        self.look()
+
+    def count(self) -> None:
+        """One token more of every row; `look` comes next."""
+        for counter in (self.places, self.position_ids, self._own_lengths):
+            counter += 1
+
+    def look(self) -> None:
+        """Who sees what, from the counters."""
+        self._biases = {window: self._bias(window) for window in set(self.config.windows)}
+
+    @property
+    def state(self) -> list[Tensor]:
+        """All that one forward differs in from another of the same `shape`, if every row has one token."""
+        lengths = [self._prefix_lengths, self._own_lengths]
+        return [self.slots, self.places, self.position_ids, *lengths, self.members, self.place]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.batch, self.own_length, self.prefix_length, self.num_groups, len(self.members)
+
+    def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
+        """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
+        real = rows[: self.num_rows]
+        self.prefix_length = max(row.prefix_length for row in rows)
+        self.own_length = max(row.start + row.length for row in rows) + lookahead
+        lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.own.device)
+        self._prefix_lengths, self._own_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
+        groups = max(row.prefix_slot for row in rows) + 1
+        if self.fill:
+            groups, self.prefix_length = self.prefixes.slots, self.prefixes.capacity
+            self.own_length = min(multiple(self.own_length, LENGTHS), self.own.capacity)
+        members: list[list[int]] = [[] for _ in range(groups)]
+        rank = []
+        for slot, row in enumerate(real):
+            rank.append(len(members[row.prefix_slot]))
+            members[row.prefix_slot].append(slot)
+        width = max(map(len, members))
+        if self.fill:
+            width = power_of_two(width)
+        # Prompts with fewer rows are filled up with row 0, whose result there is never read.
+        padded = [ids + [0] * (width - len(ids)) for ids in members]
+        place = [row.prefix_slot * width + r for row, r in zip(real, rank, strict=True)]
+        place += [0] * (self.batch - self.num_rows)
+        self.num_groups = len(members)
+        # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
+        self.members = upload(list(chain.from_iterable(padded)), self.own.device)
+        self.place = upload(place, self.own.device)
+
+    def _bias(self, window: int | None) -> Tensor:
+        """(B, 1, 1, P + L) float32: 0 where the row's last token sees a key, -inf elsewhere."""
+        prefix_lengths, own_lengths = self._prefix_lengths, self._own_lengths
+        index = torch.arange(max(self.prefix_length, self.own_length), device=self.own.device)
+        prefix, own = index[: self.prefix_length], index[: self.own_length]
+        seen = [prefix < prefix_lengths, own < own_lengths]
+        if window is not None:
+            # Private token i is own_lengths - 1 - i back, prompt token j prefix_lengths - j before the first.
+            seen[0] &= own_lengths - 1 + prefix_lengths - prefix < window
+            seen[1] &= own_lengths - 1 - own < window
+        visible = torch.cat(seen, dim=1)
+        bias = torch.zeros(visible.shape, device=self.own.device).masked_fill_(~visible, float("-inf"))
+        return bias[:, None, None]
+
+    def _mask(self, run: _Run, window: int | None) -> Tensor | None:
+        """(length, keys) bool, True where a token sees a key; None for plain causal attention to the run."""
+        keys = run.length if run.slot is None else run.prefix_length + run.own_length
+        if run.slot is None and (window is None or run.length <= window):
+            return None
+        key = torch.arange(keys, device=self.own.device)
+        distance = key[-run.length :, None] - key  # keys are consecutive positions, the run's own at the end
+        return (distance >= 0) & (distance < (window or keys + 1))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q (1, N, T, D), k and v (1, K, T, D), rotated -> (1, N, T, D)."""
+        q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, D)
+        n = self.own_tokens
+        self.own.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
+        if n < len(k):
+            self.prefixes.write(layer, self.slots[n:], self.places[n:], k[n:], v[n:])
+        out = [self._attend_rows(layer, q[: self.batch])]
+        out += [self._attend_run(layer, run, q, k, v) for run in self.runs]
+        return (torch.cat(out) if self.runs else out[0]).transpose(0, 1)[None]
+
+    def _attend_rows(self, layer: int, q: Tensor) -> Tensor:
+        """One query per row, (B, N, D) -> (B, N, D)."""
+        batch, heads, size = q.shape
+        q = q.reshape(batch, -1, heads // self.config.num_kv_heads, size)  # (B, K, r, D)
+        own_keys, own_values = (x[:batch, :, : self.own_length].flatten(0, 1) for x in self.own.layer(layer))
+        if self.copy_keys:
+            own_keys = own_keys.contiguous()
+        scores = torch.bmm(q.flatten(0, 1), own_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
+        if self.prefix_length:
+            scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
+        bias = self._biases[self.config.windows[layer]]
+        # Scaled, masked and normalised in float32 whatever the model's type.
+        weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
+        own_weights = weights[..., self.prefix_length :].flatten(0, 1)
+        out = torch.bmm(own_weights, own_values).view(q.shape)
+        if self.prefix_length:
+            out += self._against_prefix(layer, weights[..., : self.prefix_length], values=True)
+        return out.view(batch, heads, size)
+
+    def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
+        """(B, K, r, D) against the prompts' keys -> (B, K, r, P), or that against values -> (B, K, r, D)."""
+        batch, kv_heads, repeats, size = x.shape
+        keys_or_values = self.prefixes.layer(layer)[1 if values else 0]
+        other = keys_or_values[: self.num_groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
+        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). Rows are flat while they are
+        # picked, so that each is copied in one piece.
+        x = x.reshape(batch, -1).index_select(0, self.members)
+        x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
+        out = torch.bmm(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
+        out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
+        out = out.reshape(len(self.members), -1).index_select(0, self.place)
+        return out.view(batch, kv_heads, repeats, -1)
+
+    def _attend_run(self, layer: int, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Several tokens of one sequence: q (T, N, D) -> (run.length, N, D)."""
+        tokens = slice(run.first, run.first + run.length)
+        if run.slot is None:
+            keys, values = k[tokens].transpose(0, 1), v[tokens].transpose(0, 1)
+        else:
+            slot, n, m = run.slot, run.prefix_length, run.own_length
+            keys, values = (
+                torch.cat([prefix[run.prefix_slot, :, :n], own[slot, :, :m]], dim=1)
+                for prefix, own in zip(self.prefixes.layer(layer), self.own.layer(layer), strict=True)
+            )
+        mask = self._masks[run, self.config.windows[layer]]
+        return attention(q[tokens].transpose(0, 1)[None], keys[None], values[None], mask)[0].transpose(0, 1)

@@ -1,0 +1,112 @@
+"""The Berkeley Function-Calling Leaderboard's single-turn files, from the installed package `bfcl-eval`.
+
+Nothing of the package is imported: its files are read where they lie. Its answers list the accepted values of
+each argument. Left out: Java and JavaScript, several turns with tool results, and `live_relevance`, whose
+right calls nobody has written down.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grpo.tasks.function_calling.data import Record, Skipped, tool
+from grpo.tasks.function_calling.json_calls import Call
+
+CATEGORIES = (
+    "simple_python multiple parallel parallel_multiple irrelevance "
+    "live_simple live_multiple live_parallel live_parallel_multiple live_irrelevance"
+).split()
+INSTALL = "pip install --no-deps bfcl-eval"
+TESTED = "the version of bfcl-eval that this was tested with is in constraints.txt"
+
+
+class Berkeley:
+    """All categories, whichever are chosen: so the splits do not depend on the choice.
+
+    What cannot be used is reported for the chosen ones only.
+    """
+
+    accepted = True
+
+    def __init__(self, chosen: set[str]) -> None:
+        self.folder, self.chosen = _folder(), chosen
+        self._lines: list[tuple[bytes, bytes]] = []  # question, answer
+
+    def __str__(self) -> str:
+        return f"the Berkeley files in {self.folder}"
+
+    def scan(self, skipped: Skipped) -> Iterator[tuple[int, Record]]:
+        self._lines = []
+        for category in CATEGORIES:
+            for line, answer in self._pairs(category):
+                number = len(self._lines)
+                self._lines.append((line, answer))
+                record = self.read(number)
+                if missing := _without_accepted_value(record.gold):
+                    if category in self.chosen:
+                        skipped.add(record.id, f"no value is accepted for {missing}, so no answer is right")
+                    continue
+                yield number, record
+
+    def read(self, number: int) -> Record:
+        question, answer = self._lines[number]
+        entry, truth = json.loads(question), json.loads(answer)["ground_truth"]
+        tools = [tool(one["name"], one["description"], one["parameters"]) for one in entry["function"]]
+        gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
+        return Record(entry["id"], _messages(entry["question"][0]), tools, gold)
+
+    def _pairs(self, category: str) -> Iterator[tuple[bytes, bytes]]:
+        """Questions with their answers; where no tool fits, no answer is written down."""
+        questions = self._by_id(_file(category))
+        no_calls = dict.fromkeys(questions, b'{"ground_truth": []}')
+        answers = no_calls if "irrelevance" in category else self._by_id(f"possible_answer/{_file(category)}")
+        if missing := questions.keys() - answers.keys():
+            raise ValueError(f"{self}: no answer to {min(missing)}; {TESTED}")
+        for identifier, line in questions.items():
+            yield line, answers[identifier]
+
+    def _by_id(self, name: str) -> dict[str, bytes]:
+        try:
+            lines = (self.folder / name).read_bytes().splitlines()
+            return {json.loads(line)["id"]: line for line in lines if line.strip()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.folder / name} cannot be read ({error}); {TESTED}") from None
+
+
+def category_of(record: Record) -> str:
+    return record.id.rpartition("_")[0]  # live_simple_112-68-0
+
+
+def _file(category: str) -> str:
+    return f"BFCL_v4_{category}.json"
+
+
+def _folder() -> Path:
+    spec = importlib.util.find_spec("bfcl_eval")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "data").is_dir():
+            return Path(place) / "data"
+    raise ValueError(
+        "function_calling needs the Berkeley files or a data_path; got neither, since the package bfcl-eval "
+        f"is not installed: {INSTALL}, or task_options data_path=FILE (xLAM's JSON)"
+    )
+
+
+def _messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Neighbours of one role as one message: many templates insist that roles take turns."""
+    merged: list[dict[str, str]] = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1]["content"] += f"\n\n{message['content']}"
+        else:
+            merged.append({"role": message["role"], "content": message["content"]})
+    return merged
+
+
+def _without_accepted_value(gold: list[Call]) -> str | None:
+    pairs: Any = (pair for call in gold for pair in call["arguments"].items())
+    return next((name for name, accepted in pairs if accepted == []), None)

@@ -1,0 +1,198 @@
+"""Worked conversations about function calls: a wrong answer, what is wrong with it, a better one.
+
+The mistake is made here, one or two in an answer that is right, so what the reflection says of it is true. It
+goes through the arguments one by one, as Countdown's reflections go through combinations. Some stop early,
+whatever they have found: reinforcement learning then finds both, giving up and going on. The retry mends what
+the reflection has found by then, and nothing else. Left out: why a value is right; that takes understanding.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from grpo.tasks.function_calling.json_calls import Call
+from grpo.tasks.function_calling.matching import compare, equal
+
+NO_CALL = "None of the functions can answer this."
+PATIENCE = 20  # mistakes tried until one makes the answer wrong
+
+
+def right_calls(gold: list[Call], accepted: bool) -> list[Call]:
+    """An accepted answer: the first accepted value of each argument, optional ones left out."""
+    if not accepted:
+        return [{"name": call["name"], "arguments": dict(call["arguments"])} for call in gold]
+    return [
+        {
+            "name": call["name"],
+            "arguments": {
+                key: concrete(values[0]) for key, values in call["arguments"].items() if "" not in values
+            },
+        }
+        for call in gold
+    ]
+
+
+def concrete(one: Any) -> Any:
+    """An accepted value as it would be written: objects hold lists of accepted values in their turn."""
+    if isinstance(one, dict):
+        chosen = {key: alternatives(values) for key, values in one.items()}
+        return {key: concrete(values[0]) for key, values in chosen.items() if values}
+    if isinstance(one, list):
+        return [concrete(item) for item in one]
+    return one
+
+
+def alternatives(values: Any) -> list[Any]:
+    """The accepted values without "", which stands for leaving the argument out."""
+    return [value for value in values if value != ""] if isinstance(values, list) else [values]
+
+
+def text_of(calls: list[Call]) -> str:
+    """As an answer is asked for: a JSON list, or prose where there is nothing to call."""
+    return json.dumps(calls, ensure_ascii=False) if calls else NO_CALL
+
+
+# --- making a mistake ---------------------------------------------------------------------------------------
+
+
+def mistaken(
+    gold: list[Call], accepted: bool, tools: list[dict[str, Any]], question: str, rng: random.Random
+) -> list[Call]:
+    """A right answer with one or two mistakes in it, which is wrong by `compare`."""
+    right = right_calls(gold, accepted)
+    schemas = {tool["function"]["name"]: _properties(tool["function"]) for tool in tools}
+    if not right:
+        name = rng.choice(sorted(schemas))
+        return [{"name": name, "arguments": {key: _example(schemas[name][key]) for key in schemas[name]}}]
+    for _ in range(PATIENCE):
+        calls = copy.deepcopy(right)
+        for _ in range(1 if rng.random() < 0.7 else 2):
+            _spoil(rng.choice(calls), schemas, question, rng)
+        if compare(calls, gold, accepted) != "ok":
+            return calls
+    return right[:-1] or [*right, *right]
+
+
+def _spoil(call: Call, schemas: dict[str, dict[str, Any]], question: str, rng: random.Random) -> None:
+    """One mistake, in place."""
+    args, properties = call["arguments"], schemas.get(call["name"], {})
+    others = sorted(set(schemas) - {call["name"]})
+    more = sorted(set(properties) - set(args))
+    kinds: list[Callable[[], None]] = []
+    if args:
+        key = rng.choice(sorted(args))
+        value = _other(args[key], properties.get(key, {}), question, rng)
+        # a wrong value is the commonest mistake by far, so it is three times in the hat
+        kinds += 3 * [lambda: args.update({key: value})] + [lambda: args.pop(key)]
+    if more:
+        extra = rng.choice(more)
+        kinds.append(lambda: args.update({extra: _example(properties[extra])}))
+    if others:
+        kinds.append(lambda: call.update(name=rng.choice(others)))
+    if kinds:
+        rng.choice(kinds)()
+
+
+def _other(value: Any, schema: dict[str, Any], question: str, rng: random.Random) -> Any:
+    """A value that someone could write instead."""
+    choices = [choice for choice in schema.get("enum", []) if not equal(choice, value)]
+    if choices:
+        return rng.choice(choices)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        numbers = [int(text) for text in re.findall(r"\d{1,9}", question) if int(text) != value]
+        return rng.choice([*numbers, value + 1, str(value)])
+    if isinstance(value, str):
+        words = [word.strip("?!.,;:'\"()") for word in question.split()]
+        return rng.choice([word for word in words if word and word.lower() != value.lower()] or [value + "s"])
+    if isinstance(value, list) and value:
+        return value[:-1] if rng.random() < 0.5 else [*value, value[0]]
+    return _example(schema)
+
+
+def _properties(function: dict[str, Any]) -> dict[str, Any]:
+    parameters = function.get("parameters")
+    found = parameters.get("properties") if isinstance(parameters, dict) else None
+    return (
+        {key: schema for key, schema in found.items() if isinstance(schema, dict)}
+        if isinstance(found, dict)
+        else {}
+    )
+
+
+def _example(schema: dict[str, Any]) -> Any:
+    """A value of the schema's type that says nothing."""
+    if "default" in schema:
+        return schema["default"]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}.get(
+        str(schema.get("type")), "any"
+    )
+
+
+# --- saying what is wrong -----------------------------------------------------------------------------------
+
+
+def reflection(
+    calls: list[Call], gold: list[Call], accepted: bool, checks: int | None
+) -> tuple[str, list[Call]]:
+    """What a reader finds going through the answer, and the answer mended as far as that.
+
+    Args:
+        calls: the wrong answer, in the order of `gold`.
+        checks: after how many to stop; None to go on to the end.
+    """
+    if not gold:
+        return f"{calls[0]['name']} does not answer this, and no other function does.", []
+    mended = copy.deepcopy(calls)
+    said = list(itertools.islice(_findings(mended, gold, accepted), checks))
+    return " ".join(said), mended
+
+
+def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[str]:
+    """What is said of each part, in order. A part that is wrong is mended, in place, before it is said."""
+    for place, wanted in enumerate(right_calls(gold, accepted)):
+        if place == len(calls):
+            calls.append(copy.deepcopy(wanted))
+            yield f"A call of {wanted['name']} is missing: {_json(wanted['arguments'])}."
+            continue
+        call, args = calls[place], calls[place]["arguments"]
+        if (name := call["name"]) == wanted["name"]:
+            yield f"{name} is the right function."
+        else:
+            call["name"] = wanted["name"]
+            yield f"{name} is the wrong function, {wanted['name']} is right."
+        for key in [*wanted["arguments"], *(key for key in args if key not in wanted["arguments"])]:
+            if key in args and _fits(key, args[key], gold[place], accepted):
+                yield f"{key} {_json(args[key])} fits."
+            elif key not in wanted["arguments"]:
+                del args[key]
+                yield f"{key} is not asked for."
+            else:
+                value = _json(wanted["arguments"][key])
+                found = f"must be {value}, not {_json(args[key])}" if key in args else f"is missing: {value}"
+                args[key] = wanted["arguments"][key]
+                yield f"{key} {found}."
+    if len(calls) > len(gold):
+        del calls[len(gold) :]
+        yield "There is a call too many."
+
+
+def _fits(key: str, value: Any, gold: Call, accepted: bool) -> bool:
+    """Whether the verifier takes this value, which may be another than the first accepted one."""
+    if key not in gold["arguments"]:
+        return False
+    one, other = ({"name": "", "arguments": {key: held}} for held in (value, gold["arguments"][key]))
+    return compare([one], [other], accepted) == "ok"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

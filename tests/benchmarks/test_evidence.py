@@ -1,0 +1,72 @@
+"""benchmarks/evidence.py on a tiny model: each command leaves a run, from the same starting weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import evidence  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def seeded(tmp_path_factory):
+    """One run per seed, in a folder of their own."""
+    root = tmp_path_factory.mktemp("evidence")
+    model = tiny_run.save_model(root / "model")
+    settings = tiny_run.arguments(model, root / "runs")
+    start = settings.index("--run_name")
+    del settings[start : start + 2]  # evidence.py names its runs
+    assert evidence.main(["seeds", "--seeds", "1", "2", *settings, "--num_eval", "8"]) == 0
+    return root / "runs"
+
+
+def rewards(folder: Path) -> list[float]:
+    return [record["reward"] for record in tiny_run.records(folder, "episodes.jsonl")]
+
+
+def test_seeds_and_table(seeded, capsys):
+    runs = [seeded / "seed1-001", seeded / "seed2-001"]
+    assert evidence.main(["table", *map(str, runs)]) == 0
+    out = capsys.readouterr().out
+    assert "seed1-001" in out and "seed2-001" in out and "mean gain of the second try over 2 runs" in out
+    stored = json.loads((seeded / "evidence.json").read_text())
+    gains = [one["gain"]["second_try"]["mean"] for one in stored]
+    after = [one["after"]["second_try"]["mean"] - one["before"]["second_try"]["mean"] for one in stored]
+    assert gains == pytest.approx(after)
+
+
+@pytest.mark.parametrize("what", ["shuffled", "supervised", "longer"])
+def test_controls_start_from_the_weights_of_the_run(seeded, what, capsys):
+    source = seeded / "seed1-001"
+    assert evidence.main([what, str(source)]) == 0
+    assert f"second try of seed1-001-{what}-001 minus that of seed1-001:" in capsys.readouterr().out
+    folder = seeded / f"seed1-001-{what}-001"
+    weights = "model.safetensors"
+    assert (folder / "start" / weights).read_bytes() == (source / "start" / weights).read_bytes()
+    assert (folder / "failures.jsonl").read_bytes() == (source / "failures.jsonl").read_bytes()
+    assert (folder / "evaluation.json").exists()
+    last = max((folder / "checkpoints").glob("step-*"))
+    assert (last / weights).read_bytes() != (source / "start" / weights).read_bytes()
+    if what == "longer":
+        assert len({record["step"] for record in tiny_run.records(folder, "episodes.jsonl")}) == 8
+    if what == "shuffled":
+        # The first rollout has the same weights and noise: only who gets which reward differs.
+        size = 2 * 3
+        first, same = rewards(source)[:size], rewards(folder)[:size]
+        assert sorted(first) == sorted(same)
+
+
+def test_without_a_command_it_says_what_it_can_do(capsys):
+    assert evidence.main([]) == 0
+    assert "equal-compute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [["shuffled"], ["table"], ["longer", "runs/x", "--seed", "3"]])
+def test_wrong_arguments(argv):
+    with pytest.raises(SystemExit) as stopped:
+        evidence.main(argv)
+    assert stopped.value.code == 2

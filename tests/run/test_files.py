@@ -1,0 +1,151 @@
+"""Run directories are numbered and locked, files in them are whole or absent, logs can be cut back."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from grpo.run.files import (
+    RunDirError,
+    RunLockedError,
+    append_jsonl,
+    cut_logs,
+    lock,
+    log_sizes,
+    new_run_dir,
+    remove_if_empty,
+    written_whole,
+)
+
+
+def test_run_directories_are_numbered_and_never_reused(tmp_path):
+    names = [new_run_dir(tmp_path / "runs", "demo").name for _ in range(2)]
+    assert names == ["demo-001", "demo-002"]
+    (tmp_path / "runs" / "demo-007").mkdir()
+    (tmp_path / "runs" / "demo-b-099").mkdir()
+    assert new_run_dir(tmp_path / "runs", "demo").name == "demo-008"
+    assert new_run_dir(tmp_path / "runs", "demo-b").name == "demo-b-100"
+    for name in ("", "a/b", ".."):
+        with pytest.raises(ValueError, match="run_name"):
+            new_run_dir(tmp_path, name)
+
+
+def test_run_directories_when_another_process_is_faster(tmp_path, monkeypatch):
+    (tmp_path / "demo-001").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda self: iter(()))  # it was not there yet when we looked
+        assert new_run_dir(tmp_path, "demo").name == "demo-002"
+
+
+def test_run_directory_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirError, match="output_dir"):
+        new_run_dir(tmp_path / "file", "demo")
+
+
+def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
+    code = "import sys; from grpo import run_dir\nwith run_dir.lock(sys.argv[1]): print('locked')"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
+    with lock(tmp_path):
+        second = subprocess.run(command, **options)
+        assert second.returncode != 0 and f"in use by process {os.getpid()}" in second.stderr
+        with pytest.raises(RunLockedError):
+            with lock(tmp_path):
+                pass
+    assert subprocess.run(command, **options).stdout == "locked\n"
+
+
+def test_only_an_empty_directory_is_taken_back(tmp_path):
+    for name in ("empty", "locked", "begun"):
+        (tmp_path / name).mkdir()
+    with lock(tmp_path / "locked"), lock(tmp_path / "begun"):
+        (tmp_path / "begun" / "config.yaml").write_text("")
+    for name in ("empty", "locked", "begun", "missing"):
+        remove_if_empty(tmp_path / name)
+    assert sorted(path.name for path in (tmp_path / "begun").iterdir()) == [".lock", "config.yaml"]
+    assert [path.name for path in tmp_path.iterdir()] == ["begun"]
+
+
+def test_leftovers_are_removed_by_the_next_holder(tmp_path):
+    for name in ("start.tmp-1/trainer", "warm_start/checkpoints/step-000020.tmp-removed", "start/trainer"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "config.yaml.tmp-12").write_text("")
+    (tmp_path / "config.yaml").write_text("")
+    with lock(tmp_path):
+        left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")}
+    assert left == {".lock", "config.yaml", "start", "start/trainer", "warm_start", "warm_start/checkpoints"}
+
+
+# --- whole files and folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_written_whole_replaces_only_at_the_end(tmp_path, folder):
+    final = tmp_path / "deep" / "final"
+    for text in ("first", "second"):
+        with written_whole(final) as partial:
+            if folder:
+                partial.mkdir()
+            (partial / "file" if folder else partial).write_text(text)
+            assert final.exists() == (text == "second")  # the old one stays until the new one is whole
+        assert (final / "file" if folder else final).read_text() == text
+    assert [path.name for path in final.parent.iterdir()] == ["final"]
+
+
+@pytest.mark.parametrize(
+    "error, expected, message",
+    [
+        (KeyError("x"), KeyError, "x"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (
+            OSError(errno.EACCES, "Permission denied"),
+            RunDirError,
+            "cannot write .*final: .*Permission denied",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            RunDirError,
+            "the disk is full: .* GB are free, and .*final",
+        ),
+        (SafetensorError("No space left on device (os error 28)"), RunDirError, "the disk is full"),
+    ],
+)
+def test_written_whole_leaves_nothing_half_written(tmp_path, error, expected, message):
+    (tmp_path / "final").write_text("old")
+    with pytest.raises(expected, match=message):
+        with written_whole(tmp_path / "final") as partial:
+            partial.mkdir()
+            (partial / "half").write_text("ha")
+            raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final").read_text() == "old"
+
+
+# --- logs ---------------------------------------------------------------------------------------------------
+
+
+def test_logs_are_cut_back_to_what_they_were(tmp_path):
+    names = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    append_jsonl(tmp_path / "a.jsonl", {"step": 1, "text": "ä"})
+    append_jsonl(tmp_path / "b.jsonl", {"step": 1})
+    sizes, before = log_sizes(tmp_path, names), (tmp_path / "a.jsonl").read_bytes()
+    assert sizes == {"a.jsonl": len(before), "b.jsonl": 12}
+    append_jsonl(tmp_path / "a.jsonl", {"step": 2})
+    (tmp_path / "c.jsonl").write_text('{"step": 2, "torn')
+    cut_logs(tmp_path, {name: sizes.get(name, 0) for name in names})
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    assert (tmp_path / "b.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "c.jsonl").read_bytes() == b""
+
+
+def test_a_log_that_became_shorter_is_named_and_one_that_is_gone_starts_anew(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    cut_logs(tmp_path, {"a.jsonl": 3, "gone.jsonl": 99})
+    with pytest.raises(RunDirError, match="a.jsonl must have at least the 4 bytes .* got 3"):
+        cut_logs(tmp_path, {"a.jsonl": 4})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,0 +1,227 @@
+"""What a run writes down: the same bytes in a rerun; and each warning once, where its cause is."""
+
+import ast
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.run import metrics as module
+from grpo.run.diagnostics import RULES, WINDOW, Warnings, nothing_right, sampling_difference
+from grpo.run.metrics import Metrics, console_line, verdict_metrics
+
+STEP = {
+    "reward": 0.4125, "completions/mean_length": 57.25, "frac_reward_zero_std": 0.25, "kl": 0.00123,
+    "entropy": 1.5, "grad_norm": 0.75, "completions/clipped_ratio": 0.0625, "learning_rate": 1e-05,
+}  # fmt: skip
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def repeat(count: int, **values: float) -> list[dict]:
+    named = {name.replace("__", "/"): value for name, value in values.items()}
+    return [{"step": step + 1, **named} for step in range(count)]
+
+
+# --- files and console ------------------------------------------------------------------------------------
+
+
+def test_the_same_metrics_give_the_same_bytes_in_any_order(tmp_path):
+    for name, items in (("a", list(STEP.items())), ("b", list(reversed(STEP.items())))):
+        (tmp_path / name).mkdir()
+        run = Metrics(tmp_path / name, console=io.StringIO())
+        run.log(1, dict(items))
+        run.timings(1, {"step_time": 1.0 if name == "a" else 2.0})
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert (tmp_path / "a/timings.jsonl").read_bytes() != (tmp_path / "b/timings.jsonl").read_bytes()
+
+
+def test_floats_survive_to_the_last_bit(tmp_path):
+    values = {"a": 0.1 + 0.2, "b": 1e-300, "c": math.pi, "d": 5e-7, "count": 2**60}
+    Metrics(tmp_path, console=io.StringIO()).log(3, values)
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 3, **values}]
+
+
+def test_what_json_cannot_hold_becomes_null(tmp_path):
+    Metrics(tmp_path, console=io.StringIO()).log(1, {"kl": math.nan, "loss": math.inf, "reward": 0.5})
+    assert lines(tmp_path / "metrics.jsonl") == [{"step": 1, "kl": None, "loss": None, "reward": 0.5}]
+
+
+def test_no_line_is_lost_or_repeated_by_a_second_writer(tmp_path):
+    Metrics(tmp_path, console=io.StringIO()).log(1, STEP)
+    Metrics(tmp_path, console=io.StringIO()).log(2, STEP)
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [1, 2]
+
+
+def test_console_line_of_a_step():
+    assert console_line({"step": 3, **STEP}, 16) == (
+        "step 3/16  reward 0.412  length 57.2  signal 0.75  kl 0.0012"
+        "  entropy 1.500  grad_norm 0.750  truncated 0.06"
+    )
+
+
+def test_console_line_leaves_out_what_is_missing():
+    assert console_line({"step": 3, "reward": 0.5, "kl": None}) == "step 3  reward 0.500"
+    assert console_line({"step": 8, "validation/retry": 0.25}) == "step 8  validation/retry 0.25"
+
+
+def test_each_log_is_one_console_line(tmp_path):
+    console = io.StringIO()
+    run = Metrics(tmp_path, console=console, max_steps=2)
+    run.log(1, STEP)
+    run.timings(1, {"step_time": 3.0})
+    assert console.getvalue().splitlines() == [console_line({"step": 1, **STEP}, 2)]
+
+
+def test_verdict_metrics_tell_wrong_from_unreadable():
+    mixed = verdict_metrics(["ok", "wrong_value", "no_answer", "parse"])
+    assert mixed == {"verdicts/ok": 0.25, "verdicts/format": 0.5}
+    assert verdict_metrics([]) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+
+
+# --- TensorBoard ------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ValueError, match=r"reflect-grpo\[tensorboard\]"):
+        Metrics(tmp_path, tensorboard=True)
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    seen = []
+
+    class Writer:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, value, step))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
+    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
+    run = Metrics(tmp_path, tensorboard=True, console=io.StringIO())
+    run.log(1, {"kl": math.nan, "loss": 0.5})
+    run.timings(1, {"step_time": 2.0})
+    run.close()
+    assert seen == [("loss", 0.5, 1), ("timings/step_time", 2.0, 1), "closed"]
+
+
+def test_metrics_needs_the_standard_library_only():
+    tree = ast.parse(Path(module.__file__).read_text())
+    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
+    names.remove("grpo.run.diagnostics")  # which needs no more
+    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
+
+
+# --- warnings ---------------------------------------------------------------------------------------------
+
+BAD = {
+    "no_success": [{"step": 0, "validation/retry": 0.0, "validation/retry_blind": 0.0}],
+    "few_signals": repeat(WINDOW, frac_reward_zero_std=0.96),
+    "growing_length": repeat(WINDOW, completions__clipped_ratio=0.3),
+    "entropy_collapse": repeat(WINDOW, entropy=2.0) + repeat(WINDOW, entropy=0.4),
+    "idle_reflection": [
+        {"step": 1, "validation/retry": 0.2, "validation/retry_blind": 0.1},
+        {"step": 8, "validation/retry": 0.3, "validation/retry_blind": 0.25},
+    ],
+    "answer_leakage": repeat(WINDOW, leaks=0.6),
+    "large_kl": repeat(WINDOW, kl=0.6),
+    "format_errors": repeat(WINDOW, verdicts__format=0.6),
+}
+GOOD = {
+    "no_success": [{"step": 0, "validation/retry": 0.1}, {"step": 8, "validation/retry": 0.0}],
+    "few_signals": repeat(WINDOW, frac_reward_zero_std=0.94),
+    # the demo's good run of 12 steps: length 42 -> 67, nothing truncated
+    "growing_length": repeat(WINDOW, completions__clipped_ratio=0.0, completions__mean_length=42.0)
+    + repeat(WINDOW, completions__clipped_ratio=0.05, completions__mean_length=67.0),
+    "entropy_collapse": repeat(WINDOW, entropy=2.0) + repeat(WINDOW, entropy=0.6),
+    "idle_reflection": [
+        {"step": 1, "validation/retry": 0.2, "validation/retry_blind": 0.1},
+        {"step": 8, "validation/retry": 0.5, "validation/retry_blind": 0.2},
+    ],
+    "answer_leakage": repeat(WINDOW, leaks=0.4),
+    "large_kl": repeat(WINDOW, kl=0.1),
+    "format_errors": repeat(WINDOW, verdicts__format=0.4),
+}
+
+
+def test_every_rule_has_a_case():
+    assert set(BAD) == set(GOOD) == set(RULES)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_speaks_where_its_cause_is_and_nowhere_else(name):
+    assert isinstance(RULES[name](BAD[name]), str)
+    assert RULES[name](GOOD[name]) is None
+    assert all(rule(BAD[name]) is None for other, rule in RULES.items() if other != name)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rule_waits_for_enough_steps_and_bears_missing_values(name):
+    assert RULES[name]([]) is None
+    if name != "no_success":  # says at once what an hour of training would say too
+        assert RULES[name](BAD[name][:1]) is None
+    assert RULES[name]([{"step": 1, "kl": None, "entropy": None, "frac_reward_zero_std": None}]) is None
+
+
+def test_growing_length_speaks_early_when_length_grows_too():
+    start = repeat(WINDOW, completions__clipped_ratio=0.01, completions__mean_length=46.0)
+    end = repeat(WINDOW, completions__clipped_ratio=0.12, completions__mean_length=83.0)
+    assert RULES["growing_length"](start + end) is not None
+    assert RULES["growing_length"](start + start) is None
+
+
+def test_the_bound_on_the_sampling_difference_follows_the_dtype():
+    history = repeat(WINDOW, sampling__sampling_logp_difference__mean=0.04)  # bfloat16 rounding on a CPU
+    assert sampling_difference("bfloat16")(history) is None
+    assert "float32" in str(sampling_difference("float32")(history))
+    stale = repeat(WINDOW, sampling__sampling_logp_difference__mean=0.3)
+    assert sampling_difference("bfloat16")(stale) is not None
+
+
+def test_a_warning_is_given_once_and_kept(tmp_path):
+    console = io.StringIO()
+    run = Metrics(tmp_path, console=console)
+    for step in range(1, 3 * WINDOW):
+        run.log(step, {"reward": 0.5, "kl": 0.9})
+    kept = [record for record in lines(tmp_path / "metrics.jsonl") if "warning" in record]
+    assert [(record["step"], record["warning"]) for record in kept] == [(WINDOW, "large_kl")]
+    assert console.getvalue().count("warning: " + kept[0]["advice"]) == 1
+
+
+@pytest.mark.parametrize("stop", [2, WINDOW, WINDOW + 2])
+def test_a_continued_run_writes_the_bytes_of_an_uninterrupted_one(tmp_path, stop):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+        run = Metrics(tmp_path / name, console=io.StringIO())
+        for step in range(1, 2 * WINDOW):
+            if name == "parts" and step == stop + 1:
+                run = Metrics(tmp_path / name, console=io.StringIO())  # as --resume does
+            run.log(step, {"reward": 0.1 * step, "kl": 0.9, "frac_reward_zero_std": 1.0})
+    whole = (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert whole == (tmp_path / "parts/metrics.jsonl").read_bytes() and whole.count(b'"warning"') == 2
+
+
+def test_warnings_do_not_count_as_history():
+    records = [{"step": 1, "kl": 0.9}, {"step": 1, "warning": "large_kl", "advice": "..."}]
+    warnings = Warnings(records)
+    assert warnings.history == records[:1] and warnings.given == {"large_kl"}
+
+
+def test_nothing_right_is_a_matter_of_the_first_steps():
+    none, some = repeat(WINDOW, verdicts__ok=0.0), repeat(1, verdicts__ok=0.01)
+    assert "not one answer was right in 5 steps" in nothing_right(none)
+    assert "not one answer" in nothing_right(none + some)  # a continued run stops again, and says why
+    for history in ([], none[1:], some + none, none[:2] + some + none):
+        assert nothing_right(history) is None

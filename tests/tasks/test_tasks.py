@@ -1,0 +1,121 @@
+"""The registry, the small data classes, and the example of docs/tasks.md, run as it stands there."""
+
+import json
+import random
+import re
+import sys
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo import tasks
+from grpo.tasks import Example, Transcript, Verdict, get_task, register, task_names
+from grpo.tasks.countdown import Countdown
+
+DOC = Path(__file__).parents[2] / "docs" / "tasks.md"
+
+
+def test_verdict_and_example() -> None:
+    assert Verdict("ok").ok and not Verdict("syntax").ok
+    with pytest.raises(FrozenInstanceError):
+        Verdict("ok").reason = "syntax"  # type: ignore[misc]
+    example = Example(id="a", prompt="?")
+    # sha256("a") begins with ca978112ca1bbdca; the key is its first 63 bits.
+    assert example.key == 0xCA978112CA1BBDCA >> 1 < 2**63
+    assert Example(id="b", prompt="?").key != example.key
+    assert Transcript("x").reflection is None
+
+
+def test_get_task_by_name() -> None:
+    task = get_task("countdown", {"high": 12})
+    assert isinstance(task, Countdown) and task.high == 12
+    assert "countdown" in task_names()
+    assert json.loads(json.dumps(task.examples("train", 1)[0].data)) == task.examples("train", 1)[0].data
+
+
+def test_get_task_by_path() -> None:
+    assert isinstance(get_task("grpo.tasks.countdown:Countdown", {}), Countdown)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "message"),
+    [
+        ("coutdown", {}, "did you mean countdown"),
+        ("nothing like it", {}, "must be one of .*countdown.* or package.module:Name"),
+        ("no_such_module:Task", {}, "no module 'no_such_module'"),
+        ("grpo.no_such_module:Task", {}, "no module 'grpo.no_such_module'"),
+        ("grpo.tasks.countdown:Countdow", {}, "did you mean Countdown"),
+        ("countdown", {"hihg": 12}, "did you mean high"),
+        ("countdown", {"high": 0}, "low and high"),
+        ("countdown", {"high": "ten"}, "task_options high must be an integer, got 'ten'"),
+        ("countdown", {"high": 10.5}, "task_options high must be an integer, got 10.5"),
+        ("countdown", {"low": None}, "task_options low must be an integer, got None"),
+        ("countdown", {"operators": 5}, "task_options operators must be a text, got 5"),
+        ("countdown", {"max_target": "x"}, "task_options max_target must be an integer or null, got 'x'"),
+        ("countdown", {"reflection_stop": True}, "task_options reflection_stop must be a number, got True"),
+        ("countdown", {5: 1}, "must be among: .*; got 5"),
+        ("grpo.tasks:Verdict", {}, "do not fit: missing a required argument: 'reason'"),
+        (":Countdown", {}, "must be a registered name or package.module:Name, got ':Countdown'"),
+        ("grpo.tasks:Verdict", {"reason": "ok"}, "lacks name"),
+    ],
+)
+def test_errors_name_what_is_near(spec: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        get_task(spec, options)
+
+
+def test_an_import_error_inside_the_users_module_is_shown_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "task_with_bad_import.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        get_task("task_with_bad_import:Task", {})
+
+
+def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
+
+    class Small(Countdown):
+        pass
+
+    assert register("small")(Small) is Small
+    assert isinstance(get_task("small", {}), Small)
+    register("small")(Small)  # again is fine: a module may be reloaded under the same object
+    with pytest.raises(ValueError, match="already taken"):
+        register("small")(Countdown)
+
+
+def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = DOC.read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    command = re.search(r"--task (\S+) --task_options '(.*?)'", text)
+    assert code and command
+    (tmp_path / "spelling.py").write_text(code[1], encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    task: Any = get_task(command[1], json.loads(command[2]))
+    sys.modules.pop("spelling")
+    splits = {split: task.examples(split, 40) for split in tasks.SPLITS}
+    names = [example.id for part in splits.values() for example in part]
+    assert len(set(names)) == len(names) == 120 and {len(name) for name in names} == {5}
+    assert task.examples("train", 10, offset=30) == splits["train"][30:]
+    rng = random.Random(0)
+    for example in splits["train"]:
+        transcript = task.transcript(example, rng)
+        last = transcript.retry or transcript.attempt
+        assert task.verify(example, last).ok and task.leaks(example, last)
+        assert not task.leaks(example, transcript.reflection or "")
+    assert task.verify(splits["train"][0], "").reason == "empty"
+
+
+def test_the_options_in_the_docs_are_those_of_the_class() -> None:
+    import inspect
+
+    table = re.findall(r"^\| (`.*?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
+    names = re.findall(r"`(\w+)`", " ".join(table))
+    assert names == list(inspect.signature(Countdown).parameters)
+    setting = re.search(r"paper's setting is `(.*?)`", DOC.read_text(encoding="utf-8"))
+    assert setting
+    get_task("countdown", json.loads(setting[1]))
