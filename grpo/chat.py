@@ -10,6 +10,8 @@ it takes them, with the prompt alone. Left out: tool results as messages, and im
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -115,6 +117,13 @@ class Chat:
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
         return text
+
+    @cached_property
+    def template_sha256(self) -> str:
+        """Names the chat template in use: prompts, and so answers, depend on it."""
+        template = self._template or self.tokenizer.chat_template
+        text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def takes_tools(self) -> bool:

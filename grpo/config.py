@@ -1,8 +1,11 @@
 """Settings of a run: one dataclass, presets, YAML files and the command line.
 
-Three layers, the later wins: `--preset NAME` (a file in grpo/presets), `--config FILE.yaml`, `--KEY VALUE`.
-Names are TRL's where the meaning is TRL's; the help of each field gives its unit and, where there is one, its
-source. "The paper" is "Reflect, Retry, Reward" (arXiv 2505.24726).
+Three layers; a later one wins: `--preset NAME` (a file in grpo/presets), `--config FILE.yaml`, `--KEY VALUE`.
+Their `task_options` merge key by key. A file that names every setting, such as the config.yaml of a run, is
+complete: it replaces the preset, so it gives that run again.
+
+Names are TRL's where the meaning is TRL's. The help of each field gives its unit and its source, if it has
+one. "The paper" is "Reflect, Retry, Reward" (arXiv 2505.24726).
 
 Left out: nested sections, environment variables, schedules of settings, and TRL's aliases for old names.
 """
@@ -224,6 +227,19 @@ TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = "config output_dir preset resume run_name save_steps save_total_limit tensorboard".split()
 
+# What version 0.1 did not know, or called by another name. Its run directories still open.
+ADDED_SETTINGS: frozenset[str] = frozenset()  # a config.yaml of 0.1 is complete without them
+RETIRED_SETTINGS: dict[str, str] = {}  # old name -> today's
+RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> today's
+
+
+def current_file(folder: Path, name: str) -> Path:
+    """The file `name` of a run directory, under its retired name if only that exists."""
+    for retired, current in RETIRED_FILES.items():
+        if current == name and not (folder / name).exists() and (folder / retired).exists():
+            return folder / retired
+    return folder / name
+
 
 class _Parser(HfArgumentParser):
     """transformers' parser, with YAML given back as it stands: the base class would skip the type check."""
@@ -259,26 +275,32 @@ class _Parser(HfArgumentParser):
 def from_yaml(path: str | Path) -> dict[str, Any]:
     """The settings that a YAML file names, each in its field's type. Raises ValueError naming it."""
     try:
-        (settings,) = _Parser().parse_yaml_file(str(path))
+        (content,) = _Parser().parse_yaml_file(str(path))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except Exception as error:  # YAML's own classes: the parser hides the library that raises them
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings or {}, dict):
-        raise ValueError(f"{path} must hold KEY: VALUE lines, got {type(settings).__name__}")
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path} must hold KEY: VALUE lines, got {type(content).__name__}")
+    settings = {RETIRED_SETTINGS.get(name, name): value for name, value in (content or {}).items()}
     try:
-        for name, value in (settings or {}).items():
+        for name, value in settings.items():
             if name not in TYPES:
                 raise ValueError(f"unknown key {name}{nearest(str(name), TYPES)}")
             if name in ("config", "resume") and value is not None:
                 raise ValueError(f"{name} belongs on the command line")
-        return {name: coerce(name, value, TYPES[name]) for name, value in (settings or {}).items()}
+        return {name: coerce(name, value, TYPES[name]) for name, value in settings.items()}
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+def is_complete(settings: Mapping[str, Any]) -> bool:
+    """Whether the settings of a file leave nothing to a preset: those that `to_yaml` writes."""
+    return set(TYPES) - {"config", "resume"} - ADDED_SETTINGS <= set(settings)
+
+
 def to_yaml(config: Config, path: str | Path) -> None:
-    """Writes every setting, so that the file alone gives the same run again."""
+    """Writes every setting, so that the file alone gives the same run again (`is_complete`)."""
     names = [name for name in TYPES if name not in ("config", "resume")]
     text = "".join(f"{name}: {_yaml(getattr(config, name))}\n" for name in names)
     Path(path).write_text(text, encoding="utf-8")
@@ -310,8 +332,11 @@ def differences(a: Config, b: Config) -> list[str]:
 def parse(argv: list[str]) -> Config:
     """Config from the command line, validated; `--help` prints the chosen preset's values and exits.
 
-    With `--resume` the run's own config.yaml takes the preset's place, and `config.resume` is its directory.
-    Raises ValueError with one line for the user.
+    A complete file given with `--config` replaces the preset. So does the run's own config.yaml with
+    `--resume`; `config.resume` is then the run's directory.
+
+    Raises:
+        ValueError: with one line for the user.
     """
     parser = _Parser()
     given = parser.given([text for text in argv if text not in ("-h", "--help")])
@@ -321,7 +346,7 @@ def parse(argv: list[str]) -> Config:
         run = _run_directory(given["resume"], given.get("output_dir", Config.output_dir))
         given["resume"] = str(run)
         settings = _merge(settings, from_yaml(run / "config.yaml"))
-    if "resume" not in given or "preset" in given:
+    if "preset" in given or ("resume" not in given and not is_complete(overrides)):
         preset = given.get("preset") or overrides.get("preset") or Config.preset
         settings = _merge(settings, {**from_yaml(_preset_path(preset)), "preset": preset})
     settings = _merge(_merge(settings, overrides), given)
@@ -335,9 +360,10 @@ def parse(argv: list[str]) -> Config:
 
 
 def _merge(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
-    """`layer` over `settings`. Task options merge key by key, unless the task itself is another one."""
+    """`layer` over `settings`. Task options merge, unless the layer is complete or has another task."""
     same_task = layer.get("task", settings["task"]) == settings["task"]
-    options = {**(settings["task_options"] if same_task else {}), **layer.get("task_options", {})}
+    kept = settings["task_options"] if same_task and not is_complete(layer) else {}
+    options = {**kept, **layer.get("task_options", {})}
     return {**settings, **layer, "task_options": TaskOptions(options)}
 
 

@@ -16,7 +16,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def collect(
         progress: called with (examples in whole blocks, examples in all) after each block and, so that the
             caller can stop between, while a block is sampled.
     Raises:
-        ValueError: `path` holds blocks of other examples, settings or weights.
+        MismatchError: `path` holds blocks of other examples, settings or weights, or is damaged.
     """
     path = Path(path)
     settings = {
@@ -200,12 +200,16 @@ def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any
             names = dict.fromkeys([*settings, *before])
             changed = [name for name in names if before.get(name) != settings.get(name)]
             if changed:
-                came = ", ".join(f"{name}: {before.get(name)} -> {settings.get(name)}" for name in changed)
-                raise ValueError(f"{path} was built with other settings ({came}): write a new file")
+                came = ", ".join(
+                    f"{name}: {before.get(name, 'not recorded')} -> {settings.get(name)}" for name in changed
+                )
+                raise files.MismatchError(
+                    f"{path} was built with other settings ({came}): write a new file, or delete this one"
+                )
             block = examples[line["block"] * BLOCK :][:BLOCK]
             built_from = (line["first"], line["last"], line["examples"])
             if not block or (block[0].id, block[-1].id, len(block)) != built_from:
-                raise ValueError(
+                raise files.MismatchError(
                     f"{path} was built from other examples (its block {line['block']} begins with "
                     f"{line['first']}): write a new file, or use that build's task, seed and num_examples"
                 )
@@ -229,17 +233,28 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", required=True, help="JSON lines file to create, or to continue after a kill"
     )
-    own, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_known_args(argv)
     try:
         with Interrupts():
-            # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
-            config = configuration.parse(["--overlong_buffer", "0", *rest])
-            built = build.parts(config)
-            examples = built.task.examples("train", config.num_examples)
+            try:
+                # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
+                config = configuration.parse(["--overlong_buffer", "0", *rest])
+                parts = build.parts(config)
+                only_attempts = replace(
+                    config, train_on="attempt", warm_start_steps=0, eval_steps=0, num_eval=0
+                )
+                build.check_run(only_attempts, parts)
+                examples = parts.task.examples("train", config.num_examples)
+            except (
+                ValueError,
+                FileNotFoundError,
+            ) as error:  # later ones are bugs, perhaps in the user's task
+                print(f"error: {error}", file=sys.stderr)
+                return 2
             with tqdm(total=len(examples), desc="failures", unit="example") as bar:
                 collect(
-                    own.output,
-                    built.rollout,
+                    options.output,
+                    parts.rollout,
                     examples,
                     attempts_per_example=config.attempts_per_example,
                     failures_per_example=config.failures_per_example,
@@ -247,16 +262,16 @@ def main(argv: list[str] | None = None) -> int:
                     weights=config.model_name_or_path,
                     progress=lambda done, _: bar.update(done - bar.n),
                 )
-    except (ValueError, FileNotFoundError) as error:
+    except files.MismatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on after the last whole block", file=sys.stderr)
+        print("interrupted; the same command continues after the last whole block", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(describe(summary(own.output)))
+    print(describe(summary(options.output)))
     return 0
 
 

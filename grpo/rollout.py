@@ -15,8 +15,9 @@ verdict is the reward.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,8 @@ class Rollout:
         soft_overlong_penalty: what a reflection that fills its limit loses of its reward.
         length_cost: the share of a *success's* reward that a reflection as long as its limit loses. Where no
             retry is right there is nothing to lose, so giving up early is never better than failing late.
+        task_options: what the task was built with.
+        dtype: of the sampler's model. Both are only recorded, in `settings`.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class Rollout:
         overlong_buffer: int = 0,
         soft_overlong_penalty: float = 0.0,
         length_cost: float = 0.0,
+        task_options: Mapping[str, Any] | None = None,
+        dtype: str = "float32",
     ):
         self.sampler, self.task, self.chat = sampler, task, chat
         self.seed = seed
@@ -82,14 +87,20 @@ class Rollout:
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
         self.length_cost = length_cost
+        # As JSON gives them back, since they are compared with what a file holds.
+        self.task_options = json.loads(json.dumps(task_options or {}))
+        self.dtype = dtype
         self.sampled_tokens = 0  # so far
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a first answer depends on beside weights and example; stored with answers that are kept."""
+        """What a first answer depends on, besides weights and example; stored with answers that are kept."""
         sampler = self.sampler
         return {
             "task": self.task.name,
+            "task_options": self.task_options,
+            "chat_template": self.chat.template_sha256,
+            "dtype": self.dtype,
             "seed": self.seed,
             "max_completion_length": self.max_completion_length,
             "temperature": sampler.temperature,

@@ -202,6 +202,15 @@ def test_tools_go_to_templates_that_write_them_out() -> None:
             chat.prompt(MESSAGES, tools)
 
 
+def test_the_template_in_use_has_a_name() -> None:
+    tokenizer = byte_tokenizer(template=CHATML)
+    stops = [token(tokenizer, stop) for stop in ("<|im_end|>", "<|endoftext|>")]
+    own, same = Chat(tokenizer, stops), Chat(tokenizer, stops, chat_template=CHATML)
+    other = Chat(tokenizer, stops, chat_template=CHATML + "\n")
+    assert own.template_sha256 == same.template_sha256 != other.template_sha256
+    assert len(own.template_sha256) == 64
+
+
 def test_decode() -> None:
     tokenizer = byte_tokenizer(template=PHI3)
     stops = [token(tokenizer, "<|endoftext|>"), ids(tokenizer, "!")[0]]  # a stop token need not be special

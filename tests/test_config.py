@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from grpo import config as configuration
 from grpo.config import (
     PRESETS,
     TYPES,
     Config,
     TaskOptions,
     coerce,
+    current_file,
     differences,
     from_yaml,
+    is_complete,
     load,
     parse,
     to_yaml,
@@ -21,6 +24,7 @@ from grpo.config import (
 )
 
 ROOT = Path(__file__).parent.parent
+CASES = Path(__file__).parent / "cases"
 # Read by config.py itself: where settings come from, and what training refuses.
 READ_BY_CONFIG = {"config", "preset", "resume", "top_p", "top_k"}
 
@@ -76,6 +80,40 @@ def test_task_options_merge_within_a_task_and_not_across_tasks():
     merged = parse(["--task_options", '{"numbers": 4}']).task_options
     assert merged == {**parse([]).task_options, "numbers": 4} and len(merged) > 1
     assert parse(["--task", "function_calling"]).task_options == {}
+
+
+def test_the_config_of_a_run_gives_that_run_again_whatever_its_preset_says(tmp_path):
+    """A run of another version of the preset, or one whose task_options were other ones from the start."""
+    run = Config(task_options=TaskOptions("numbers=4"), num_generations=4, preset="demo")
+    to_yaml(run, tmp_path / "config.yaml")
+    again = parse(["--config", str(tmp_path / "config.yaml")])
+    assert differences(run, again) == [] and again.task_options == {"numbers": 4}
+    # Whoever names a preset too gets the same run; options on the command line still merge.
+    again = parse(["--config", str(tmp_path / "config.yaml"), "--preset", "demo", "--task_options", "high=9"])
+    assert again.task_options == {"numbers": 4, "high": 9} and again.num_generations == 4
+
+
+def test_the_config_of_a_run_of_version_0_1_is_complete(tmp_path):
+    """A setting that is new since then belongs in ADDED_SETTINGS."""
+    settings = from_yaml(CASES / "config-0.1.0.yaml")
+    assert is_complete(settings) and not is_complete({"task": "countdown", "task_options": {}})
+    without_operators = parse(["--config", str(CASES / "config-0.1.0.yaml")]).task_options
+    assert without_operators == settings["task_options"] == {"numbers": 3}
+
+
+def test_retired_settings_are_read_under_their_old_names(tmp_path, monkeypatch):
+    monkeypatch.setitem(configuration.RETIRED_SETTINGS, "num_rollouts", "num_generations")
+    assert from_yaml(write(tmp_path / "c.yaml", "num_rollouts: 4\n")) == {"num_generations": 4}
+
+
+def test_a_file_of_an_older_run_is_found_under_its_old_name(tmp_path):
+    old, new = tmp_path / "evaluation-vanilla.jsonl", tmp_path / "evaluation-before_rl.jsonl"
+    assert current_file(tmp_path, new.name) == new
+    old.write_text("")
+    assert current_file(tmp_path, new.name) == old
+    new.write_text("")
+    assert current_file(tmp_path, new.name) == new
+    assert current_file(tmp_path, "metrics.jsonl") == tmp_path / "metrics.jsonl"
 
 
 @pytest.mark.parametrize(

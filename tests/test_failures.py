@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from grpo import failures
+from grpo.chat import Chat
 from grpo.failures import NoSignalError, check_trainable, collect, describe, load, summary
 from grpo.rollout import Attempt
 from grpo.run import files
@@ -159,12 +160,47 @@ def test_a_file_of_other_settings_is_refused_and_left_alone(tmp_path, changed):
     assert path.read_bytes() == before and rollout.asked == []
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("dtype", {"dtype": "bfloat16"}),
+        ("task_options", {"task_options": {"numbers": 4}}),
+        ("chat_template", {"chat_template": tiny.CHATML + " "}),
+    ],
+)
+def test_failures_of_another_template_dtype_or_other_task_options_are_refused(tmp_path, name, changed):
+    path, examples = tmp_path / "f.jsonl", tiny.Toy().examples("train", 4)
+    collect(path, tiny.build(task_options={"numbers": 3}).rollout, examples)
+    collect(path, tiny.build(task_options={"numbers": 3}).rollout, examples)  # the same again is no mistake
+    before = path.read_bytes()
+    template = changed.pop("chat_template", None)
+    parts = tiny.build(**{"task_options": {"numbers": 3}, **changed})
+    if template:
+        parts.rollout.chat = Chat(parts.tokenizer, parts.chat.stop_token_ids, template)
+    with pytest.raises(files.MismatchError, match=rf"other settings \({name}: .* -> .*\): write a new file"):
+        collect(path, parts.rollout, examples)
+    assert path.read_bytes() == before
+
+
+def test_failures_of_version_0_1_are_refused_with_what_they_did_not_record(tmp_path):
+    path, examples = tmp_path / "f.jsonl", tiny.Toy().examples("train", 4)
+    rollout = tiny.build().rollout
+    collect(path, rollout, examples)
+    *lines, end = [json.loads(line) for line in path.read_text().splitlines()]
+    del end["settings"]["dtype"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, end]))
+    with pytest.raises(
+        files.MismatchError, match=r"\(dtype: not recorded -> float32\): .* or delete this one"
+    ):
+        collect(path, rollout, examples)
+
+
 def test_a_damaged_line_is_named(tmp_path):
     path = tmp_path / "f.jsonl"
     collect(path, Scripted(), EXAMPLES)
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], "{broken", *lines[2:]]) + "\n")
-    with pytest.raises(ValueError, match="f.jsonl, line 2: not JSON"):
+    with pytest.raises(files.MismatchError, match="f.jsonl, line 2: not JSON"):
         load(path)
 
 
@@ -226,6 +262,22 @@ def test_the_command_with_a_preset_whose_reflections_are_longer(tmp_path, capsys
     assert "no: no such folder or file" in capsys.readouterr().err
 
 
+def test_a_bug_in_the_users_task_is_not_reported_as_a_wrong_argument(tmp_path, monkeypatch):
+    parts = tiny.build()
+    monkeypatch.setattr("grpo.run.build.parts", lambda config: parts)
+    monkeypatch.setattr(parts.task, "verify", lambda example, text: int("no number"))
+    with pytest.raises(ValueError, match="invalid literal for int"):
+        failures.main(["--output", str(tmp_path / "f.jsonl"), "--num_examples", "8"])
+
+
+def test_a_file_of_other_settings_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("grpo.run.build.parts", lambda config: tiny.build())
+    argv = ["--output", str(tmp_path / "f.jsonl"), "--num_examples", "8"]
+    assert failures.main(argv) == 0
+    assert failures.main([*argv, "--attempts_per_example", "2"]) == 2
+    assert "was built with other settings (attempts_per_example: 1 -> 2)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", ["grpo.failures", "grpo.evaluate"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_the_imports_ends_the_commands_quietly(module, number):
@@ -254,8 +306,8 @@ def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypa
         return Scripted().attempts(*arguments, **options)
 
     parts = tiny.build()
-    monkeypatch.setattr("grpo.run.build.build", lambda config: parts)
+    monkeypatch.setattr("grpo.run.build.parts", lambda config: parts)
     monkeypatch.setattr(parts.rollout, "attempts", interrupted)
     assert failures.main(["--output", str(path), "--num_examples", "8"]) == 130
-    assert "interrupted; the same command goes on" in capsys.readouterr().err
+    assert "interrupted; the same command continues" in capsys.readouterr().err
     assert sum("block" in line for line in files.read_jsonl(path)) == 1

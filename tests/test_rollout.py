@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from grpo.learner.packing import pack
+from grpo.learner.packing import pack_episodes
 from grpo.rollout import STAGES, attempt_episodes
 from grpo.sampler.engine import Feed, Sample
 
@@ -146,7 +146,7 @@ def test_soft_overlong_penalty(pool):
     [("reflection", {"reflection"}), ("all", {"reflection", "retry"}), ("retry", {"retry"})],
 )
 def test_train_on_decides_what_is_in_the_loss(sampled, train_on, roles):
-    (batch,) = pack(sampled, train_on=train_on, max_tokens=10_000)
+    (batch,) = pack_episodes(sampled, train_on=train_on, max_tokens=10_000)
     for i, episode in enumerate(sampled):
         pairs = zip(episode.completion_ids, episode.roles, strict=True)
         assert batch.ids[batch.pairs[batch.sequence_ids == i]].tolist() == [
@@ -211,6 +211,25 @@ def test_a_control_differs_from_the_real_retry_in_its_context_only(parts, pool, 
         assert context(b) == parts.rollout.reflection_prompt_ids(failure) + closed[0] + again
         end = [] if failure.turn.finish_reason == "stop" else ids(parts, "<|im_end|>")
         assert context(c) == failure.prompt_ids + failure.turn.ids + end + again
+
+
+def test_an_exception_of_the_task_arrives_as_it_is(monkeypatch):
+    parts = tiny.build()
+    pool = tiny.failures(parts, 1)
+    error = ValueError("a bug in verify")
+
+    def verify(example, text):
+        raise error
+
+    monkeypatch.setattr(parts.task, "verify", verify)
+    for call in (
+        lambda: parts.rollout.attempts([pool[0].example], stage="rollout"),
+        lambda: parts.rollout.reflect_and_retry(pool, num_generations=2, stage="rollout"),
+        lambda: parts.rollout.retry_after(pool, [None], stage="rollout"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert caught.value is error
 
 
 def test_a_task_without_a_system_message():

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.episode import Episode
-from grpo.evaluate.comparison import CONTROLS, ModelResult, Record
+from grpo.evaluate.comparison import CONTROLS, ModelResult, ProblemRecord
 from grpo.rollout import Attempt, Rollout
 from grpo.run import files
 from grpo.tasks import Example, TolerantTask
@@ -57,16 +57,17 @@ def measure(
         progress: called with (examples done, about, and examples in all) while a block is sampled; the caller
             may stop there.
     Raises:
-        ValueError: an unknown control, or `store` was made for other examples, settings or weights.
+        ValueError: an unknown control.
+        MismatchError: `store` was made for other examples, settings or weights, or is damaged.
     """
     controls = tuple(controls)
     if unknown := set(controls) - set(CONTROLS):
         raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(sorted(unknown))}")
     if block < 1:
         raise ValueError(f"block must be at least 1, got {block}")
-    settings = _settings(rollout, controls, block, stage)
+    settings = {**_settings(rollout, controls, block, stage), "identity": identity}
     path = None if store is None else Path(store)
-    records = _stored(path, examples, {**settings, "identity": identity}) if path else []
+    records = _stored(path, examples, settings) if path else []
 
     def report_progress(share: float = 0.0) -> None:
         if progress:
@@ -77,10 +78,12 @@ def measure(
         part = examples[start : start + block]
         new = _measure_block(rollout, part, controls, stage, _phases(report_progress, len(part) / block))
         if path:
-            files.append_block(path, new, _end_line(start // block, part, {**settings, "identity": identity}))
+            files.append_block(path, new, _end_line(start // block, part, settings))
         records += new
         report_progress()
-    return ModelResult(records, settings)
+    # Models may have different chat templates and still be compared.
+    of_model = ("identity", "chat_template")
+    return ModelResult(records, {name: value for name, value in settings.items() if name not in of_model})
 
 
 def records_file(output: Path, label: str) -> Path:
@@ -109,7 +112,7 @@ def _measure_block(
     controls: Sequence[str],
     stage: str,
     progress: Sequence[Progress],
-) -> list[Record]:
+) -> list[ProblemRecord]:
     attempts = rollout.attempts(examples, stage=stage, progress=progress[0])
     failures = [attempt for attempt in attempts if not attempt.verdict.ok]
     episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
@@ -169,10 +172,12 @@ def _ids(episode: Episode, role: str) -> list[int]:
     return [token for token, its in zip(episode.completion_ids, episode.roles, strict=True) if its == role]
 
 
-def _record(rollout: Rollout, attempt: Attempt, episode: Episode | None, controls: dict[str, Any]) -> Record:
+def _record(
+    rollout: Rollout, attempt: Attempt, episode: Episode | None, controls: dict[str, Any]
+) -> ProblemRecord:
     example, turn = attempt.example, attempt.turn
     first = {"text": attempt.text, "reason": attempt.verdict.reason, "tokens": len(turn.ids)}
-    record: Record = {
+    record: ProblemRecord = {
         "id": example.id,
         "prompt": example.prompt,
         "first": {**first, "finish_reason": turn.finish_reason, **_tolerant(rollout, example, attempt.text)},
@@ -204,7 +209,7 @@ def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
 
 
 def _settings(rollout: Rollout, controls: Sequence[str], block: int, stage: str) -> dict[str, Any]:
-    """What the records depend on beside the weights and the examples."""
+    """What the records depend on, besides the weights and the examples."""
     return {
         **rollout.settings,
         "max_reflection_length": rollout.max_reflection_length,
@@ -224,7 +229,7 @@ def _end_line(number: int, part: Sequence[Example], settings: dict[str, Any]) ->
     }
 
 
-def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> list[Record]:
+def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> list[ProblemRecord]:
     """Records of the whole blocks in `path`, after a check that they belong to this evaluation."""
     if not files.keep_whole_blocks(path):
         return []
@@ -232,12 +237,19 @@ def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -
     ends = [line for line in lines if "block" in line]
     for end in ends:
         if end["settings"] != settings:
-            changed = [key for key in settings if end["settings"].get(key) != settings[key]]
-            raise ValueError(
+            stored = end["settings"]
+            changed = [
+                name if name in stored else f"{name} (not recorded)"
+                for name in settings
+                if stored.get(name) != settings[name]
+            ]
+            raise files.MismatchError(
                 f"{path} was made with another {', '.join(changed)}: write to a new file, or delete it"
             )
         size = settings["block"]
         part = examples[end["block"] * size :][:size]
         if not part or end != _end_line(end["block"], part, settings):
-            raise ValueError(f"{path} was made for other problems: write to a new file, or delete it")
+            raise files.MismatchError(
+                f"{path} was made for other problems: write to a new file, or delete it"
+            )
     return [line for line in lines if "block" not in line]

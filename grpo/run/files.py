@@ -67,14 +67,14 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
     """All lines in order, end lines included.
 
     Raises:
-        ValueError: a line is not JSON; the message names file and line.
+        MismatchError: a line is not JSON; the message names file and line.
     """
     with open(path, encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
             try:
                 yield json.loads(text)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+                raise MismatchError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
@@ -87,6 +87,10 @@ class RunDirError(RuntimeError):
 
 class RunLockedError(RunDirError):
     """Another process works in this run directory."""
+
+
+class MismatchError(RunDirError, ValueError):
+    """A stored file does not belong to what is asked for now, or is damaged: the user has to decide."""
 
 
 # --- directories

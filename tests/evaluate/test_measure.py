@@ -10,6 +10,7 @@ from grpo.evaluate.comparison import CONTROLS, report
 from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.rollout import Rollout
+from grpo.run.files import MismatchError
 from grpo.sampler.engine import Feed, Finished, Turn
 from grpo.tasks import Example, Verdict
 
@@ -19,6 +20,8 @@ INSTRUCTION = "why wrong?"
 
 class LetterChat:
     """A letter is its code point; the stop token is 0."""
+
+    template_sha256 = "letters"
 
     def prompt(self, messages):
         return [
@@ -89,9 +92,9 @@ class ScriptedSampler:
         return "right" if number % 2 == 0 or f"mind {number}" in context else "wrong"
 
 
-def make_rollout(**script):
-    limits = {"max_completion_length": 16, "max_reflection_length": 24}
-    return Rollout(ScriptedSampler(**script), HintTask(), LetterChat(), seed=1, **limits)
+def make_rollout(settings=None, **script):
+    settings = {"max_completion_length": 16, "max_reflection_length": 24, "seed": 1, **(settings or {})}
+    return Rollout(ScriptedSampler(**script), HintTask(), LetterChat(), **settings)
 
 
 def make_examples(count):
@@ -201,6 +204,45 @@ def test_store_of_another_evaluation_is_refused(tmp_path, change, message):
         measure(make_rollout(), **{**arguments, **change})
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("dtype", {"dtype": "bfloat16"}),
+        ("task_options", {"task_options": {"numbers": 4}}),
+        ("max_completion_length", {"max_completion_length": 15}),
+    ],
+)
+def test_store_of_other_settings_is_refused(tmp_path, name, changed):
+    options = {"task_options": {"numbers": (3, 4)}}  # tuples become lists in the file
+    store = tmp_path / "model.jsonl"
+    measure(make_rollout(options), make_examples(2), store=store)
+    measure(make_rollout(options), make_examples(2), store=store)
+    before = store.read_bytes()
+    with pytest.raises(MismatchError, match=f"made with another {name}: write to a new file, or delete it"):
+        measure(make_rollout({**options, **changed}), make_examples(2), store=store)
+    assert store.read_bytes() == before
+
+
+def test_store_of_another_chat_template_is_refused_but_results_are_comparable(tmp_path):
+    first, other = make_rollout(), make_rollout()
+    other.chat.template_sha256 = "other letters"
+    results = {"a": measure(first, make_examples(2), store=tmp_path / "model.jsonl")}
+    with pytest.raises(MismatchError, match="made with another chat_template: write to a new file"):
+        measure(other, make_examples(2), store=tmp_path / "model.jsonl")
+    report({**results, "b": measure(other, make_examples(2))})  # models of other families are no mistake
+
+
+def test_store_of_version_0_1_is_refused_with_the_names_that_it_lacks(tmp_path):
+    store = tmp_path / "model.jsonl"
+    measure(make_rollout(), make_examples(2), store=store)
+    *records, end = [json.loads(line) for line in store.read_text().splitlines()]
+    for name in ("task_options", "chat_template", "dtype"):
+        del end["settings"][name]
+    store.write_text("".join(json.dumps(line) + "\n" for line in [*records, end]))
+    with pytest.raises(MismatchError, match=r"chat_template \(not recorded\), dtype \(not recorded\)"):
+        measure(make_rollout(), make_examples(2), store=store)
+
+
 def test_longer_evaluation_than_a_stored_one_keeps_its_whole_blocks(tmp_path):
     store = tmp_path / "model.jsonl"
     measure(make_rollout(), make_examples(4), store=store, block=4)
@@ -302,7 +344,7 @@ def test_same_weights_give_equal_answers_whatever_the_decoding(tiny_models, tmp_
     ("extra", "message"),
     [
         (["--greedy", "--eval_temperature", "0.7"], "contradict each other"),
-        (["--top_p", "0"], "top_p must lie above 0"),
+        (["--top_p", "0"], "top_p must be above 0"),
         (["--top_k", "-1"], "top_k must be at least 0, got -1"),
         (["--num_eval", "0"], "num_eval must be at least 1, got 0"),
         (["--num_evals", "3"], "unknown option --num_evals"),
@@ -327,16 +369,16 @@ def test_interrupt_says_how_to_go_on(tiny_models, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "_measure_source", stop)
+    monkeypatch.setattr(command, "_measure", stop)
     assert command.main([tiny_models[0], "--output", "x.json"]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
 
 
 def test_diverged_weights_are_an_error_and_no_table(tiny_models, monkeypatch, capsys):
     def diverge(*_):
         raise FloatingPointError("the model's logits are NaN")
 
-    monkeypatch.setattr(command, "_measure_source", diverge)
+    monkeypatch.setattr(command, "_measure", diverge)
     assert command.main([tiny_models[0]]) == 1
     assert "logits are NaN" in capsys.readouterr().err
 

@@ -48,9 +48,9 @@ def test_run_directory_cannot_be_made(tmp_path):
 
 
 def test_a_second_process_is_told_who_holds_the_lock(tmp_path):
-    code = "import sys; from grpo import run_dir\nwith run_dir.lock(sys.argv[1]): print('locked')"
+    code = "import sys; from grpo.run import files\nwith files.lock(sys.argv[1]): print('locked')"
     command = [sys.executable, "-c", code, str(tmp_path)]
-    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[1]}
+    options = {"capture_output": True, "text": True, "cwd": Path(__file__).parents[2]}
     with lock(tmp_path):
         second = subprocess.run(command, **options)
         assert second.returncode != 0 and f"in use by process {os.getpid()}" in second.stderr
