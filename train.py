@@ -3,22 +3,26 @@
     python train.py                                  the demo: a 135M model on two CPU cores
     python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
-    python train.py --resume [RUN_DIR]               goes on exactly where a run was stopped
+    python train.py --resume [RUN_DIR]               continues a stopped run exactly where it stopped
 
-Where all parts meet, stage by stage:
+A run has four stages, each a function of this file, in this order:
 
-    warm start -> failures -> (rollout -> learner -> validation -> checkpoint) x max_steps -> evaluation
+    warm_start -> collect_failures -> train -> evaluate
 
-Each stage leaves its result in the run directory and is skipped when it is already there, which is all that
-resuming needs. Left out: several processes (one device trains), and early stopping.
+Each stage leaves its result in the run directory and is skipped if the result is already there. Resuming
+needs nothing else. `train` is the RL loop: sample episodes, update the policy, log, validate, save.
+
+Left out: several processes (one device trains), and early stopping.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,259 +44,323 @@ from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.run import build, files, state
+from grpo.run import build, checkpoint, files, state
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, verdict_metrics
-from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, Session
+from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
 MEMORY_BLOCK = 8  # supervised steps after which unused memory is returned; an RL step takes as long
 
 
-class Run(Session):
-    """The stages of one run, in their order."""
+# --- before RL ----------------------------------------------------------------------------------------------
 
-    # --- before RL ------------------------------------------------------------------------------------------
 
-    def warm_start(self) -> None:
-        """Supervised steps on the task's transcripts, then `start/`."""
-        unfinished = self.folder / "warm_start"
-        if not self.has_start():
-            if self.config.warm_start_steps:
-                self._supervised_steps(unfinished)
-            self.save_start()
-        files.delete(unfinished)
-        build.load_into(self.parts, str(self.start))  # as it is stored, rounding included
+def warm_start(run: RunState) -> None:
+    """Supervised steps on the task's transcripts; then `start/`, the weights that RL starts from."""
+    unfinished = run.folder / "warm_start"
+    if not run.has_start():
+        if run.config.warm_start_steps:
+            supervised_steps(run, unfinished)
+        run.save_start()
+    files.delete(unfinished)
+    build.load_into(run.parts, str(run.start))  # as it is stored, rounding included
 
-    def _supervised_steps(self, folder: Path) -> None:
-        config, built = self.config, self.parts
-        learner = self.learner(replace(config, beta=0.0))
-        batch = warmstart.by_step(
-            built.task,  # type: ignore[arg-type]  # preflight has checked that it writes transcripts
-            built.chat,
-            config,
+
+def supervised_steps(run: RunState, folder: Path) -> None:
+    """The steps of the warm start, with checkpoints in `folder`."""
+    config, parts = run.config, run.parts
+    learner = run.learner(replace(config, beta=0.0))
+    transcripts = warmstart.by_step(
+        parts.task,  # type: ignore[arg-type]  # build.check_run: the task writes transcripts
+        parts.chat,
+        config,
+    )
+    rate = partial(
+        warmstart.learning_rate_at, total=config.warm_start_steps, peak=config.warm_start_learning_rate
+    )
+    done = saved = run.restore(learner, folder, [WARM_START_LOG])
+    try:
+        with tqdm(total=config.warm_start_steps, initial=done, desc="warm start", unit="step") as bar:
+            while done < config.warm_start_steps:
+                run.interrupts.check()
+                metrics = learner.supervised_step(transcripts(step=done), rate(done))
+                files.append_jsonl(run.folder / WARM_START_LOG, {"step": done + 1, **metrics})
+                done += 1
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
+                bar.update()
+                if done % MEMORY_BLOCK == 0:
+                    build.return_unused_memory()
+                if done % WARM_START_BLOCK == 0:
+                    saved = done  # first: a save that fails is not tried again below
+                    run.save(learner, folder, done)
+    except (Exception, Interrupted):
+        if done > saved and learner.optimizer.num_updates == done:
+            save_before_leaving(run, learner, folder, done)
+        raise
+
+
+def collect_failures(run: RunState) -> list[Attempt]:
+    """Builds the dataset of failures, `failures.jsonl`, with the weights in `start/`."""
+    config, parts, path = run.config, run.parts, run.folder / "failures.jsonl"
+    examples = parts.task.examples("train", config.num_examples)
+    with tqdm(total=len(examples), desc="failures", unit="example") as bar:
+        pool = failures.collect(
+            path,
+            parts.rollout,
+            examples,
+            attempts_per_example=config.attempts_per_example,
+            failures_per_example=config.failures_per_example,
+            keep_solved=not config.only_failures,
+            weights="start",
+            progress=run.progress(bar),
         )
-        rate = partial(
-            warmstart.learning_rate_at, total=config.warm_start_steps, peak=config.warm_start_learning_rate
+    counts = failures.summary(path)
+    print(failures.describe(counts))
+    failures.check_trainable(counts)
+    return pool
+
+
+# --- RL -----------------------------------------------------------------------------------------------------
+
+
+def sample_episodes(run: RunState, groups: Sequence[Attempt], step: int) -> list[Episode]:
+    """The episodes of one step: for each failed attempt `num_generations` reflections and retries."""
+    config, rollout, check = run.config, run.parts.rollout, run.interrupts.check
+    if config.train_on == "attempt":
+        examples = [failure.example for failure in groups]
+        attempts = rollout.attempts(
+            examples, count=config.num_generations, stage="rollout", step=step, progress=check
         )
-        saved = done = self.restore(learner, folder, [WARM_START_LOG])
-        try:
-            with tqdm(total=config.warm_start_steps, initial=done, desc="warm start", unit="step") as bar:
-                while done < config.warm_start_steps:
-                    self.interrupts.check()
-                    result = learner.supervised_step(batch(step=done), rate(done))
-                    done += 1
-                    files.append_jsonl(self.folder / WARM_START_LOG, {"step": done, **result})
-                    bar.set_postfix(loss=f"{result['loss']:.3f}")
-                    bar.update()
-                    if done % MEMORY_BLOCK == 0:
-                        build.return_unused_memory()
-                    if done % WARM_START_BLOCK == 0:
-                        self.save(learner, folder, done)
-                        saved = done
-        except (Interrupted, NonFiniteError):
-            if done > saved:
-                self.save(learner, folder, done)
-            raise
+        return attempt_episodes(attempts, config.num_generations)
+    return rollout.reflect_and_retry(
+        groups,
+        num_generations=config.num_generations,
+        retries=config.retries_per_reflection,
+        stage="rollout",
+        step=step,
+        progress=check,
+    )
 
-    def collect_failures(self) -> list[Attempt]:
-        """The dataset of failures, with the weights in `start/`."""
-        config, built, path = self.config, self.parts, self.folder / "failures.jsonl"
-        examples = built.task.examples("train", config.num_examples)
-        with tqdm(total=len(examples), desc="failures", unit="example") as bar:
-            found = failures.collect(
-                path,
-                built.rollout,
-                examples,
-                attempts_per_example=config.attempts_per_example,
-                failures_per_example=config.failures_per_example,
-                keep_solved=not config.only_failures,
-                weights="start",
-                progress=self.progress(bar),
-            )
-        counts = failures.summary(path)
-        print(failures.describe(counts))
-        failures.check_trainable(counts)
-        return found
 
-    # --- RL -------------------------------------------------------------------------------------------------
+Sample = Callable[[RunState, Sequence[Attempt], int], list[Episode]]
 
-    def train(self, pool: list[Attempt]) -> None:
-        """`max_steps` times: groups of failures, episodes, an update; validation, checkpoint where due."""
-        config = self.config
-        learner = self.learner(config)
-        saved = self.restore(learner, self.folder, LOGS)
-        metrics = Metrics(
-            self.folder,
-            config.tensorboard,
-            dtype=config.dtype,
-            max_steps=config.max_steps,
-            console=AboveBar(),  # type: ignore[arg-type]  # as far as `print` is concerned it is a file
-        )
-        numbers = range(saved + 1, config.max_steps + 1)
-        steps = tqdm(numbers, desc="training", unit="step", initial=saved, total=config.max_steps)
-        try:
-            self._validate(saved, metrics)
-            for step in steps:
-                self.interrupts.check()
-                groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
-                self._step(learner, step, groups, metrics)
-                if (problem := nothing_right(metrics.warnings.history)) is not None:
-                    raise failures.NoSignalError(problem)
-                self._validate(step, metrics)
-                due = config.save_steps and step % config.save_steps == 0
-                if due or step in (self.best_step(), config.max_steps):
-                    self.save(learner, self.folder, step)
-                    saved = step
-        except (Interrupted, NonFiniteError, failures.NoSignalError):
-            # Of several updates on one batch a later one may have failed: no state that a run can go on from.
-            between_steps = learner.optimizer.num_updates == learner.num_steps * config.num_iterations
-            if learner.num_steps > saved and between_steps:
-                self.save(learner, self.folder, learner.num_steps)
-            raise
-        finally:
-            steps.close()
-            metrics.close()
 
-    def _step(self, learner: Learner, step: int, groups: list[Attempt], metrics: Metrics) -> None:
-        built = self.parts
-        start, tokens = time.perf_counter(), -built.rollout.sampled_tokens
-        episodes = self._episodes(groups, step)
-        sampled, tokens = time.perf_counter(), tokens + built.rollout.sampled_tokens
-        figures = learner.step(episodes)
-        # The one arrow back; free where sampler and learner share the tensors.
-        built.sampler.load_weights(built.model.state_dict())
-        learned = time.perf_counter()
-        for episode in episodes:
-            files.append_jsonl(self.folder / "episodes.jsonl", {"step": step, **vars(episode)})
-        figures |= verdict_metrics(reason for episode in episodes for reason in episode.reasons)
-        if self.config.train_on != "attempt":
-            pairs = [(groups[episode.group_id].example, episode.texts["reflection"]) for episode in episodes]
-            figures["leaks"] = sum(built.task.leaks(*pair) for pair in pairs) / len(pairs)
-        metrics.log(step, figures)
-        timings = {
-            "step_time": time.perf_counter() - start,
-            "rollout_time": sampled - start,
-            "update_time": learned - sampled,
-            "sampled_tokens_per_second": tokens / (sampled - start),
-            "peak_memory_gb": build.peak_memory_gb(built.device),
-        }
-        metrics.timings(step, timings)
-        build.return_unused_memory()
-
-    def _episodes(self, groups: list[Attempt], step: int) -> list[Episode]:
-        config, rollout = self.config, self.parts.rollout
-        options = {"stage": "rollout", "step": step, "progress": self.interrupts.check}
-        if config.train_on == "attempt":
-            examples = [failure.example for failure in groups]
-            attempts = rollout.attempts(examples, count=config.num_generations, **options)  # type: ignore[arg-type]
-            return attempt_episodes(attempts, config.num_generations)
-        return rollout.reflect_and_retry(
-            groups,
-            num_generations=config.num_generations,
-            retries=config.retries_per_reflection,
-            **options,  # type: ignore[arg-type]
-        )
-
-    def _validate(self, step: int, metrics: Metrics) -> None:
-        """First, second and blind try on validation problems, always with the same noise; once per step."""
-        config, built = self.config, self.parts
-        if not config.eval_steps or step % config.eval_steps or step in state.validated(self.folder):
-            return
-        examples = built.task.examples("validation", config.num_validation)
-        with build.evaluation_sampling(built):
-            result = measure(
-                built.rollout,
-                examples,
-                controls=["blind"],
-                stage="validation",
-                progress=self.interrupts.check,
-            )
-        metrics.log(step, result.validation_metrics())
-
-    # --- after RL -------------------------------------------------------------------------------------------
-
-    def evaluate(self) -> None:
-        """The four-column table on held-out problems: the untouched model, right before RL, after it."""
-        config, built = self.config, self.parts
-        if not config.num_eval:
-            return
-        examples = built.task.examples("heldout", config.num_eval)
-        results = {}
-        for label, source in self.compared().items():
-            build.load_into(built, source)
+def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episodes) -> None:
+    """The RL loop: `max_steps` times episodes and an update; validation and checkpoints when due."""
+    config, parts = run.config, run.parts
+    learner = run.learner(config)
+    done = saved = run.restore(learner, run.folder, LOGS)
+    run.second_tries = state.validated(run.folder)
+    metrics = Metrics(
+        run.folder,
+        config.tensorboard,
+        dtype=config.dtype,
+        max_steps=config.max_steps,
+        console=AboveBar(),  # type: ignore[arg-type]  # as far as `print` is concerned it is a file
+    )
+    steps = tqdm(
+        range(done + 1, config.max_steps + 1),
+        desc="training",
+        unit="step",
+        initial=done,
+        total=config.max_steps,
+    )
+    try:
+        validate(run, done, metrics)
+        for step in steps:
+            run.interrupts.check()
+            start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
+            groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
+            episodes = sample(run, groups, step)
+            sampled = time.perf_counter()
+            # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
+            figures = learner.step(episodes)
+            # The sampler gets the new weights; free where it shares the learner's tensors.
+            parts.sampler.load_weights(parts.model.state_dict())
+            learned = time.perf_counter()
+            for episode in episodes:
+                files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **vars(episode)})
+            metrics.log(step, figures | text_metrics(run, groups, episodes))
+            seconds = {
+                "step_time": time.perf_counter() - start,
+                "rollout_time": sampled - start,
+                "update_time": learned - sampled,
+                "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
+                "peak_memory_gb": build.peak_memory_gb(parts.device),
+            }
+            metrics.timings(step, seconds)
+            done = step
             build.return_unused_memory()
-            with (
-                tqdm(total=len(examples), desc=f"evaluate {label}", unit="problem") as bar,
-                build.evaluation_sampling(built),
-            ):
-                results[label] = measure(
-                    built.rollout,
-                    examples,
-                    controls=CONTROLS if label != "untouched" else (),
-                    store=self.folder / f"evaluation-{label}.jsonl",
-                    identity=label,
-                    progress=self.progress(bar),
-                )
-        figures = report(results)
-        with files.written_whole(self.folder / "evaluation.json") as path:
-            path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        print(table(figures))
+            if (problem := nothing_right(metrics.warnings.history)) is not None:
+                raise failures.NoSignalError(problem)
+            validate(run, step, metrics)
+            due = config.save_steps and step % config.save_steps == 0
+            if due or step in (run.best_step(), config.max_steps):
+                saved = step  # first: a save that fails is not tried again below
+                run.save(learner, run.folder, step)
+    except (Exception, Interrupted):
+        # Not in the middle of a step, nor after an update that the logs lack: no run continues from there.
+        if done > saved and learner.num_steps == done and learner.between_steps:
+            save_before_leaving(run, learner, run.folder, done)
+        raise
+    finally:
+        steps.close()
+        metrics.close()
 
 
-def run(config: Config, folder: Path, interrupts: Interrupts, kind: type[Run]) -> None:
-    """All stages of `kind`. The settings are stored once the parts that they name could be built."""
-    with files.lock(folder):
-        kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
-        stages = kind(config, folder, interrupts, kernels)
-        if config.resume is None:
-            with files.written_whole(folder / "config.yaml") as path:
-                configuration.to_yaml(config, path)  # device and dtype are resolved by now
-        interrupts.defer()
-        where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
-        print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
-        with stages.timed("warm start"):
-            stages.warm_start()
-        with stages.timed("failures"):
-            pool = stages.collect_failures()
-        with stages.timed("training"):
-            stages.train(pool)
-        with stages.timed("evaluation"):
-            stages.evaluate()
+def text_metrics(run: RunState, groups: Sequence[Attempt], episodes: Sequence[Episode]) -> dict[str, float]:
+    """What the texts of a step show: shares of verdicts, and of reflections that state an accepted answer."""
+    figures = verdict_metrics(reason for episode in episodes for reason in episode.reasons)
+    if run.config.train_on != "attempt":
+        pairs = [(groups[episode.group_id].example, episode.texts["reflection"]) for episode in episodes]
+        figures["leaks"] = sum(run.parts.task.leaks(*pair) for pair in pairs) / len(pairs)
+    return figures
 
 
-def main(
-    argv: list[str] | None = None,
-    kind: type[Run] = Run,
-    prepare: Callable[[Path], None] | None = None,
-) -> int:
-    """Runs the command; what a user can cause ends in one line on stderr. Returns the exit status.
+def validate(run: RunState, step: int, metrics: Metrics) -> None:
+    """First, second and blind try on validation problems, always with the same noise; once per step."""
+    config, parts = run.config, run.parts
+    if not config.eval_steps or step % config.eval_steps or step in run.second_tries:
+        return
+    examples = parts.task.examples("validation", config.num_validation)
+    with build.evaluation_sampling(parts):
+        result = measure(
+            parts.rollout,
+            examples,
+            controls=["blind"],
+            stage="validation",
+            progress=run.interrupts.check,
+        )
+    shares = result.validation_metrics()
+    metrics.log(step, shares)
+    run.second_tries[step] = shares[state.SECOND_TRY]
 
-    `kind` and `prepare`, which is given the run directory before the run, are for the controls of
-    benchmarks/evidence.py.
+
+def save_before_leaving(run: RunState, learner: Learner, folder: Path, step: int) -> None:
+    """Saves what is done while an exception leaves; a failure to save does not hide that exception."""
+    try:
+        run.save(learner, folder, step)
+    except NonFiniteError:
+        pass  # the exception on its way says so, or comes from it
+    except files.RunDirError as error:
+        print(f"step {step} was not saved: {error}", file=sys.stderr)
+
+
+# --- after RL -----------------------------------------------------------------------------------------------
+
+
+def compared_models(run: RunState) -> dict[str, str]:
+    """The models of the final table: label, and where the weights are."""
+    models = {"before_rl": str(run.start), "trained": str(checkpoint.latest(run.folder))}
+    if run.config.warm_start_steps:  # else the model before RL is the untouched one
+        models = {"untouched": run.config.model_name_or_path, **models}
+    return models
+
+
+def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
+    """The four-column table on held-out problems, of `models` (default: those of `compared_models`)."""
+    config, parts = run.config, run.parts
+    if not config.num_eval:
+        return
+    examples = parts.task.examples("heldout", config.num_eval)
+    results = {}
+    for label, source in (models or compared_models(run)).items():
+        build.load_into(parts, source)
+        build.return_unused_memory()
+        with (
+            tqdm(total=len(examples), desc=f"evaluate {label}", unit="problem") as bar,
+            build.evaluation_sampling(parts),
+        ):
+            results[label] = measure(
+                parts.rollout,
+                examples,
+                controls=CONTROLS if label != "untouched" else (),
+                store=configuration.current_file(run.folder, f"evaluation-{label}.jsonl"),
+                identity=label,
+                progress=run.progress(bar),
+            )
+    figures = report(results)
+    with files.written_whole(run.folder / "evaluation.json") as path:
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    print(table(figures))
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def all_stages(run: RunState) -> None:
+    """A whole run."""
+    with run.timed("warm start"):
+        warm_start(run)
+    with run.timed("failures"):
+        pool = collect_failures(run)
+    with run.timed("training"):
+        train(run, pool)
+    with run.timed("evaluation"):
+        evaluate(run)
+
+
+def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
+    """Builds the parts that the settings name, checks that they fit together, and stores the settings.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine.
     """
-    folder, status = None, EXIT_FAILED
+    kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
+    parts = build.parts(config)
+    build.check_run(config, parts)
+    if config.resume is None:
+        with files.written_whole(folder / "config.yaml") as path:
+            configuration.to_yaml(config, path)  # device and dtype are resolved by now
+    where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
+    print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
+    return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # a module
+
+
+def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:
+    """Runs the command. A wrong argument ends in one line on stderr, a bug in its traceback.
+
+    Args:
+        stages: what to do with the run once it is open.
+    Returns:
+        the exit status.
+    """
+    folder, running, status = None, False, EXIT_FAILED
     try:
         with Interrupts() as interrupts:
             config = configuration.parse(sys.argv[1:] if argv is None else argv)
             folder = state.directory(config)
-            if prepare is not None:
-                prepare(folder)
-            run(config, folder, interrupts, kind)
+            with files.lock(folder):
+                run = open_run(config, folder, interrupts)
+                interrupts.defer()
+                running = True
+                stages(run)
         return EXIT_OK
     except (Interrupted, KeyboardInterrupt):
         begun = folder is not None and (folder / "config.yaml").exists()
         message = "stopped" + (f"; `python train.py --resume {folder}` goes on" if begun else "")
         status = EXIT_INTERRUPTED
-    except (ValueError, FileNotFoundError) as error:
-        message, status = f"error: {error}", EXIT_USAGE
     except (NonFiniteError, FloatingPointError) as error:
         message = f"error: {error}. {state.saved_weights(folder)}"
-    except (files.RunDirError, failures.NoSignalError) as error:
+    except failures.NoSignalError as error:
         message = f"error: {error}"
-    except OSError as error:
-        message = f"error: {error}; what was saved before is intact"
+    except files.RunDirError as error:
+        message, status = f"error: {error}", EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full:
+            message = f"error: {error}; what was saved before is intact"
+        elif not running and isinstance(error, (ValueError, FileNotFoundError)):
+            message, status = f"error: {error}", EXIT_USAGE
+        elif not running and isinstance(error, OSError):
+            message = f"error: {error}"
+        else:  # a bug, ours or in the user's task: its traceback says where
+            traceback.print_exc()
+            message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
+            if folder is not None and (folder / "config.yaml").exists():
+                message += f"; once it is mended, `python train.py --resume {folder}` continues"
     finally:
         if folder is not None:
             files.remove_if_empty(folder)

@@ -20,7 +20,9 @@ import random
 import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,73 +37,88 @@ from grpo.episode import Episode  # noqa: E402
 from grpo.evaluate.comparison import ModelResult  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
-from grpo.run import files, state  # noqa: E402
+from grpo.run import files  # noqa: E402
+from grpo.run.state import RunState  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
+Stages = Callable[[RunState], None]
 
 
-class WithoutUntouched(train.Run):
-    """The untouched model solves nothing, at length: over 512 problems that takes as long as all the rest."""
+def without_untouched(run: RunState) -> None:
+    """A whole run, but for the untouched model in its table: it solves nothing, at length."""
+    train.warm_start(run)
+    train.train(run, train.collect_failures(run))
+    models = train.compared_models(run)
+    models.pop("untouched", None)
+    train.evaluate(run, models)
 
-    def compared(self) -> dict[str, str]:
-        return {label: source for label, source in super().compared().items() if label != "untouched"}
 
+def shuffled_rewards(run: RunState) -> None:
+    """The same RL, but chance decides who gets which reward: what practice and noise alone give."""
 
-class ShuffledRewards(train.Run):
-    """The same RL, but which completion gets which reward is left to chance: what practice and noise alone
-    would give.
-    """
-
-    def _episodes(self, groups: list[Attempt], step: int) -> list[Episode]:
-        episodes = super()._episodes(groups, step)
+    def sample(run: RunState, groups: Sequence[Attempt], step: int) -> list[Episode]:
+        episodes = train.sample_episodes(run, groups, step)
         rewards = [episode.reward for episode in episodes]
-        random.Random(f"shuffled rewards {self.config.seed} {step}").shuffle(rewards)
+        random.Random(f"shuffled rewards {run.config.seed} {step}").shuffle(rewards)
         return [replace(episode, reward=reward) for episode, reward in zip(episodes, rewards, strict=True)]
 
+    train.warm_start(run)
+    train.train(run, train.collect_failures(run), sample)
+    train.evaluate(run)
 
-class MoreSupervision(train.Run):
+
+def more_supervision(run: RunState, seconds: float) -> None:
     """The warm start, continued for `seconds` at a constant learning rate, in the place of RL."""
-
-    seconds = 0.0
-
-    def train(self, pool: list[Attempt]) -> None:
-        config, task = self.config, self.parts.task
-        assert isinstance(task, WarmStartTask)
-        learner = self.learner(replace(config, beta=0.0))
-        batch = warmstart.by_step(task, self.parts.chat, config)
-        start, step = time.perf_counter(), 0
-        with tqdm(total=round(self.seconds), desc="supervised", unit="s") as bar:
-            while time.perf_counter() - start < self.seconds:
-                self.interrupts.check()
-                unseen = batch(step=1_000_000 + step)  # transcripts that the warm start has not seen
-                result = learner.supervised_step(unseen, 0.5 * config.warm_start_learning_rate)
-                step += 1
-                files.append_jsonl(self.folder / "warm_start.jsonl", {"step": step, **result})
-                bar.update(round(time.perf_counter() - start) - bar.n)
-        self.save(learner, self.folder, step)
+    train.warm_start(run)
+    config, task = run.config, run.parts.task
+    assert isinstance(task, WarmStartTask)
+    learner = run.learner(replace(config, beta=0.0))
+    batch = warmstart.by_step(task, run.parts.chat, config)
+    start, step = time.perf_counter(), 0
+    with tqdm(total=round(seconds), desc="supervised", unit="s") as bar:
+        while time.perf_counter() - start < seconds:
+            run.interrupts.check()
+            unseen = batch(step=1_000_000 + step)  # transcripts that the warm start has not seen
+            result = learner.supervised_step(unseen, 0.5 * config.warm_start_learning_rate)
+            step += 1
+            files.append_jsonl(run.folder / "warm_start.jsonl", {"step": step, **result})
+            bar.update(round(time.perf_counter() - start) - bar.n)
+    run.save(learner, run.folder, step)
+    train.evaluate(run)
 
 
-def continue_run(kind: type[train.Run], run: Path, name: str, *options: str) -> tuple[int, Path | None]:
-    """Runs `kind` from RUN/start with the settings of RUN, in a new run directory beside it.
+def control(stages: Stages) -> Stages:
+    """`stages` in a directory that `train.py --resume` does not take for a run of its own before they end."""
+
+    def hidden(run: RunState) -> None:
+        settings = run.folder / "config.yaml"
+        settings.rename(run.folder / "control.yaml")
+        stages(run)
+        (run.folder / "control.yaml").rename(settings)
+
+    return hidden
+
+
+def continue_run(run: Path, name: str, stages: Stages, *options: str) -> tuple[int, Path | None]:
+    """Runs `stages` from RUN/start with the settings of RUN, in a new run directory next to it.
 
     Returns:
         the exit status, and the directory if it came to that.
     """
     folder: Path | None = None
 
-    def prepare(created: Path) -> None:
+    def from_run(state: RunState) -> None:
         nonlocal folder
-        folder = created
+        folder = state.folder
         # The weights before RL are the same, and so would be their answers.
-        for file in ("failures.jsonl", "evaluation-vanilla.jsonl"):
-            shutil.copy(run / file, created)
-        if kind is not train.Run:
-            (created / state.CONTROL).write_text(f"{kind.__name__} of {run}\n", encoding="utf-8")
+        for file in ("failures.jsonl", "evaluation-before_rl.jsonl"):
+            shutil.copy(configuration.current_file(run, file), folder / file)
+        stages(state)
 
     argv = ["--config", str(run / "config.yaml"), "--model_name_or_path", str(run / "start")]
     argv += ["--warm_start_steps", "0", "--output_dir", str(run.parent), "--run_name", name, *options]
-    return train.main(argv, kind, prepare), folder
+    return train.main(argv, from_run), folder
 
 
 def rl_seconds(run: Path) -> float:
@@ -113,8 +130,9 @@ def row(run: Path) -> dict[str, Any]:
     """The figures of one finished run that the table shows: shares, and differences with their intervals."""
     figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
     config = configuration.load(run / "config.yaml")
-    before, after = figures["models"]["vanilla"], figures["models"]["trained"]
-    gain = next(c for c in figures["comparisons"] if (c["before"], c["after"]) == ("vanilla", "trained"))
+    label = "before_rl" if "before_rl" in figures["models"] else "vanilla"  # its name in version 0.1
+    before, after = figures["models"][label], figures["models"]["trained"]
+    gain = next(c for c in figures["comparisons"] if (c["before"], c["after"]) == (label, "trained"))
     return {
         "run": run.name,
         "seed": config.seed,
@@ -180,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if own.what == "seeds":
         for seed in own.seeds:
             name = ["--run_name", f"seed{seed}", "--seed", str(seed), "--num_eval", str(NUM_EVAL)]
-            if code := train.main([*name, *rest], WithoutUntouched):
+            if code := train.main([*name, *rest], without_untouched):
                 return code
         return 0
     if rest or not own.runs:
@@ -192,13 +210,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     for run in own.runs:
         if own.what == "shuffled":
-            code, folder = continue_run(ShuffledRewards, run, f"{run.name}-shuffled")
+            code, folder = continue_run(run, f"{run.name}-shuffled", control(shuffled_rewards))
         elif own.what == "supervised":
-            MoreSupervision.seconds = rl_seconds(run)
-            code, folder = continue_run(MoreSupervision, run, f"{run.name}-supervised")
+            stages = partial(more_supervision, seconds=rl_seconds(run))
+            code, folder = continue_run(run, f"{run.name}-supervised", control(stages))
         else:
             steps = str(2 * configuration.load(run / "config.yaml").max_steps)
-            code, folder = continue_run(train.Run, run, f"{run.name}-longer", "--max_steps", steps)
+            name = f"{run.name}-longer"
+            code, folder = continue_run(run, name, train.all_stages, "--max_steps", steps)
         if code or folder is None:
             return code or 1
         print(table([row(folder)]), against(folder, run), sep="\n")

@@ -66,7 +66,7 @@ def train_ours(run: Path, folder: Path, own: argparse.Namespace) -> Curve:
         options = ["--output_dir", str(folder), "--max_steps", str(own.max_steps), "--num_eval", "0"]
         options += ["--eval_steps", "0", "--save_steps", str(own.save_steps)]
         options += ["--save_total_limit", str(own.max_steps)]
-        code, found = evidence.continue_run(train.Run, run, "ours", *options)
+        code, found = evidence.continue_run(run, "ours", train.all_stages, *options)
     else:
         found = begun[-1].parent
         done = own.max_steps in checkpoint.steps(found)

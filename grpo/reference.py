@@ -8,24 +8,27 @@ For a completion i of a group, with reward r_i and tokens t (GRPO, arXiv 2402.03
     loss           = sum over all trained tokens of  -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta rho k
                      divided by the number of trained tokens of the whole step (DAPO, arXiv 2503.14476)
 
-`mask` says which tokens are trained. In "Reflect, Retry, Reward" (arXiv 2505.24726) these are the reflection's
-tokens, and the reward is 1 where the retry after that reflection is right.
+`masks` say which tokens are trained. In "Reflect, Retry, Reward" (arXiv 2505.24726) these are the tokens of
+the reflection, and the reward is 1 if the retry after it is right.
 
-Left out, and found in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits, micro-batches,
-bfloat16 weights with float32 masters, other losses (grpo/loss.py). B completions, T tokens of the longest row.
+Left out, and found in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits,
+micro-batches, bfloat16 weights with float32 masters. The other losses are in grpo/loss.py.
+
+B completions, T tokens of the longest row, H hidden size.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grpo.advantage import group_advantage
 from grpo.logprob import plain_logprob
+from grpo.model.decoder import Decoder
 
 
 def completion_logprobs(
-    model: nn.Module, prompts: list[list[int]], completions: list[list[int]], temperature: float
+    model: Decoder, prompts: list[list[int]], completions: list[list[int]], temperature: float
 ) -> list[Tensor]:
     """Log-probs of each completion's tokens, in nats, from one row per completion padded on the right."""
     rows = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -65,8 +68,8 @@ def step_loss(
 
 
 def grpo_step(
-    model: nn.Module,
-    reference: nn.Module,
+    model: Decoder,
+    reference: Decoder,
     optimizer: torch.optim.Optimizer,
     prompts: list[list[int]],
     completions: list[list[int]],
@@ -83,7 +86,7 @@ def grpo_step(
     with torch.no_grad():
         ref_logprobs = completion_logprobs(reference, prompts, completions, temperature)
     logprobs = completion_logprobs(model, prompts, completions, temperature)
-    old_logprobs = [values.detach() for values in logprobs]  # one update per rollout: still the sampling policy
+    old_logprobs = [values.detach() for values in logprobs]  # the policy has not moved since it sampled
     loss = step_loss(logprobs, old_logprobs, ref_logprobs, masks, advantages, beta=beta)
     optimizer.zero_grad()
     loss.backward()

@@ -33,7 +33,7 @@ def unit_of(module: str) -> str:
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, without the standard library; `from grpo.run import build` is grpo.run.build."""
+    """Modules that a file imports, but no standard ones; `from grpo.run import build` is grpo.run.build."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

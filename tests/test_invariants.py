@@ -21,7 +21,7 @@ from torch.testing import assert_close
 from grpo import config as configuration
 from grpo.config import Config
 from grpo.episode import Episode
-from grpo.learner.packing import pack
+from grpo.learner.packing import pack_episodes
 from grpo.logprob import linear_logprob, selected_logprob
 from grpo.loss import LOSS_TYPES, grpo_loss
 from grpo.run.metrics import Metrics
@@ -87,7 +87,7 @@ def test_03_any_number_of_micro_batches(parts, sampled, loss):
     """A loss averaged per micro-batch depends on the split (TRL #5619): our denominators are the step's."""
     results = {}
     for max_tokens in range(1500, 90, -3):
-        count = len(pack(sampled, train_on="reflection", max_tokens=max_tokens))
+        count = len(pack_episodes(sampled, train_on="reflection", max_tokens=max_tokens))
         if count in (1, 2, 7) and count not in results:
             settings = {"max_tokens_per_micro_batch": max_tokens, "beta": 0.1, **LOSSES[loss]}
             results[count] = update(parts, sampled, dtype=torch.float64, **settings)[:2]
@@ -123,11 +123,11 @@ def test_05_the_learner_sees_the_sampled_ids(monkeypatch):
     assert any(parts.tokenizer.encode(parts.chat.decode(ids)) != ids[:-1] for ids in reflections)
 
     def spy(*args, **options):
-        batches = pack(*args, **options)
+        batches = pack_episodes(*args, **options)
         learned.extend(token for batch in batches for token in batch.ids[batch.pairs].tolist())
         return batches
 
-    monkeypatch.setattr("grpo.learner.learner.pack", spy)
+    monkeypatch.setattr("grpo.learner.learner.pack_episodes", spy)
     update(parts, episodes, beta=0.1)
     assert Counter(learned) == Counter(token for ids in reflections for token in ids)
     for episode, done in zip(episodes, finished, strict=True):
@@ -185,7 +185,7 @@ def test_07_masked_rows_of_a_batch_are_never_read(parts, sampled):
     """The same one level down, where a masked token is a row of the batch: NaN and ids that do not exist."""
     results = []
     for poison in (False, True):
-        (batch,) = pack(sampled, train_on="reflection", max_tokens=9999)
+        (batch,) = pack_episodes(sampled, train_on="reflection", max_tokens=9999)
         mask = torch.tensor([e.finish_reason != "length" for e in sampled])[batch.sequence_ids]
         assert mask.any() and not mask.all()
         bad = ~mask & poison
@@ -193,7 +193,7 @@ def test_07_masked_rows_of_a_batch_are_never_read(parts, sampled):
         hidden = model(batch.input_ids, batch.position_ids)[0, batch.select[batch.pairs]]
         hidden, ids = hidden.masked_fill(bad[:, None], math.nan), batch.ids[batch.pairs].masked_fill(bad, -1)
         logprobs, entropy = linear_logprob(hidden, model.output_weight, ids, mask=mask, entropy=True)
-        old = batch.old_logprobs.masked_fill(bad, math.nan)
+        old = batch.sampler_logprobs.masked_fill(bad, math.nan)
         logprobs = logprobs.masked_fill(bad, math.nan)
         advantages = torch.arange(len(sampled), dtype=torch.float32)
         loss, metrics = grpo_loss(logprobs, old, old, advantages, batch.sequence_ids, mask=mask, epsilon=0.9)
@@ -329,9 +329,22 @@ def test_14_groups_without_variance(parts, sampled):
         assert [e.advantage != 0 for e in done] == [True] * 3 + [False] * 6
 
 
+def left_padded_logprobs(model, episodes, temperature):
+    """As `padded_logprobs`, which pads on the right."""
+    rows = [e.prompt_ids + e.completion_ids for e in episodes]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows])
+    logprobs = (model.logits(model(ids, attention_mask=mask)) / temperature).log_softmax(-1)
+    return [
+        row[-1 - len(e.completion_ids) : -1].gather(1, torch.tensor(e.completion_ids)[:, None])[:, 0]
+        for row, e in zip(logprobs, episodes, strict=True)
+    ]
+
+
 def test_15_padding_moves_nothing(parts, sampled):
     """Left padding moved the log-probs (TRL #2708): padded left or right, packed, sampled: the same."""
-    sides = [padded_logprobs(parts.model, sampled, 0.8, left=left) for left in (True, False)]
+    sides = left_padded_logprobs(parts.model, sampled, 0.8), padded_logprobs(parts.model, sampled, 0.8)
     packed = token_logprobs(parts, sampled)
     for episode, learned, left, right in zip(sampled, packed, *sides, strict=True):
         assert_close(left, right, atol=1e-4, rtol=0)

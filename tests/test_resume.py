@@ -34,7 +34,7 @@ KILLS = {
     "after a checkpoint, before pruning": Moment("grpo.run.checkpoint:prune", after='{"step": 3'),
     "in the evaluation": Moment(SAMPLING, call=25, after='{"step": 4, "validation'),
     "between models of the evaluation": Moment("grpo.run.build:load_into", call=3),
-    "before evaluation.json": Moment("grpo.evaluate.measure:report"),
+    "before evaluation.json": Moment("train:report"),
 }
 
 

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from grpo_kernels import torch_backend
 from safetensors import SafetensorError
-from tiny_run import Done, arguments, records, run, save_model
+from tiny_run import Done, arguments, contents, records, run, save_model
 
 from grpo.learner.optimizer import MasterAdamW
-from grpo.run import checkpoint, files
+from grpo.run import checkpoint, files, state
+from grpo.run import metrics as metrics_module
 from grpo.tasks import Verdict
 
 ROOT = Path(__file__).parent.parent
@@ -382,6 +384,116 @@ def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
 
     monkeypatch.setattr(files, "append_jsonl", fill)
     assert_error(quick(), 1, "No space left on device", "what was saved before is intact")
+
+
+# --- exceptions in the middle of a run ----------------------------------------------------------------------
+
+
+class Faulty(tiny.Toy):
+    """`verify` raises what `error` holds at the call `at`, from 1."""
+
+    error: BaseException | None = None
+    at, calls = 0, 0
+
+    def verify(self, example, text):
+        Faulty.calls += 1
+        if Faulty.calls == Faulty.at and Faulty.error is not None:
+            raise Faulty.error
+        return super().verify(example, text)
+
+
+@pytest.fixture
+def faulty(quick, monkeypatch):
+    """A run of three steps; `error` comes in the last: 8 attempts, then 6 retries and 6 reflections a step."""
+
+    def run_with(error, **settings):
+        monkeypatch.setattr(Faulty, "error", error)
+        monkeypatch.setattr(Faulty, "at", 8 + 2 * 12 + 3)
+        monkeypatch.setattr(Faulty, "calls", 0)
+        return quick(task="test_train:Faulty", max_steps=3, **settings)
+
+    return run_with
+
+
+ERRORS = {
+    "wrong value": ValueError("not my format"),
+    "out of memory": torch.OutOfMemoryError("CUDA out of memory"),
+    "no memory": MemoryError(),
+    "missing file": FileNotFoundError(errno.ENOENT, "No such file", "/gold.json"),
+    "key": KeyError("gold"),
+}
+
+
+@pytest.mark.parametrize("error", ERRORS.values(), ids=ERRORS.keys())
+def test_an_exception_in_a_step_saves_the_steps_before_and_shows_its_traceback(faulty, error):
+    done = faulty(error)
+    assert done.status == 1
+    assert "Traceback" in done.err and "in verify" in done.err and type(error).__name__ in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: the exception above ended the run") and "--resume" in last
+    assert checkpoint.steps(done.folder) == [2]
+    assert [record["step"] for record in records(done.folder)] == [1, 2]
+    undisturbed = faulty(None)
+    assert run(["--resume", str(done.folder)]).status == 0
+    assert contents(done.folder) == contents(undisturbed.folder)
+
+
+def test_an_exception_in_an_update_saves_nothing_that_is_half_done(quick, monkeypatch):
+    """The optimiser fails in step 2, after some of the weights moved: step 1 is not what they are."""
+    real, calls = MasterAdamW._publish, []
+
+    def fail(self):
+        calls.append(None)
+        real(self)
+        if len(calls) == 2:
+            raise RuntimeError("device lost")
+
+    monkeypatch.setattr(MasterAdamW, "_publish", fail)
+    done = quick()
+    assert done.status == 1 and "device lost" in done.err
+    assert checkpoint.steps(done.folder) == []
+
+
+def test_a_full_disk_while_a_step_is_logged_saves_the_step_before(quick, monkeypatch):
+    """The update of step 2 was taken, but its lines are not in the logs: the run continues from step 1."""
+    real = files.append_jsonl
+
+    def fill(path, record):
+        if path.name == "episodes.jsonl" and record["step"] == 2:
+            raise FULL[0]
+        real(path, record)
+
+    monkeypatch.setattr(files, "append_jsonl", fill)
+    done = quick(save_steps=1)
+    assert_error(done, 1, "No space left on device", "what was saved before is intact")
+    assert checkpoint.steps(done.folder) == [1]
+
+
+def test_an_exception_in_the_warm_start_saves_its_steps(quick, monkeypatch):
+    calls = []
+
+    def fail():
+        calls.append(None)
+        raise RuntimeError("cosmic ray")
+
+    monkeypatch.setattr("grpo.run.build.return_unused_memory", fail)  # after the eighth step
+    done = quick(warm_start_steps=10)
+    assert done.status == 1 and "cosmic ray" in done.err and calls
+    assert checkpoint.steps(done.folder / "warm_start") == [8]
+
+
+def test_each_step_reads_no_log_again(quick, monkeypatch):
+    """Validated steps are remembered: reading metrics.jsonl at every step would be quadratic in a run."""
+    reads = []
+    for owner in (state, metrics_module):
+        real = owner.read_jsonl
+        monkeypatch.setattr(owner, "read_jsonl", lambda path, real=real: reads.append(path) or real(path))
+    counts = []
+    for steps in (2, 6):
+        reads.clear()
+        assert quick(max_steps=steps, eval_steps=1, num_validation=4).status == 0
+        counts.append(len(reads))
+    assert counts[0] == counts[1] > 0
 
 
 # --- numbers that are none, tasks that teach nothing --------------------------------------------------------

@@ -10,12 +10,14 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+from grpo import reference
 from grpo.advantage import group_advantage
 from grpo.chat import Chat
 from grpo.config import Config
@@ -182,7 +184,7 @@ def learner(parts: Parts, *, reference: Decoder | None = None, **functions: obje
         parts.config,
         total_steps=parts.config.max_steps,
         reference=reference,
-        **{**chosen, **functions},  # type: ignore[arg-type]
+        kernels=SimpleNamespace(**{**chosen, **functions}),  # type: ignore[arg-type]
     )
 
 
@@ -224,39 +226,24 @@ def token_logprobs(parts, episodes, **settings):
     return [seen[i] for i in range(len(episodes))]
 
 
-def padded_logprobs(model, episodes, temperature, *, left=True):
-    """Log-probs of all completion tokens, one padded row per episode."""
-    rows = [e.prompt_ids + e.completion_ids for e in episodes]
-    width = max(map(len, rows))
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    places = [slice(width - len(row), width) if left else slice(0, len(row)) for row in rows]
-    for i, (row, place) in enumerate(zip(rows, places, strict=True)):
-        ids[i, place], mask[i, place] = torch.tensor(row), True
-    logprobs = (model.logits(model(ids, attention_mask=mask)) / temperature).log_softmax(-1)
-    found = []
-    for i, (episode, place) in enumerate(zip(episodes, places, strict=True)):
-        predicting = logprobs[i, place][len(episode.prompt_ids) - 1 : -1]
-        found.append(predicting.gather(1, torch.tensor(episode.completion_ids)[:, None])[:, 0])
-    return found
+def padded_logprobs(model, episodes, temperature):
+    """Log-probs of all completion tokens by grpo/reference.py: one padded row per episode."""
+    prompts, completions = [e.prompt_ids for e in episodes], [e.completion_ids for e in episodes]
+    return reference.completion_logprobs(model, prompts, completions, temperature)
 
 
 def naive(parts, episodes, *, train_on="reflection", beta=0.0, keep=lambda episode: True):
-    """Gradients of the dapo loss without any of our machinery, in float64."""
+    """Gradients by grpo/reference.py in float64: the dapo loss without any of our machinery."""
     model, temperature = copy.deepcopy(parts.model).double(), parts.config.temperature
     rewards, groups = torch.tensor([e.reward for e in episodes]), torch.tensor([e.group_id for e in episodes])
+    advantages = group_advantage(rewards, groups)
+    kept = [index for index, episode in enumerate(episodes) if keep(episode)]
+    episodes, advantages = [episodes[index] for index in kept], advantages[kept]
     with torch.no_grad():
-        references = padded_logprobs(other_model(parts, torch.float64), episodes, temperature)
-    total, count = torch.zeros((), dtype=torch.float64), 0
-    everything = padded_logprobs(model, episodes, temperature), references, group_advantage(rewards, groups)
-    for episode, logprobs, ref, advantage in zip(episodes, *everything, strict=True):
-        if keep(episode):
-            mask = torch.tensor(episode.loss_mask(train_on))
-            x = (ref - logprobs)[mask]
-            ratio = (logprobs - logprobs.detach())[mask].exp()
-            total = total + (-ratio * advantage + beta * ratio * (x.exp() - x - 1)).sum()
-            count += int(mask.sum())
-    (total / count).backward()
+        ref = padded_logprobs(other_model(parts, torch.float64), episodes, temperature)
+    new = padded_logprobs(model, episodes, temperature)
+    old, masks = [values.detach() for values in new], [e.loss_mask(train_on) for e in episodes]
+    reference.step_loss(new, old, ref, masks, advantages, beta=beta).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 

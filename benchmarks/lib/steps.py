@@ -84,11 +84,9 @@ class Ours:
         self.learner = Learner(
             model,
             config,
-            linear_logprob=kernels.linear_logprob,
-            grpo_loss=kernels.grpo_loss,
-            group_advantage=kernels.group_advantage,
             total_steps=own.steps + 1,
             reference=weights.load(own.folder, dtype, own.device)[0] if own.beta else None,
+            kernels=kernels,
         )
         never = model.config.vocab_size  # a stop token that cannot come
         rows = max(64, own.prompts * own.generations) if own.device == "cuda" else 64

@@ -122,8 +122,8 @@ class MasterAdamW:
                 gradient.mul_(scale)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
+        self.num_updates += 1  # first: an update that fails half-way must not pass for one that was not begun
         self.adamw.step()
-        self.num_updates += 1
         self._publish()
 
     @torch.no_grad()

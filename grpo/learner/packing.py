@@ -39,7 +39,7 @@ class Batch:
     select: Tensor  # (U,) int64, places in the row that predict
     ids: Tensor  # (U,) int64, the tokens predicted there
     pairs: Tensor  # (M,) int64, which of the U each trained token is
-    old_logprobs: Tensor  # (M,) float32, the sampler's (0 for supervised sequences)
+    sampler_logprobs: Tensor  # (M,) float32, the sampler's (0 for supervised sequences)
     sequence_ids: Tensor  # (M,) int64, into the sequences of the whole optimiser step
 
     @property
@@ -68,7 +68,7 @@ class _Branch:
 _Group = tuple[tuple[int, ...], list[_Branch]]  # prompt, completions
 
 
-def pack(episodes: Sequence[Episode], *, train_on: str, max_tokens: int) -> list[Batch]:
+def pack_episodes(episodes: Sequence[Episode], *, train_on: str, max_tokens: int) -> list[Batch]:
     """Packs one optimiser step's episodes; `sequence_ids` are their indices in `episodes`.
 
     Args:
@@ -85,7 +85,7 @@ def pack(episodes: Sequence[Episode], *, train_on: str, max_tokens: int) -> list
 def pack_sequences(
     groups: Sequence[tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[bool]]]]], *, max_tokens: int
 ) -> list[Batch]:
-    """Packs (prompt_ids, [(completion_ids, loss_mask), ...]) for supervised training, as `pack` does.
+    """Packs (prompt_ids, [(completion_ids, loss_mask), ...]) of supervised training, as `pack_episodes` does.
 
     `sequence_ids` count the completions in the order given.
     """
@@ -211,6 +211,6 @@ def _build(forest: list[_Group]) -> Batch:
         select=places_and_ids[:, 0].contiguous(),
         ids=places_and_ids[:, 1].contiguous(),
         pairs=torch.tensor(columns[0], dtype=torch.int64),
-        old_logprobs=torch.tensor(columns[1], dtype=torch.float32),
+        sampler_logprobs=torch.tensor(columns[1], dtype=torch.float32),
         sequence_ids=torch.tensor(columns[2], dtype=torch.int64),
     )

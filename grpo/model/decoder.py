@@ -18,7 +18,7 @@ dimensions of a head (r = D except in some Phi-3 models).
 Left out: dropout (the published configs have none), mixture of experts, KV cache (see engine.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -369,32 +369,6 @@ class Decoder(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V), before any temperature."""
         return F.linear(hidden, self.output_weight)
-
-    def logprobs(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        select: Tensor,
-        ids: Tensor,
-        *,
-        linear_logprob: Callable[..., tuple[Tensor, Tensor | None]],
-        attend: Attend | None = None,
-        gradient_checkpointing: bool = False,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities of chosen tokens: trunk, gather, `linear_logprob`.
-
-        Only the selected rows meet the vocabulary: (R * T, V) logits would outgrow everything else.
-
-        Args:
-            select: (M,) int64, positions in the flattened (R * T) that predict `ids`.
-            ids: (M,) int64.
-            options: mask, temperature, entropy, ... for `linear_logprob(hidden, weight, ids, **options)`.
-        Returns:
-            logprobs (M,) float32, nats; entropy (M,) float32 or None.
-        """
-        hidden = self(input_ids, position_ids, attend=attend, gradient_checkpointing=gradient_checkpointing)
-        return linear_logprob(hidden.flatten(0, 1)[select], self.output_weight, ids, **options)
 
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:

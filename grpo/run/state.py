@@ -1,7 +1,9 @@
-"""What the stages of a run share: its directory and parts, the way to a learner, and back from a checkpoint.
+"""The state of a run: its directory and parts, the way to a learner, and back from a checkpoint.
 
-A checkpoint holds the learner's state and how long each log was. Resuming restores the one and cuts the
-other, so that steps which are redone appear once; all else is a function of the settings and the step.
+A checkpoint holds the learner's state and the length of each log. Resuming restores the state and cuts the
+logs, so that steps which are redone appear once. All else is a function of the settings and the step.
+
+Left out: anything that trains or samples. The stages are in train.py.
 """
 
 from __future__ import annotations
@@ -10,22 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from tqdm import tqdm
 
 from grpo import config as configuration
 from grpo.config import Config
-from grpo.learner.learner import Learner
+from grpo.learner.learner import Kernels, Learner
 from grpo.model import weights
 from grpo.run import build, checkpoint, files
+from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
 from grpo.run.metrics import read_jsonl
 
-CONTROL = "control.txt"  # of benchmarks/evidence.py: this run is none that train.py could continue
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
+SECOND_TRY = "validation/second_try"  # decides which checkpoint is the best
 
 
 class AboveBar:
@@ -45,20 +48,26 @@ class AboveBar:
         sys.stdout.flush()
 
 
-class Session:
+@dataclass
+class RunState:
     """One run directory, held by this process.
 
-    Args:
-        kernels: has linear_logprob, grpo_loss and group_advantage.
-    Raises:
-        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine.
+    Attributes:
+        kernels: the module whose functions the learner computes with.
+        second_tries: share of right second tries by validated step.
     """
 
-    def __init__(self, config: Config, folder: Path, interrupts: Interrupts, kernels: ModuleType):
-        self.config, self.folder, self.interrupts, self.kernels = config, folder, interrupts, kernels
-        self.start = folder / "start"  # the weights that RL starts from, and the KL's reference
-        self.parts = build.parts(config)
-        build.check_run(config, self.parts)
+    config: Config
+    folder: Path
+    interrupts: Interrupts
+    parts: Parts
+    kernels: Kernels
+    second_tries: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Path:
+        """The weights that RL starts from, and the reference of the KL penalty."""
+        return self.folder / "start"
 
     def progress(self, bar: tqdm) -> Callable[[int, int], None]:
         """For long stages: moves the bar, and answers a signal."""
@@ -71,7 +80,7 @@ class Session:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """A line in stages.jsonl when the stage is done: what this process spent on it."""
+        """Writes a line to stages.jsonl when the stage is done: what this process spent on it."""
         start = time.perf_counter()
         yield
         line = {"stage": stage, "seconds": time.perf_counter() - start}
@@ -79,18 +88,16 @@ class Session:
         files.append_jsonl(self.folder / "stages.jsonl", line)
 
     def learner(self, config: Config) -> Learner:
-        """A new one, with the reference model where `config` asks for a KL penalty."""
+        """A new learner, with the reference model if `config` asks for a KL penalty."""
         reference = None
         if config.beta > 0:
             reference, _ = weights.load(str(self.start), dtype=self.parts.dtype, device=self.parts.device)
         return Learner(
             self.parts.model,
             config,
-            linear_logprob=self.kernels.linear_logprob,
-            grpo_loss=self.kernels.grpo_loss,
-            group_advantage=self.kernels.group_advantage,
             total_steps=config.max_steps,
             reference=reference,
+            kernels=self.kernels,
         )
 
     def has_start(self) -> bool:
@@ -109,7 +116,7 @@ class Session:
             checkpoint.seal(folder)
 
     def save(self, learner: Learner, folder: Path, step: int) -> None:
-        """A checkpoint in `folder`: the run's own, or that of its unfinished warm start.
+        """Saves a checkpoint in `folder`: the run's own, or that of its unfinished warm start.
 
         Raises:
             NonFiniteError: the weights are NaN or infinite; what was saved before stays.
@@ -140,23 +147,16 @@ class Session:
         files.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
         return step
 
-    def compared(self) -> dict[str, str]:
-        """The models of the final table: label, and where the weights are."""
-        models = {"vanilla": str(self.start), "trained": str(checkpoint.latest(self.folder))}
-        if self.config.warm_start_steps:  # else the model right before RL is the untouched one
-            models = {"untouched": self.config.model_name_or_path, **models}
-        return models
-
     def best_step(self) -> int | None:
         """The first of the validated steps with the most right second tries; None before there is one."""
-        shares = {step: share for step, share in validated(self.folder).items() if step > 0}
+        shares = {step: share for step, share in self.second_tries.items() if step > 0}
         return max(shares, key=shares.__getitem__, default=None)
 
 
 def validated(folder: Path) -> dict[int, float]:
     """Share of right second tries by step, as far as validated; from the log, so a continued run knows it."""
-    records, name = read_jsonl(folder / "metrics.jsonl"), "validation/second_try"
-    return {record["step"]: record[name] for record in records if name in record}
+    records = read_jsonl(folder / "metrics.jsonl")
+    return {record["step"]: record[SECOND_TRY] for record in records if SECOND_TRY in record}
 
 
 def directory(config: Config) -> Path:
@@ -168,9 +168,6 @@ def directory(config: Config) -> Path:
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
-    if (folder / CONTROL).exists():
-        kind = (folder / CONTROL).read_text(encoding="utf-8").strip()
-        raise ValueError(f"resume: {folder} is a control ({kind}), which would go on as a real run")
     if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")

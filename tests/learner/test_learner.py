@@ -11,9 +11,10 @@ from torch import Tensor
 
 from grpo.advantage import group_advantage
 from grpo.episode import Episode
+from grpo.learner import tree_attention
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.learner.optimizer import MasterAdamW, scheduled_learning_rate
-from grpo.learner.packing import pack
+from grpo.learner.packing import pack_episodes
 from grpo.learner.tree_attention import tree_attend
 from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
@@ -77,14 +78,13 @@ def decoder(dtype: torch.dtype = torch.float32, seed: int = 0) -> Decoder:
 def learner(
     settings: SimpleNamespace | None = None, dtype: torch.dtype = torch.float32, **functions
 ) -> Learner:
-    functions = {"linear_logprob": linear_logprob, "grpo_loss": grpo_loss, **functions}
+    kernels = {"linear_logprob": linear_logprob, "grpo_loss": grpo_loss, "group_advantage": group_advantage}
     return Learner(
         decoder(dtype),
         settings or config(),
-        group_advantage=group_advantage,
         total_steps=20,
         reference=decoder(dtype, seed=1),
-        **functions,
+        kernels=SimpleNamespace(**{**kernels, **functions}),
     )
 
 
@@ -113,7 +113,9 @@ def episodes(seed: int = 0, groups: int = 5, rewards: tuple[float, ...] | None =
 
 
 def max_tokens_for(count: int, batch: list[Episode], train_on: str) -> int:
-    return next(m for m in range(400, 0, -1) if len(pack(batch, train_on=train_on, max_tokens=m)) == count)
+    return next(
+        m for m in range(400, 0, -1) if len(pack_episodes(batch, train_on=train_on, max_tokens=m)) == count
+    )
 
 
 def snapshot(subject: Learner) -> dict[str, Tensor]:
@@ -197,15 +199,11 @@ def test_episodes_without_a_signal_are_left_out_exactly():
     assert seen == [sum(sum(e.loss_mask("reflection")) for e in batch)]
     assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 6)
 
-    everything = pack(batch, train_on="reflection", max_tokens=10_000)[0]
-    logprobs, _ = model.logprobs(
-        everything.input_ids,
-        everything.position_ids,
-        everything.select,
-        everything.ids,
-        linear_logprob=linear_logprob,
-        attend=tree_attend(everything.trees, model.config.windows),
-        temperature=0.9,
+    everything = pack_episodes(batch, train_on="reflection", max_tokens=10_000)[0]
+    attend = tree_attend(everything.trees, model.config.windows)
+    hidden = model(everything.input_ids, everything.position_ids, attend=attend)[0]
+    logprobs, _ = linear_logprob(
+        hidden[everything.select], model.output_weight, everything.ids, temperature=0.9
     )
     advantages = torch.tensor([e.advantage for e in batch])
     logprobs = everything.per_token(logprobs)
@@ -425,16 +423,21 @@ def test_a_broken_update_is_not_taken(kind, dtype):
     assert_same(snapshot(subject), snapshot(untroubled))
 
 
+def test_the_attention_plan_is_made_once_per_micro_batch(monkeypatch):
+    """And not again for old log-probs, the reference, a second update, or recomputed activations."""
+    made = []
+    real = tree_attention._Plan.of
+    monkeypatch.setattr(tree_attention._Plan, "of", lambda *args: made.append(args) or real(*args))
+    tokens = max_tokens_for(3, episodes(), "reflection")
+    settings = config(num_iterations=2, max_tokens_per_micro_batch=tokens, gradient_checkpointing=True)
+    learner(settings).step(episodes())
+    windows = len(set(decoder().config.windows))
+    assert len(made) == 3 * windows
+
+
 def test_user_errors():
     with pytest.raises(ValueError, match="reference must be a model when beta > 0"):
-        Learner(
-            decoder(),
-            config(),
-            linear_logprob=linear_logprob,
-            grpo_loss=grpo_loss,
-            group_advantage=group_advantage,
-            total_steps=1,
-        )
+        Learner(decoder(), config(), total_steps=1)
     with pytest.raises(ValueError, match="episodes must hold at least one"):
         learner().step([])
     with pytest.raises(ValueError, match="at least one token"):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import log_softmax, scaled_dot_product_attention
 
 from grpo.episode import Episode
-from grpo.learner.packing import pack, pack_sequences
+from grpo.learner.packing import pack_episodes, pack_sequences
 from grpo.learner.tree_attention import Tree, dense_mask, tree_attend
 
 
@@ -34,7 +34,7 @@ def trained_ids(batch):
 
 def test_one_tree_spelled_out():
     group = [episode([1, 2, 3], ids) for ids in ([10, 11, 12], [20], [10, 31, 12], [10, 11])]
-    (batch,) = pack(group, train_on="reflection", max_tokens=100)
+    (batch,) = pack_episodes(group, train_on="reflection", max_tokens=100)
     assert batch.input_ids.tolist() == [[1, 2, 3, 10, 11, 31]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 4]]
     assert batch.trees == [Tree((0, 1, 2), ((3, 4), (3, 5)))]
@@ -42,11 +42,11 @@ def test_one_tree_spelled_out():
     assert pairs == [(2, 10), (3, 11), (4, 12), (3, 31), (5, 12), (2, 20)]
     assert batch.pairs.tolist() == [0, 1, 2, 0, 3, 4, 0, 1, 5]
     assert batch.sequence_ids.tolist() == [0, 0, 0, 2, 2, 2, 3, 3, 1]
-    torch.testing.assert_close(batch.old_logprobs, -0.5 - 0.01 * batch.ids[batch.pairs])
+    torch.testing.assert_close(batch.sampler_logprobs, -0.5 - 0.01 * batch.ids[batch.pairs])
 
 
 def test_what_prompts_begin_with_in_common_stands_once():
-    (batch,) = pack(
+    (batch,) = pack_episodes(
         [episode([1, 2, 3], [10, 11]), episode([1, 2, 4], [12], group=1)], train_on="all", max_tokens=9
     )
     assert batch.input_ids.tolist() == [[1, 2, 3, 10, 4]]
@@ -57,7 +57,7 @@ def test_what_prompts_begin_with_in_common_stands_once():
 
 def test_values_of_pairs_reach_all_their_tokens_and_gradients_add_up():
     group = [episode([1], [10, 11]), episode([1], [10, 12]), episode([1], [10, 11])]
-    (batch,) = pack(group, train_on="reflection", max_tokens=100)
+    (batch,) = pack_episodes(group, train_on="reflection", max_tokens=100)
     values = torch.arange(3.0, requires_grad=True)  # of the pairs (1, 10), (10, 11), (10, 12)
     spread = batch.per_token(values)
     assert trained_ids(batch) == [10, 11, 10, 12, 10, 11]
@@ -68,22 +68,22 @@ def test_values_of_pairs_reach_all_their_tokens_and_gradients_add_up():
 
 def test_what_follows_the_last_trained_token_is_left_out():
     group = [episode([1, 2], [10, 11, 12, 13, 14], "rrccy")]
-    (batch,) = pack(group, train_on="reflection", max_tokens=100)
+    (batch,) = pack_episodes(group, train_on="reflection", max_tokens=100)
     assert batch.input_ids.tolist() == [[1, 2, 10]] and trained_ids(batch) == [10, 11]
-    (batch,) = pack(group, train_on="all", max_tokens=100)
+    (batch,) = pack_episodes(group, train_on="all", max_tokens=100)
     assert batch.input_ids.tolist() == [[1, 2, 10, 11, 12, 13]]
     assert trained_ids(batch) == [10, 11, 14] and batch.select.tolist() == [1, 2, 5]
 
 
 def test_nothing_to_train_still_makes_a_batch():
     group = [episode([1, 2], [10, 11]), episode([7], []), episode([7], [9], "c")]
-    (batch,) = pack(group, train_on="retry", max_tokens=100)
+    (batch,) = pack_episodes(group, train_on="retry", max_tokens=100)
     assert batch.trees == [Tree((0,), ())] and batch.input_ids.tolist() == [[7]]
-    for tensor in (batch.select, batch.ids, batch.pairs, batch.old_logprobs, batch.sequence_ids):
+    for tensor in (batch.select, batch.ids, batch.pairs, batch.sampler_logprobs, batch.sequence_ids):
         assert tensor.shape == (0,)
     q = torch.randn(1, 2, 1, 4)
     torch.testing.assert_close(tree_attend(batch.trees, [None])(0, q, q, q), q)
-    assert pack([], train_on="retry", max_tokens=100) == []
+    assert pack_episodes([], train_on="retry", max_tokens=100) == []
 
 
 # Prompts from 1 token, completions from 0 tokens, limits below a single sequence and above everything.
@@ -133,7 +133,7 @@ def test_every_trained_token_is_packed_once_with_its_context(shapes, max_tokens,
 
 def test_a_group_too_long_is_split_and_its_prompt_repeated():
     group = [episode([1, 2, 3], [10 + i] * 5) for i in range(5)]
-    batches = pack(group, train_on="reflection", max_tokens=11)
+    batches = pack_episodes(group, train_on="reflection", max_tokens=11)
     two, one = Tree((0, 1, 2), ((3, 4, 5, 6), (7, 8, 9, 10))), Tree((0, 1, 2), ((3, 4, 5, 6),))
     assert [batch.trees for batch in batches] == [[two], [two], [one]]
     assert [batch.sequence_ids.unique().tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
@@ -142,8 +142,11 @@ def test_a_group_too_long_is_split_and_its_prompt_repeated():
 def test_a_group_fits_by_what_it_adds():
     """Five completions of 6 tokens would take 33; sharing 4 of them they take 12."""
     group = [episode([1, 2, 3], [10, 11, 12, 13, 20 + i, 30]) for i in range(5)]
-    assert [batch.num_tokens for batch in pack(group, train_on="reflection", max_tokens=12)] == [12]
-    assert [batch.num_tokens for batch in pack(group, train_on="reflection", max_tokens=11)] == [11, 8]
+    assert [batch.num_tokens for batch in pack_episodes(group, train_on="reflection", max_tokens=12)] == [12]
+    assert [batch.num_tokens for batch in pack_episodes(group, train_on="reflection", max_tokens=11)] == [
+        11,
+        8,
+    ]
 
 
 FORESTS = [
@@ -265,9 +268,9 @@ def test_a_completion_does_not_move_the_others():
 
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="max_tokens must be at least 1, got 0"):
-        pack([], train_on="reflection", max_tokens=0)
+        pack_episodes([], train_on="reflection", max_tokens=0)
     with pytest.raises(ValueError, match="train_on must be one of .*, got 'answer'"):
-        pack([episode([1], [2])], train_on="answer", max_tokens=9)
+        pack_episodes([episode([1], [2])], train_on="answer", max_tokens=9)
     with pytest.raises(ValueError, match="prompt_ids must hold at least one token"):
         pack_sequences([([], [([1], [True])])], max_tokens=9)
     with pytest.raises(ValueError, match="loss_mask must have one entry per token, got 2 for the 1 tokens"):
