@@ -1,6 +1,9 @@
 """The package under test is the installed one (`pip install -e .`): nothing here touches sys.path."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 # Small tests on small tensors: more threads only fight each other. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -9,3 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU the Triton kernels run in Triton's interpreter: to be set before Triton is imported.
 if not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory):
+    """Tests, and the processes that they start, leave the user's ~/.cache alone."""
+    # Matplotlib would list the system's fonts again, which takes seconds.
+    os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache/matplotlib"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import json
+import os
 import platform
 import resource
 import statistics
@@ -27,6 +29,8 @@ from grpo.config import Config
 from grpo.model import weights
 from grpo.model.decoder import Decoder
 from grpo.rollout import Rollout
+from grpo.run import files
+from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.tasks import Example, Task, WarmStartTask, get_task, opening
 
@@ -144,26 +148,73 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> Literal["float32", "bfloat16"]:
-    """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are measured to be faster here."""
+    """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are faster here.
+
+    The measurement is made once per processor model, PyTorch version and number of threads, and kept in a
+    file: were it repeated, a busy machine could change what a seed gives.
+    """
     if name != "auto":
         return name
     if device != "cpu":
         return "bfloat16"
-    times = {dtype: _matmul_seconds(DTYPES[dtype]) for dtype in ("float32", "bfloat16")}
-    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to
-    # some hundredths.
-    return "bfloat16" if times["bfloat16"] < 0.8 * times["float32"] else "float32"
+    path = _speedup_file()
+    machine = f"{processor_model()}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+    measurements = _read_speedups(path)
+    if (speedup := measurements.get(machine)) is None:
+        speedup = bfloat16_speedup()
+        origin = _keep_speedups(path, {**measurements, machine: speedup})
+    else:
+        origin = f"measured earlier; kept in {path}"
+    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to a
+    # few hundredths.
+    if speedup > 1.25:
+        print(f"dtype: bfloat16, {speedup:.1f} times as fast as float32 here ({origin})")
+        return "bfloat16"
+    print(f"dtype: float32; bfloat16 is {speedup:.1f} times as fast here ({origin})")
+    return "float32"
 
 
-def _matmul_seconds(dtype: torch.dtype, rounds: int = 5) -> float:
-    """Median seconds of a matrix product as in a decode step of a small model; some 20 ms in all."""
-    x, w = torch.ones(64, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        torch.nn.functional.linear(x, w)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])  # the first one warms up
+def bfloat16_speedup(seconds: float = 0.5) -> float:
+    """Median time of a float32 matrix product over that of a bfloat16 one, of the size of a decode step.
+
+    The two take turns, so that a machine that is busy for a moment slows down both.
+    """
+    pairs = [
+        (torch.ones(64, 1024, dtype=dtype), torch.ones(2048, 1024, dtype=dtype)) for dtype in DTYPES.values()
+    ]
+    times: list[list[float]] = [[], []]
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds or len(times[0]) < 6:
+        for (x, w), durations in zip(pairs, times, strict=True):
+            start = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            durations.append(time.perf_counter() - start)
+    float32, bfloat16 = (statistics.median(durations[1:]) for durations in times)  # the first one warms up
+    return float32 / bfloat16
+
+
+def _speedup_file() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "reflect-grpo" / "bfloat16_speedup.json"
+
+
+def _read_speedups(path: Path) -> dict[str, float]:
+    """What is known, by machine; nothing where the file is missing or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {str(machine): float(speedup) for machine, speedup in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _keep_speedups(path: Path, measurements: dict[str, float]) -> str:
+    """Writes the file; says how that went."""
+    try:
+        with files.written_whole(path) as partial:
+            partial.write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
+    except (OSError, files.RunDirError):
+        return f"measured; {path} cannot be written"
+    return f"measured; kept in {path}"
 
 
 def keep_freed_memory() -> None:

@@ -151,7 +151,7 @@ def environment() -> dict[str, str]:
         **versions,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor_model(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "threads": str(torch.get_num_threads()),
@@ -235,7 +235,7 @@ def _is_intact(folder: Path) -> bool:
     return True
 
 
-def _processor() -> str:
+def processor_model() -> str:
     """The CPU's model: kernels, and with them rounding, are chosen by it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -1,5 +1,7 @@
 """Parts: devices and dtypes, a build from a folder, evaluation settings that go away again, other weights."""
 
+import json
+
 import pytest
 import tiny
 import torch
@@ -113,16 +115,62 @@ def test_choose_device(monkeypatch):
             build.choose_device(name)
 
 
-@pytest.mark.parametrize(("bfloat16_time", "dtype"), [(0.1, "bfloat16"), (0.9, "float32"), (7.0, "float32")])
-def test_choose_dtype_measures_on_a_cpu(monkeypatch, bfloat16_time, dtype):
-    times = {torch.float32: 1.0, torch.bfloat16: bfloat16_time}
-    monkeypatch.setattr(build, "_matmul_seconds", lambda dtype: times[dtype])
-    assert build.choose_dtype("auto", "cpu") == dtype
+# --- dtype: auto ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "reflect-grpo" / "bfloat16_speedup.json"
+
+
+@pytest.mark.parametrize(("speedup", "dtype"), [(10.0, "bfloat16"), (1.1, "float32"), (0.14, "float32")])
+def test_choose_dtype_measures_on_a_cpu(monkeypatch, cache, speedup, dtype):
+    monkeypatch.setattr(build, "bfloat16_speedup", lambda: speedup)
     assert build.choose_dtype("auto", "cuda") == "bfloat16"
-    assert build.choose_dtype("float32", "cuda") == "float32"
+    assert build.choose_dtype("float32", "cpu") == "float32" and not cache.exists()
+    assert build.choose_dtype("auto", "cpu") == dtype and cache.exists()
 
 
-def test_the_measurement_and_memory():
-    assert 0 < build._matmul_seconds(torch.float32, rounds=2) < 60
+def test_a_machine_that_is_busy_later_does_not_change_the_dtype(monkeypatch, cache, capsys):
+    monkeypatch.setattr(build, "bfloat16_speedup", lambda: 3.1)
+    assert build.choose_dtype("auto", "cpu") == "bfloat16"
+    said = f"dtype: bfloat16, 3.1 times as fast as float32 here (measured; kept in {cache})\n"
+    assert capsys.readouterr().out == said
+    monkeypatch.setattr(build, "bfloat16_speedup", lambda: 0.5)
+    assert build.choose_dtype("auto", "cpu") == "bfloat16"
+    assert "measured earlier" in capsys.readouterr().out
+    # Another machine, PyTorch or number of threads is measured anew, and nothing is forgotten.
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert build.choose_dtype("auto", "cpu") == "float32"
+    assert sorted(json.loads(cache.read_text()).values()) == [0.5, 3.1]
+    assert capsys.readouterr().out.startswith("dtype: float32; bfloat16 is 0.5 times as fast here (measured;")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": []}'])
+def test_a_damaged_cache_is_replaced(monkeypatch, cache, content):
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content)
+    monkeypatch.setattr(build, "bfloat16_speedup", lambda: 2.0)
+    assert build.choose_dtype("auto", "cpu") == "bfloat16"
+    assert list(json.loads(cache.read_text()).values()) == [2.0]
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(build, "bfloat16_speedup", lambda: 2.0)
+    assert build.choose_dtype("auto", "cpu") == "bfloat16"
+    assert "cannot be written" in capsys.readouterr().out
+
+
+def test_the_dtypes_are_measured_in_turns(monkeypatch):
+    dtypes, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, w: [dtypes.append(x.dtype), linear(x, w)])
+    assert 0 < build.bfloat16_speedup(seconds=0) < 1000
+    assert dtypes == [torch.float32, torch.bfloat16] * 6
+
+
+def test_memory():
     build.keep_freed_memory()
     assert 0.01 < build.peak_memory_gb("cpu") < 1000
