@@ -1,9 +1,10 @@
-"""GRPO's heavy functions for any trainer: log-probs, advantages, loss, and all three in one call.
+"""The expensive functions of GRPO for any trainer: log-probs, advantages, loss, and all three in one call.
 
-Each function takes its backend from the device of its first argument: Triton on CUDA and ROCm, the PyTorch
-references of grpo/ elsewhere. `backend` names one explicitly. With `validate=True` ids outside the vocabulary
-raise ValueError on every backend. Otherwise Triton does not look, since looking waits for the device, and
-gives NaN for them.
+The device of the first argument selects the backend: Triton on CUDA and ROCm, the PyTorch references of grpo/
+on all other devices. `backend` selects one explicitly.
+
+With `validate=True` an id outside the vocabulary raises ValueError on every backend. Without it Triton does
+not check, because the check waits for the device, and the log-prob of such an id is NaN.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ def backend(device: str | torch.device, name: str = "auto") -> ModuleType:
     """The module whose functions serve tensors on `device`; its NAME is `torch` or `triton`.
 
     Args:
-        name: "auto" takes Triton where it runs. Triton's interpreter (TRITON_INTERPRET=1) serves CPU tensors
-            too, but only on demand.
+        name: auto, torch or triton. "auto" selects Triton where it runs. With TRITON_INTERPRET=1 Triton's
+            interpreter serves CPU tensors too, but only if the name is "triton".
     Raises:
-        ValueError: no such backend, or Triton was asked for where it does not run.
+        ValueError: there is no such backend, or Triton does not run on the device.
     """
     if name not in ("auto", "torch", "triton"):
         raise ValueError(f"kernels must be auto, torch or triton, got {name!r}")
-    on_gpu = torch.device(device).type == "cuda"  # ROCm goes by that name too
+    on_gpu = torch.device(device).type == "cuda"  # ROCm devices have this type too
     if name == "triton" and not on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"kernels must be auto or torch on {device}, got 'triton', which needs CUDA or ROCm")
     if name == "triton" or (name == "auto" and on_gpu and _triton_installed()):
@@ -84,19 +85,22 @@ def fused_grpo(
     sequence_ids: Tensor,
     **options: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The GRPO loss and metrics from hidden states and rewards, without (M, V) logits forward or backward.
+    """The loss () and metrics from hidden states and rewards, without (M, V) logits, forward or backward.
 
-    The three functions above in a row: rewards to advantages, hidden to log-probs in one sweep over the
-    vocabulary, log-probs to the loss; the backward pass is one more sweep.
+    Same as `group_advantage`, `linear_logprob` and `grpo_loss` in sequence. The forward pass sweeps the
+    vocabulary once, the backward pass once more.
 
     Args:
-        hidden: (M, H) at the positions that predict the tokens `ids` (M,); `weight` (V, H).
-        rewards: (B,) one per completion, with `group_ids` (B,) its group.
-        sequence_ids: (M,) int64, the completion of each token.
+        hidden: (M, H) final hidden states at the positions that predict `ids`.
+        weight: (V, H) output embedding, same dtype.
+        ids: (M,) int64, the tokens.
+        rewards: (B,) one per completion.
+        group_ids: (B,) the group of each completion.
+        sequence_ids: (M,) int64, the index into `rewards` of each token's completion.
         options: `mask`, `old_logprobs` (None: on-policy), `ref_logprobs`, `temperature`, `softcap`; `scale`,
-            `ddof` and `eps` of the advantages; all keywords of `grpo_loss`; `validate`, see the module.
+            `ddof` and `eps` of `group_advantage`; all keywords of `grpo_loss`; `validate`, see the module.
     Raises:
-        ValueError: arguments that do not fit together; the message names them.
+        ValueError: arguments do not fit together; the message names them.
     """
     module = backend(hidden.device)
     return module.fused_grpo(hidden, weight, ids, rewards, group_ids, sequence_ids, **options)

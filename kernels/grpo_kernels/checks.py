@@ -1,4 +1,7 @@
-"""What the kernels check beyond their references. No check looks at a value, so none waits for the device."""
+"""Argument checks of the kernels, on top of those of the references.
+
+No check reads the values of a tensor, so none waits for the device.
+"""
 
 from __future__ import annotations
 

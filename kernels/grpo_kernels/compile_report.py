@@ -1,10 +1,10 @@
-"""What the compiler makes of each kernel, without a GPU: `python -m grpo_kernels.compile_report`.
+"""The resources that each compiled kernel needs, without a GPU: `python -m grpo_kernels.compile_report`.
 
-Builds every kernel with the block sizes of grpo_kernels/config.py ahead of time for sm_80, sm_90, sm_100 and
-gfx942, and prints, per kernel and input type: registers per thread, bytes spilled per thread, shared memory
-per program, which matrix instructions it uses, whether float64 arithmetic crept in, and the share of the
-multiprocessor's threads that can be resident at once (from registers and shared memory; computed, not
-measured).
+Compiles every kernel ahead of time for sm_80, sm_90, sm_100 and gfx942, with the block sizes of
+grpo_kernels/config.py. Prints, per kernel and input type: registers per thread, bytes spilled per thread,
+bytes of shared memory per program, the matrix instructions, whether there is float64 arithmetic, and the
+occupancy: the share of the multiprocessor's threads that can be resident at the same time. The occupancy is
+computed from registers and shared memory, not measured.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Of a multiprocessor: registers, bytes of shared memory, threads (NVIDIA's tuning guides, AMD's CDNA3 guide).
+# Registers, bytes of shared memory, threads of a multiprocessor (NVIDIA's tuning guides, AMD's CDNA3 guide).
 MULTIPROCESSOR = {
     "sm_80": (65536, 164 << 10, 2048),
     "sm_90": (65536, 228 << 10, 2048),
@@ -51,7 +51,7 @@ MATRIX = {
     "mma.sync": "mma.sync",
     "mfma": "v_mfma",
 }
-INPUTS = {"hidden", "weight", "logits"}  # of the dtype in question, like the gradients of the products
+INPUTS = {"hidden", "weight", "logits"}  # arguments of the input type; so are gradients of the products
 INDEX = {
     "ids": "*i64",
     "order": "*i64",
@@ -61,7 +61,7 @@ INDEX = {
     "lengths": "*i64",
 }
 INDEX |= {"count": "*i32", "keep": "*u8", "mask": "*i1"}
-# Of the kernels of products, the tiles that tensor descriptors bring: (rows, columns), as names of constants.
+# The tiles (rows, columns) of tensor descriptors, as names of constants.
 HIDDEN, WEIGHT = ("BLOCK_M", "BLOCK_K"), ("BLOCK_N", "BLOCK_K")
 TILES = {
     linear.forward_kernel: {"hidden": HIDDEN, "weight": WEIGHT},
@@ -73,7 +73,7 @@ SCALARS = {"M", "V", "H", "B", "size", "strips", "first", "stop", "width", "bloc
 
 
 def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, str]:
-    """The type of each argument, as Triton spells it."""
+    """The type of each argument of the kernel, as Triton spells it."""
     like_input = INPUTS | ({"gradient"} if "gradient" in kernel.arg_names else set())
     if kernel is linear.weight_kernel:
         like_input.add("out")
@@ -96,7 +96,7 @@ def signature(kernel: Any, constants: dict[str, Any], dtype: str) -> dict[str, s
 
 
 def variants(target: str) -> Iterator[tuple[str, str, Any, dict[str, Any]]]:
-    """(name, dtype, kernel, constants) of everything that the launchers can start, up to options."""
+    """(name, dtype, kernel, constants) of each kernel that the launchers start, with one set of options."""
     options = {"SCALE": 1.0, "CAP": None, "ENTROPY": True, "stride_wk": 1}
     products = {
         "forward": linear.forward_kernel,
@@ -144,13 +144,13 @@ def compiled(kernel: Any, constants: dict[str, Any], dtype: str, target: GPUTarg
     return triton.compile(source, target=target, options=launch)
 
 
-def figures(built: Any, target: str) -> dict[str, Any]:
-    """What the report prints of one compiled kernel."""
+def properties(built: Any, target: str) -> dict[str, Any]:
+    """The columns of the report for one compiled kernel."""
     if target == "gfx942":
         text = built.asm["amdgcn"]
-        found = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
-        registers = found["vgpr_count"] + found.get("agpr_count", 0)
-        spilled = found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        counts = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.MULTILINE)}
+        registers = counts["vgpr_count"] + counts.get("agpr_count", 0)
+        spilled = counts["vgpr_spill_count"] + counts["sgpr_spill_count"]
         wide = bool(re.search(r"v_(add|mul|fma|div\w*)_f64", text))
     else:
         text = built.asm["ptx"]
@@ -168,7 +168,7 @@ def figures(built: Any, target: str) -> dict[str, Any]:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread and bytes of stack per thread, where spilled registers go."""
+    """Registers per thread, and bytes of stack per thread, which hold spilled registers."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -180,7 +180,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
-    """Share of the multiprocessor's threads that fit at once."""
+    """The share of the multiprocessor's threads that fit at the same time."""
     all_registers, all_shared, all_threads = MULTIPROCESSOR[target]
     programs = min(all_registers // max(1, registers * threads), all_threads // threads)
     if shared:
@@ -194,7 +194,7 @@ def report(targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
         for name, dtype, kernel, constants in variants(target):
             if dtype in dtypes:
                 built = compiled(kernel, constants, dtype, TARGETS[target])
-                rows.append({"target": target, "kernel": name, "dtype": dtype, **figures(built, target)})
+                rows.append({"target": target, "kernel": name, "dtype": dtype, **properties(built, target)})
     return rows
 
 
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
-    parser.add_argument("--json", type=Path, help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
     if INTERPRETED:
         parser.error("TRITON_INTERPRET must not be set: the interpreter compiles nothing")

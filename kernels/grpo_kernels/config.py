@@ -1,7 +1,8 @@
-"""Block sizes of the kernels, by input type. Fixed: one chosen by M would make a row depend on the others.
+"""Block sizes of the kernels in linear.py and the types of sums, by input type.
 
-`python -m grpo_kernels.compile_report` says what they cost in registers and shared memory. Those by
-descriptor were timed on an H100 (docs/LOG.md); the others only compile.
+Block sizes are fixed: a size chosen by M would make a row's result depend on the other rows.
+`python -m grpo_kernels.compile_report` shows their cost in registers and shared memory. The sizes for tensor
+descriptors (TMA) were timed on an H100 (docs/LOG.md); the others have only been compiled.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from typing import Any
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# kernel of linear_kernels.py -> BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, GROUP
+# kernel of linear.py -> BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages, GROUP
 _KERNELS = ("forward", "gradient", "hidden", "weight")
-# By descriptor: the fastest on an H100 of the tiles that spill no register.
+# For descriptors: the fastest tiles on an H100 that spill no register.
 _TMA = {
     "forward": (128, 256, 64, 8, 3, 16),
     "gradient": (128, 256, 64, 8, 4, 16),
@@ -32,23 +34,28 @@ _HALF_BY_TARGET = {
 }
 _SINGLE = dict.fromkeys(_KERNELS, (64, 64, 32, 8, 2, 8)) | {"weight": (64, 64, 16, 8, 2, 8)}
 _DOUBLE = dict.fromkeys(_KERNELS, (32, 32, 16, 4, 2, 8))
-# small, so that small shapes have several blocks
+# Small, so that small shapes have several blocks.
 _INTERPRETED = dict.fromkeys(_KERNELS, (16, 32, 16, 4, 1, 2))
 TMA_TARGETS = ("sm_90", "sm_100")
 
 
 def sum_type(dtype: torch.dtype) -> tl.dtype:
-    """The kernels' constant ACC for inputs of type `dtype`: what their sums are made in."""
+    """The type of a kernel's sums for inputs of type `dtype`, as Triton spells it: the constant ACC."""
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The type of sums over values of x, and of their results, as PyTorch spells it."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def blocks(dtype: torch.dtype, name: str, tma: bool, target: str | None = None) -> dict[str, Any]:
     """Constants of the kernel `name`.
 
     Args:
-        dtype: of its inputs.
-        tma: whether they come by tensor descriptor.
-        target: None is `current_target()`.
+        dtype: type of the inputs.
+        tma: whether the kernel gets its inputs as tensor descriptors.
+        target: a key of compile_report's TARGETS; None: `current_target()`.
     """
     if INTERPRETED:
         table = _INTERPRETED
@@ -70,15 +77,15 @@ def blocks(dtype: torch.dtype, name: str, tma: bool, target: str | None = None) 
         "num_stages": stages,
     }
     if name != "weight":
-        # What follows the product of a tile of 256 columns is made in halves, or registers spill.
-        # The interpreter does it with float32, and float64 takes the other way.
+        # The code after the product of a 256-column tile works on halves, or registers spill. In the
+        # interpreter float64 tests the branch without halves, all other types the branch with halves.
         options["HALVES"] = n == 256 or (INTERPRETED and dtype != torch.float64)
     return options
 
 
 @cache
 def current_target() -> str:
-    """The nearest of the targets that have block sizes, at or below this GPU's."""
+    """The newest target with block sizes that is not newer than this GPU."""
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability()
@@ -86,7 +93,7 @@ def current_target() -> str:
 
 
 def has_tma(dtype: torch.dtype, target: str | None = None) -> bool:
-    """Whether tiles of `dtype` are copied by descriptor; target: None is `current_target()`."""
+    """Whether tiles of `dtype` can be copied by descriptor. target: None: `current_target()`."""
     if INTERPRETED:
         return True
     return dtype in (torch.float16, torch.bfloat16) and (target or current_target()) in TMA_TARGETS

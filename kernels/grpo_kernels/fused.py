@@ -1,4 +1,7 @@
-"""From hidden states and rewards to the loss, with nothing of size (M, V) on the way, forward or backward."""
+"""The GRPO loss from hidden states and rewards, without the (M, V) logits, forward or backward.
+
+Both backends use this function; the first three arguments are a backend's operations.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""The GRPO loss in Triton; formulas and arguments are those of grpo/loss.py.
+"""The GRPO loss in Triton. Formulas and arguments are those of grpo/loss.py.
 
-One pass over the tokens yields the loss, the metrics and the gradient, so that the backward pass is one
-product. At sequence level two more passes add up what the tokens of a completion share. Sums are made in a
-fixed order.
+One pass over the tokens computes the loss, the metrics and the gradient, so the backward pass is only one
+multiplication. At sequence level two more kernels add up what the tokens of a completion share. All sums have
+a fixed order. Left out: second derivatives.
+
+M tokens, B completions.
 """
 
 from __future__ import annotations
@@ -11,16 +13,15 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from grpo.loss import check_options, check_tensors
 from grpo_kernels import checks
-from grpo_kernels.config import sum_type
-from grpo_kernels.launch import sum_dtype
-from grpo_kernels.loss_kernels import loss_kernel, segment_sum_kernel, spread_kernel
+from grpo_kernels.config import sum_dtype, sum_type
 
 METRICS = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
-BLOCK = 1024
+BLOCK = 1024  # tokens per program
 
 
 def grpo_loss(
@@ -77,6 +78,130 @@ def grpo_loss(
     return loss, dict(zip(names, metrics, strict=False))
 
 
+@triton.jit
+def _k3(x, TERMS: tl.constexpr):
+    """exp(x) - x - 1. Where |x| < 1 by its series: near 0 the subtraction would leave only rounding."""
+    series = x * 0 + 1
+    for i in tl.static_range(TERMS):
+        series = 1 + series * x / (TERMS + 2 - i)
+    return tl.where(tl.abs(x) < 1, x * x / 2 * series, tl.exp(x) - x - 1)
+
+
+@triton.jit
+def segment_sum_kernel(
+    values, old, order, bounds, out, BLOCK: tl.constexpr, DIFFERENCE: tl.constexpr, ACC: tl.constexpr
+):
+    """out[b] = sum of values, or of values - old, over the tokens of completion b, in a fixed order."""
+    b = tl.program_id(0)
+    first, stop = tl.load(bounds + b), tl.load(bounds + b + 1)
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    for start in range(first, stop, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        token = tl.load(order + place, mask=place < stop, other=0)
+        x = tl.load(values + token, mask=place < stop, other=0.0).to(ACC)
+        if DIFFERENCE:
+            x -= tl.load(old + token, mask=place < stop, other=0.0).to(ACC)
+        total += x
+    tl.store(out + b, tl.sum(total, 0))
+
+
+@triton.jit
+def loss_kernel(
+    logprobs, old, ref, advantages, sequence_ids, mask, lengths, sequence_log_ratio, denominator,
+    partial, direct, through_ratio, M, blocks,
+    EPSILON: tl.constexpr, HIGH: tl.constexpr, DELTA: tl.constexpr, BETA: tl.constexpr,
+    CISPO: tl.constexpr, SEQUENCE: tl.constexpr, BIAS_CORRECTION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_REF: tl.constexpr, PER_LENGTH: tl.constexpr, TERMS: tl.constexpr,
+    BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Loss and metrics of BLOCK tokens, summed into partial (6, blocks), and the gradient of the loss.
+
+    At token level `direct` is the whole gradient. At sequence level all tokens of a completion share one
+    ratio. The gradient through it, d(loss) / d(ratio) * ratio, goes to `through_ratio`; two more kernels
+    add it up per completion.
+    """
+    block = tl.program_id(0)
+    place = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = place < M
+    if MASKED:
+        live = live & (tl.load(mask + place, mask=live, other=0) != 0)
+    sequence = tl.load(sequence_ids + place, mask=live, other=0)
+    A = tl.load(advantages + sequence, mask=live, other=0.0).to(ACC)
+    logp = tl.load(logprobs + place, mask=live, other=0.0).to(ACC)
+    log_ratio = logp - tl.load(old + place, mask=live, other=0.0).to(ACC)
+    length = tl.load(lengths + sequence, mask=live, other=1).to(ACC)
+    if SEQUENCE:
+        log_ratio = tl.load(sequence_log_ratio + sequence, mask=live, other=0.0) / length
+    r = tl.exp(log_ratio)
+
+    # Tensors of type ACC: a Python number would become float32.
+    floor = tl.full((BLOCK,), 0 if CISPO else 1 - EPSILON, ACC)
+    ceiling = tl.full((BLOCK,), HIGH if CISPO else 1 + HIGH, ACC)
+    if CISPO:
+        bound = tl.minimum(r, ceiling)
+        value, d_logp, d_r = -bound * A * logp, -bound * A, r * 0
+        low, high = r < floor, r > ceiling
+    else:
+        free, clipped = r, tl.minimum(tl.maximum(r, floor), ceiling)
+        d_free = A
+        if DELTA is not None:
+            most = tl.full((BLOCK,), DELTA, ACC)
+            free, d_free = tl.minimum(r, most), tl.where(r <= most, A, 0.0)
+        d_clipped = tl.where((r >= floor) & (r <= ceiling), A, 0.0)
+        a, b = free * A, clipped * A
+        value, d_logp = -tl.minimum(a, b), r * 0
+        d_r = -tl.where(a < b, d_free, tl.where(b < a, d_clipped, (d_free + d_clipped) / 2))
+        low, high = (r < floor) & (A < 0), (r > ceiling) & (A > 0)
+    kl = r * 0
+    if HAS_REF:
+        x = tl.load(ref + place, mask=live, other=0.0).to(ACC) - logp
+        k3 = _k3(x, TERMS)
+        kl = k3
+        d_kl = -(k3 + x)
+        if BIAS_CORRECTION:
+            kl, d_kl = k3 * r, d_kl * r
+            if BETA != 0:
+                d_r += BETA * k3
+        if BETA != 0:  # k3 can be infinite, and 0 times infinity is NaN
+            value += BETA * kl
+            d_logp += BETA * d_kl
+
+    scale = 1 / tl.load(denominator)
+    weight = tl.where(live, scale, 0.0)
+    if PER_LENGTH:
+        weight /= length
+    if SEQUENCE:
+        tl.store(through_ratio + place, weight * d_r * r, mask=place < M)
+    else:
+        d_logp += d_r * r
+    tl.store(direct + place, tl.where(live, weight * d_logp, 0.0), mask=place < M)
+    out = partial + block
+    counted = tl.where(live, 1.0, 0.0).to(ACC)
+    tl.store(out, tl.sum(tl.where(live, weight * value, 0.0), 0))
+    tl.store(out + blocks, tl.sum(tl.where(live, r, 0.0), 0))
+    tl.store(out + 2 * blocks, tl.sum(tl.where(low, counted, 0.0), 0))
+    tl.store(out + 3 * blocks, tl.sum(tl.where(high, counted, 0.0), 0))
+    tl.store(out + 4 * blocks, tl.sum(tl.where(low | high, counted, 0.0), 0))
+    tl.store(out + 5 * blocks, tl.sum(tl.where(live, kl, 0.0), 0))
+
+
+@triton.jit
+def spread_kernel(
+    direct, through_ratio, sequence_ids, mask, lengths, M,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """direct += the completion's sum of d(loss) / d(log ratio) / its length: the log ratio is a mean."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = place < M
+    if MASKED:
+        live = live & (tl.load(mask + place, mask=live, other=0) != 0)
+    sequence = tl.load(sequence_ids + place, mask=live, other=0)
+    total = tl.load(through_ratio + sequence, mask=live, other=0.0)
+    length = tl.load(lengths + sequence, mask=live, other=1).to(ACC)
+    gradient = tl.load(direct + place, mask=live, other=0.0)
+    tl.store(direct + place, gradient + total / length, mask=live)
+
+
 @torch.library.custom_op("grpo_kernels::loss_forward", mutates_args=())
 def loss_forward(
     logprobs: Tensor,
@@ -96,7 +221,7 @@ def loss_forward(
     num_sequences: int | None,
     max_completion_length: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """() loss, (5,) metrics, (M,) gradient of the loss by the log-probs."""
+    """() loss, (5,) metrics, (M,) gradient of the loss with respect to the log-probs."""
     M, B = len(logprobs), len(advantages)
     dtype = sum_dtype(logprobs)
     new: dict[str, Any] = {"dtype": dtype, "device": logprobs.device}
@@ -110,7 +235,7 @@ def loss_forward(
     old = logprobs if old is None else old
     per_length = loss_type == "grpo"
     if sequence_level or per_length:
-        # Tokens by completion; bounds[b] to bounds[b + 1] are those of completion b, the masked ones last.
+        # Sort tokens by completion, masked tokens last. Completion b has places bounds[b] : bounds[b + 1].
         key, order = torch.where(live, sequence_ids, B).sort(stable=True)
         bounds = torch.searchsorted(key, torch.arange(B + 1, device=key.device))
         lengths = bounds.diff()
@@ -173,10 +298,7 @@ def loss_forward(
 
 @loss_forward.register_fake
 def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    new: dict[str, Any] = {
-        "dtype": sum_dtype(logprobs),
-        "device": logprobs.device,
-    }
+    new: dict[str, Any] = {"dtype": sum_dtype(logprobs), "device": logprobs.device}
     return torch.empty((), **new), torch.empty(5, **new), torch.empty(len(logprobs), **new)
 
 

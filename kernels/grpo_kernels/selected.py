@@ -1,7 +1,10 @@
-"""Log-probability and entropy of selected tokens from given logits, in Triton; formulas: grpo/logprob.py.
+"""Log-probability and entropy of selected tokens from given logits, in Triton.
 
-One program per row reads it once forward; backward, one program per block of columns. A custom operator, so
-that torch.compile takes it whole.
+The formulas are those of grpo/logprob.py. Forward, one program per row reads the row once. Backward, there is
+one program per row and block of columns. The launchers are custom operators, so torch.compile does not look
+inside them. Left out: second derivatives.
+
+M rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,13 +13,24 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from grpo.logprob import check_range
 from grpo_kernels import checks
 from grpo_kernels.config import INTERPRETED, sum_type
-from grpo_kernels.launch import outputs, refuse_second_derivative, scales, upstream
-from grpo_kernels.selected_kernels import selected_backward_kernel, selected_forward_kernel
+from grpo_kernels.softmax import (
+    empty_sums,
+    gradient_of,
+    load_row,
+    online,
+    outputs,
+    refuse_second_derivative,
+    scales,
+    store_row,
+    transformed,
+    upstream,
+)
 
 WIDTH = 64 if INTERPRETED else 4096  # columns per step
 
@@ -31,12 +45,44 @@ def selected_logprob(
     entropy: bool = False,
     validate: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`grpo.logprob.selected_logprob` in Triton; `validate` as in `linear_logprob`."""
+    """`grpo.logprob.selected_logprob` in Triton. `validate`: see `grpo_kernels.linear.linear_logprob`."""
     checks.selected(logits, ids, mask, temperature, softcap)
     if validate:
         check_range(ids if mask is None else ids[mask], logits.shape[1])
     logprob, entropies, _ = selected_forward(logits, ids, mask, temperature, softcap, entropy)
     return logprob, entropies if entropy else None
+
+
+def _keep(mask: Tensor | None, x: Tensor) -> Tensor:
+    """(M,) uint8, 1 in the rows to compute."""
+    if mask is None:
+        return torch.ones(len(x), dtype=torch.uint8, device=x.device)
+    return mask.to(torch.uint8)
+
+
+@triton.jit(do_not_specialize=["V"])
+def selected_forward_kernel(
+    logits, ids, keep, logprob, entropy, stats, M, V, stride_m, stride_v,
+    SCALE: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Log-prob, entropy and statistics of one row of logits, which may hold -inf."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(keep + row) == 0:
+        tl.store(logprob + row, tl.zeros((), ACC))
+        if ENTROPY:
+            tl.store(entropy + row, tl.zeros((), ACC))
+        return
+    label = tl.load(ids + row)
+    m, s, sc, selected = empty_sums(1, ACC)
+    for start in range(0, V, BLOCK_N):
+        column = start + tl.arange(0, BLOCK_N)
+        x = tl.load(logits + row * stride_m + column.to(tl.int64) * stride_v, mask=column < V, other=0.0)
+        z = transformed(x.to(ACC), SCALE, CAP)
+        selected += tl.sum(tl.where(column == label, z, 0.0), 0)
+        z = tl.where(column < V, z, float("-inf"))[None, :]
+        m, s, sc = online(m, s, sc, z, ENTROPY)
+    rows = row + tl.zeros((1,), tl.int64)  # (1,): the shared functions take a block of rows
+    store_row(ids, logprob, entropy, stats, rows, rows >= 0, m, s, sc, selected, M, V, ENTROPY)
 
 
 @torch.library.custom_op("grpo_kernels::selected_forward", mutates_args=())
@@ -75,6 +121,28 @@ def _(
     logits: Tensor, ids: Tensor, mask: Any, temperature: float, softcap: Any, entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return outputs(logits, entropy)
+
+
+@triton.jit(do_not_specialize=["V"])
+def selected_backward_kernel(
+    logits, ids, keep, stats, up, up_entropy, gradient, M, V, stride_m, stride_v,
+    SCALE: tl.constexpr, CAP: tl.constexpr, BLOCK_N: tl.constexpr, ENTROPY: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """d(loss) / d(logits) for one row and BLOCK_N columns; 0 where keep is 0."""
+    parts = tl.cdiv(V, BLOCK_N)
+    row, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    column = part * BLOCK_N + tl.arange(0, BLOCK_N)
+    out = gradient + row * V + column
+    if tl.load(keep + row) == 0:
+        tl.store(out, tl.zeros((BLOCK_N,), gradient.dtype.element_ty), mask=column < V)
+        return
+    x = tl.load(logits + row * stride_m + column.to(tl.int64) * stride_v, mask=column < V, other=0.0).to(ACC)
+    z = transformed(x, SCALE, CAP)[None, :]
+    rows = row + tl.zeros((1,), tl.int64)  # (1,): the shared functions take a block of rows
+    m, s, c, u, u_entropy = load_row(stats, up, up_entropy, rows, rows >= 0, M, ENTROPY, ACC)
+    hit = column[None, :] == tl.load(ids + rows)[:, None]
+    g = gradient_of(z, m, s, c, u, u_entropy, hit, CAP, SCALE, ENTROPY)
+    tl.store(out, tl.sum(g, 0).to(gradient.dtype.element_ty), mask=column < V)
 
 
 @torch.library.custom_op("grpo_kernels::selected_backward", mutates_args=())
@@ -125,12 +193,6 @@ def _(
     softcap: Any,
 ) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _keep(mask: Tensor | None, x: Tensor) -> Tensor:
-    if mask is None:
-        return torch.ones(len(x), dtype=torch.uint8, device=x.device)
-    return mask.to(torch.uint8)
 
 
 def _save_selected(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

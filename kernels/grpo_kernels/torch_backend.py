@@ -1,4 +1,4 @@
-"""The readable PyTorch references under the package's names: for CPUs, MPS, and to compare with."""
+"""The PyTorch references of grpo/ under the package's names: for CPU and MPS, and as a baseline on GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME = "torch"
 
 
 def _always_validating(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The references check ids anyway; they take `validate` so that callers need not know the backend."""
+    """`function` with an ignored `validate`: the references always check ids, and callers need not know."""
 
     @wraps(function)
     def call(*tensors: Any, validate: bool = False, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, without a GPU: no spills, no float64, matrix units used."""
+"""The compiled kernels, without a GPU: no spills, no float64, and products on the matrix units."""
 
 import json
 import os
@@ -12,7 +12,7 @@ PRODUCTS = {"forward", "gradient", "hidden", "weight"}
 
 
 def run(*arguments, **environment):
-    """In a process of its own: this one interprets Triton, and one process cannot do both."""
+    """Runs the report in a new process: this one interprets Triton, and a process cannot do both."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     command = [sys.executable, "-m", "grpo_kernels.compile_report", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True)
@@ -23,13 +23,13 @@ def rows(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("report") / "report.json"
     done = run("--targets", request.param, "--dtypes", "bf16", "fp32", "--json", str(path))
     assert done.returncode == 0, done.stderr
-    found = json.loads(path.read_text())
-    assert len(done.stdout.splitlines()) == len(found) + 1
-    return found
+    rows = json.loads(path.read_text())
+    assert len(done.stdout.splitlines()) == len(rows) + 1
+    return rows
 
 
 def test_no_spills_no_float64_and_matrix_units(rows):
-    """Lesson 5: a Python scalar that became float64 would show as .f64."""
+    """Lesson 5: a Python scalar that the compiler made float64 would show as .f64."""
     assert {row["kernel"] for row in rows} >= PRODUCTS | {"loss, sequence level", "advantage", "combine"}
     descriptors = {row["kernel"] for row in rows if row["kernel"].endswith(", TMA")}
     assert len(descriptors) == (4 if rows[0]["target"] in ("sm_90", "sm_100") else 0)

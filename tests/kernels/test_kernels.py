@@ -1,5 +1,7 @@
-"""The Triton kernels, on a GPU or else in Triton's interpreter: against float64 truth and the PyTorch
-references, and with one test for each bug of other kernels (lesson_1 to lesson_11).
+"""The Triton kernels against float64 and the PyTorch references, and one test for each bug that users of
+other kernels reported (lesson_1 to lesson_11; lesson 5 is in test_compile_report.py).
+
+Runs on a GPU, or in Triton's interpreter if there is none.
 """
 
 import itertools
@@ -31,12 +33,12 @@ INF = math.inf
 
 
 def put(*tensors):
-    """Leaves on the device under test."""
+    """Copies on the device under test, as leaves that require gradients where they are floats."""
     return [t.detach().to(DEVICE).requires_grad_(t.is_floating_point()) for t in tensors]
 
 
 class Watched:
-    """A kernel that reports the grid of each launch."""
+    """A kernel that passes the grid of each launch to `report`."""
 
     def __init__(self, kernel, report):
         self.kernel, self.report = kernel, report
@@ -48,10 +50,10 @@ class Watched:
 
 @pytest.fixture(autouse=True)
 def small_strips(monkeypatch):
-    """So that small shapes have several strips, chunks and blocks: of one tile or two each."""
+    """Small shapes then have several strips, chunks and blocks, of one or two tiles each."""
     width = 64 if config.INTERPRETED else 256
-    monkeypatch.setattr(decoder, "STRIP", width)
-    monkeypatch.setattr(decoder, "CHUNK", width)
+    monkeypatch.setattr(linear, "STRIP", width)
+    monkeypatch.setattr(linear, "CHUNK", width)
     monkeypatch.setattr(loss, "BLOCK", 16)
 
 
@@ -60,7 +62,8 @@ def small_strips(monkeypatch):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    # one row, column and feature; none; around the interpreter's blocks of 16, 32 and 16, and strips of 64
+    # M: none, one, and on both sides of the interpreter's blocks of 16; H: one, less, equal and more than a
+    # block of 16; V: one, across blocks of 32 and strips of 64
     shape=st.tuples(st.sampled_from([0, 1, 5, 17, 33]), st.sampled_from([1, 7, 16, 40]), st.integers(1, 150)),
     dtype=st.sampled_from([torch.float32, torch.float64]),
     options=st.fixed_dictionaries(
@@ -100,7 +103,7 @@ def test_gradcheck(softcap):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_most_twice_pytorchs_error(dtype):
-    """On the same rounded inputs. In the interpreter bfloat16 is stored by truncation: allowed for."""
+    """On the same rounded inputs. The interpreter truncates bfloat16 on stores; the budget covers that."""
     hidden, weight, ids, upstream = data(50, 64, 300, dtype, scale=0.3)
     exact_inputs = [x.detach().double().requires_grad_() for x in (hidden, weight)]
     exact = truth(exact_inputs[0] @ exact_inputs[1].T, ids, 0.9)
@@ -120,7 +123,7 @@ def loss_data(dtype=torch.float64, m=40, completions=7, seed=0):
     old, ref = (logprobs + 0.4 * torch.randn(m, generator=generator, dtype=torch.float64) for _ in range(2))
     ref[3] = logprobs[3] + 1e-3
     advantages = torch.randn(completions, generator=generator, dtype=torch.float64)
-    sequence_ids = torch.randint(completions - 1, (m,), generator=generator)  # the last one has no token
+    sequence_ids = torch.randint(completions - 1, (m,), generator=generator)  # the last has no token
     mask = torch.rand(m, generator=generator) > 0.3
     logprobs, old, ref, advantages = (x.to(dtype) for x in (logprobs, old, ref, advantages))
     return [x.to(DEVICE) for x in (logprobs, old, ref, advantages, sequence_ids, mask)]
@@ -158,7 +161,7 @@ def test_loss_equals_the_reference_for_every_setting(on_policy):
             )
             results.append((value, torch.autograd.grad(value, logprobs)[0], metrics))
         (ours, gradient, metrics), (right, right_gradient, right_metrics) = results
-        # the reference's series for the KL ends a term too early for float64
+        # In float64 the reference's series for the KL is one term short, hence the tolerances.
         torch.testing.assert_close(ours, right, rtol=1e-9, atol=1e-12, msg=str(options))
         torch.testing.assert_close(gradient, right_gradient, rtol=1e-9, atol=1e-11, msg=str(options))
         torch.testing.assert_close(metrics, right_metrics, rtol=1e-6, atol=1e-7, check_dtype=False)
@@ -178,6 +181,27 @@ def test_loss_gradcheck(level):
     assert torch.autograd.gradcheck(
         lambda x: grpo_loss(x, old, ref, advantages, sequence_ids, **options)[0], (logprobs,), eps=1e-7
     )
+
+
+@pytest.mark.parametrize("correction", [False, True], ids=["k3", "k3 times ratio"])
+@pytest.mark.parametrize("level", reference_loss.LEVELS)
+def test_beta_zero_ignores_an_infinite_kl(level, correction):
+    """exp(ref - logprob) overflows in float32, and 0 times infinity is NaN."""
+    logprobs, old, ref, advantages, sequence_ids, mask = loss_data(torch.float32)
+    mask[5] = True
+    ref[5] = logprobs[5] + 200  # exp(200) is above the largest float32, 3.4e38
+    logprobs.requires_grad_()
+    options = {"mask": mask, "beta": 0.0, "importance_sampling_level": level}
+    options["use_bias_correction_kl"] = correction
+    results = []
+    for backend, reference in ((triton_backend, ref), (torch_backend, ref), (triton_backend, None)):
+        value, metrics = backend.grpo_loss(logprobs, old, reference, advantages, sequence_ids, **options)
+        results.append((value, torch.autograd.grad(value, logprobs)[0], metrics))
+    ours, right, without = results
+    assert ours[0].isfinite() and ours[1].isfinite().all()
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-6)
+    assert ours[2]["kl"] == INF  # the metric still shows the KL
+    assert torch.equal(ours[0], without[0]) and torch.equal(ours[1], without[1])
 
 
 def test_kl_of_close_policies_keeps_its_digits():
@@ -207,7 +231,7 @@ def test_advantages_equal_the_reference(episodes, scale, ddof):
     ours = group_advantage(rewards, groups, scale=scale, ddof=ddof)
     right = reference_advantage.group_advantage(rewards, groups, scale=scale, ddof=ddof)
     torch.testing.assert_close(ours, right)
-    assert torch.equal(ours == 0, right == 0)  # groups of one and of equal rewards: exactly 0
+    assert torch.equal(ours == 0, right == 0)  # exactly 0 in groups of one and of equal rewards
 
 
 # --- fused_grpo ---------------------------------------------------------------------------------------------
@@ -249,7 +273,7 @@ def test_fused_sweeps_the_vocabulary_once_forward_and_once_backward(monkeypatch)
     launched = []
     for name in ("forward_kernel", "gradient_kernel"):
         watched = Watched(getattr(linear, name), lambda _, name=name: launched.append(name))
-        monkeypatch.setattr(decoder, name, watched)
+        monkeypatch.setattr(linear, name, watched)
     inputs = fused_data()
     value, _ = triton_backend.fused_grpo(*inputs, beta=0.0)
     assert launched == ["forward_kernel"]
@@ -281,7 +305,7 @@ def test_groups_of_one_and_no_tokens():
 
 @pytest.mark.parametrize("v", [1, 31, 63, 65, 97])
 def test_lesson_1_no_phantom_columns_in_a_ragged_last_tile(v):
-    """Logits far below 0: a column of 0 beyond V would take all the probability."""
+    """The logits are far below 0, so a column of 0 beyond V would take all the probability."""
     hidden = torch.ones(3, 4, device=DEVICE)
     weight = torch.full((v, 4), -25.0, device=DEVICE)
     ids = torch.zeros(3, dtype=torch.int64, device=DEVICE)
@@ -300,7 +324,7 @@ def test_lesson_2_logits_far_from_zero(offset):
     shifted = selected_logprob(logits + offset, ids, entropy=True)
     for ours, right in zip(shifted, selected_logprob(logits, ids, entropy=True), strict=True):
         assert torch.equal(ours, right)
-    # And through the product: a feature of 1 with a weight of `offset` in every row.
+    # The same through the product: one more feature of 1, whose weight is `offset` for every token.
     hidden, weight = torch.randn(5, 3, generator=generator), torch.randn(150, 3, generator=generator)
     one = torch.cat([hidden, torch.ones(5, 1)], 1).to(DEVICE)
     far = torch.cat([weight, torch.full((150, 1), offset)], 1).to(DEVICE)
@@ -317,7 +341,7 @@ def test_lesson_3_weight_gradient_error_does_not_grow_with_chunks(monkeypatch):
     h, w, i, u = put(hidden, weight, ids, upstream)
     errors = {}
     for chunk in (2 * tile, tile):
-        monkeypatch.setattr(decoder, "CHUNK", chunk)
+        monkeypatch.setattr(linear, "CHUNK", chunk)
         ours = gradients(linear_logprob(h, w, i)[:1], u[:1], (h, w))
         errors[chunk] = [(x.cpu() - y).norm() / y.norm() for x, y in zip(ours, exact, strict=True)]
     for few, many in zip(errors[2 * tile], errors[tile], strict=True):
@@ -333,7 +357,7 @@ def test_lesson_4_gradient_of_a_nearly_certain_token():
 
 
 def test_lesson_6_grids_have_one_dimension(monkeypatch):
-    """More row blocks than 65,535, the largest second dimension of a CUDA grid, must be possible."""
+    """The second dimension of a CUDA grid ends at 65,535; there can be more row blocks."""
     grids = []
     modules = [(m, n) for m in (linear, selected, loss) for n in dir(m) if n.endswith("_kernel")]
     modules.append((advantage, "advantage_kernel"))
@@ -348,7 +372,7 @@ def test_lesson_6_grids_have_one_dimension(monkeypatch):
 
 
 def test_lesson_7_offsets_beyond_32_bits():
-    """Rows 2**30 elements apart: the third one begins at 2**31. Few pages of that memory are touched."""
+    """Rows are 2**30 elements apart, so the third begins at 2**31. Few pages of that memory are touched."""
     stride, v = 2**30, 40
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 5 * stride:
         pytest.skip("needs 5 GiB on the GPU")
@@ -418,7 +442,7 @@ def test_lesson_11_a_row_does_not_depend_on_the_others():
     for rows in (slice(0, 1), slice(13, 30), slice(49, 50)):
         few = linear_logprob(h[rows], w, i[rows], entropy=True)
         assert torch.equal(everything[0][rows], few[0]) and torch.equal(everything[1][rows], few[1])
-    # and dW does not change when masked rows come in between
+    # dW does not change when masked rows are inserted.
     spread = torch.zeros(100, 16, device=DEVICE)
     spread[::2] = h.detach()
     twice, mask = (
@@ -520,7 +544,7 @@ def test_views_and_small_ids():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_by_descriptor_and_by_pointer(dtype):
-    """Rows of a padded weight begin at no multiple of 16 bytes, so that there is no descriptor for it."""
+    """Rows of the padded weight do not begin at multiples of 16 bytes, so it gets no descriptor."""
     hidden, weight, ids, upstream = data(150, 40, 600, dtype)
     mask = torch.arange(150) % 5 != 2
     hidden = hidden.detach().masked_fill(~mask[:, None], math.nan)
@@ -568,7 +592,7 @@ def test_errors_name_the_argument(changes, message):
 
 
 def test_an_id_outside_the_vocabulary_is_not_a_number():
-    """Without validate nothing waits for the device; the result cannot be taken for a log-prob."""
+    """Without `validate` nothing waits for the device, and NaN cannot be mistaken for a log-prob."""
     hidden, weight = torch.ones(2, 4, device=DEVICE), torch.ones(5, 4, device=DEVICE)
     ids = torch.tensor([1, 5], device=DEVICE)
     for logprobs, _ in (linear_logprob(hidden, weight, ids), selected_logprob(hidden @ weight.T, ids)):
