@@ -31,6 +31,44 @@ STAGES = {"failures": 0, "rollout": 1, "validation": 2, "evaluation": 3}
 ATTEMPT, REFLECTION, RETRY = 0, 1, 2  # the turn, likewise
 
 
+Progress = Callable[[int, int], None]  # called with (rows done, rows)
+
+
+def reward(
+    successes: Sequence[bool],
+    length: int,
+    *,
+    limit: int,
+    length_cost: float = 0.0,
+    overlong_buffer: int = 0,
+    soft_overlong_penalty: float = 0.0,
+) -> float:
+    """Reward of one reflection.
+
+        share * (1 - length_cost * length / limit) - soft_overlong_penalty * excess
+
+        share   of the retries after the reflection that are right. The paper's reward is this alone, with
+                one retry: 1 or 0.
+        excess  (length - (limit - overlong_buffer)) / overlong_buffer, kept within [0, 1]: the soft overlong
+                punishment of DAPO (arXiv 2503.14476, eq. 13) with the opposite sign. 0 without a buffer.
+
+    The length cost takes from successes only. So giving up early is never better than failing late.
+
+    Args:
+        successes: the verdicts of the retries.
+        length: tokens of the reflection, its stop token included.
+        limit: `max_reflection_length`, in tokens.
+        length_cost: share of a success's reward that a reflection of `limit` tokens loses.
+        overlong_buffer: last tokens of the limit, over which the overlong penalty rises.
+        soft_overlong_penalty: reward that a reflection of `limit` tokens loses.
+    """
+    share = sum(successes) / len(successes)
+    excess = 0.0
+    if overlong_buffer > 0:
+        excess = min(max((length - (limit - overlong_buffer)) / overlong_buffer, 0.0), 1.0)
+    return share * (1.0 - length_cost * length / limit) - soft_overlong_penalty * excess
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One verified answer to an example, with the ids that the model really saw and sampled."""
@@ -43,7 +81,14 @@ class Attempt:
     generation: int = 0
 
 
-Progress = Callable[[int, int], None]
+@dataclass(frozen=True)
+class Tag:
+    """What a row is for; the sampler gives it back with the row's turns."""
+
+    example: Example
+    generation: int  # which answer to the example, or which member of the group
+    group: int = 0  # index of the failure that the row reflects on
+    noise: int = 0  # which number stands for the row's group and member in the noise key
 
 
 class Rollout:
@@ -56,11 +101,7 @@ class Rollout:
         seed: first part of the key of every random number.
         max_completion_length: limit of an attempt and of a retry, in tokens, its stop token included.
         max_reflection_length: limit of a reflection, likewise.
-        overlong_buffer: tokens before the reflection's limit over which the soft overlong penalty rises (0:
-            no penalty).
-        soft_overlong_penalty: what a reflection that fills its limit loses of its reward.
-        length_cost: the share of a *success's* reward that a reflection as long as its limit loses. Where no
-            retry is right there is nothing to lose, so giving up early is never better than failing late.
+        overlong_buffer, soft_overlong_penalty, length_cost: of the reward; see `reward`.
         task_options: what the task was built with.
         dtype: of the sampler's model. Both are only recorded, in `settings`.
     """
@@ -150,8 +191,8 @@ class Rollout:
             seen[example.id] += 1
             for generation in range(first, first + count):
                 key = self._key(stage, step, example, generation, ATTEMPT)
-                rows.append(Row(prompt, [Sample(self.max_completion_length, key)], tag=(example, generation)))
-        return [self._verified(done, *done.row.tag) for done in self._run(rows, progress)]
+                rows.append(Row(prompt, [Sample(self.max_completion_length, key)], Tag(example, generation)))
+        return [self._verified(done) for done in self._run(rows, progress)]
 
     def reflect_and_retry(
         self,
@@ -165,9 +206,7 @@ class Rollout:
     ) -> list[Episode]:
         """Groups of `num_generations` reflections, each with `retries` retries, group by group.
 
-        The reward of an episode is the share of its retries that verify, times (1 - length_cost * length /
-        limit), less the soft overlong penalty.
-        The first retry goes on from the reflection's own cache; further ones are a second run.
+        The first retry continues on the reflection's own cache; further ones are a second run.
         """
         rows = []
         seen: Counter[tuple[str, int]] = Counter()
@@ -179,18 +218,20 @@ class Rollout:
             base = (1009 * seen[name] + failure.generation) * 1_000_003
             seen[name] += 1
             for member in range(num_generations):
-                rows.append(self._reflect_row(failure, prompt, (group, member, base + member), stage, step))
+                tag = Tag(failure.example, member, group, base + member)
+                rows.append(self._reflect_row(prompt, tag, stage, step))
         finished = self._run(rows, progress)
-        verdicts = [[self._retry_of(done, failures)] for done in finished]
+        tries = [[self._verified(done)] for done in finished]
         if retries > 1:
             more = [
-                self._retry_row(done, failures, stage, step, retry)
-                for done in finished
-                for retry in range(1, retries)
+                self._retry_row(done, stage, step, retry) for done in finished for retry in range(1, retries)
             ]
             for index, done in enumerate(self._run(more, progress)):
-                verdicts[index // (retries - 1)].append(self._retry_of(done, failures))
-        return [self._episode(done, failures, tries) for done, tries in zip(finished, verdicts, strict=True)]
+                tries[index // (retries - 1)].append(self._verified(done))
+        return [
+            self._episode(done, failures[done.row.tag.group], retried)
+            for done, retried in zip(finished, tries, strict=True)
+        ]
 
     def retry_after(
         self,
@@ -219,8 +260,8 @@ class Rollout:
                 fed = [*reflection, *self.chat.glue(reflection, "stop", failure.example.prompt)]
             key = self._key(stage, step, failure.example, 0, RETRY)
             script: list[Feed | Sample] = [Feed(fed), Sample(self.max_completion_length, key)]
-            rows.append(Row(tuple(prefix), script, tag=(failure.example, 0)))
-        return [self._verified(done, *done.row.tag) for done in self._run(rows, progress)]
+            rows.append(Row(tuple(prefix), script, Tag(failure.example, 0)))
+        return [self._verified(done) for done in self._run(rows, progress)]
 
     # --- rows and episodes ----------------------------------------------------------------------------------
 
@@ -229,52 +270,48 @@ class Rollout:
     ) -> tuple[int, ...]:
         return (self.seed, STAGES[stage], step, example.key, generation, turn, retry)
 
-    def _reflect_row(
-        self, failure: Attempt, prompt: tuple[int, ...], tag: tuple[int, int, int], stage: str, step: int
-    ) -> Row:
-        """tag: group, member, and the generation that names the noise."""
-        example, generation = failure.example, tag[2]
-        reflect = Sample(self.max_reflection_length, self._key(stage, step, example, generation, REFLECTION))
-        # Nothing is longer than what follows a turn that was cut: it has to be closed as well.
+    def _reflect_row(self, prompt: tuple[int, ...], tag: Tag, stage: str, step: int) -> Row:
+        example = tag.example
+        reflect = Sample(self.max_reflection_length, self._key(stage, step, example, tag.noise, REFLECTION))
+        # A turn that was cut must be closed too, so nothing longer than this can follow a reflection.
         longest = len(self.chat.glue([], "length", example.prompt))
         again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, example.prompt), limit=longest)
-        retry = Sample(self.max_completion_length, self._key(stage, step, example, generation, RETRY))
-        return Row(prompt, [reflect, again, retry], tag=tag)
+        retry = Sample(self.max_completion_length, self._key(stage, step, example, tag.noise, RETRY))
+        return Row(prompt, [reflect, again, retry], tag)
 
-    def _retry_row(
-        self, done: Finished, failures: Sequence[Attempt], stage: str, step: int, retry: int
-    ) -> Row:
-        group, _, generation = done.row.tag
-        key = self._key(stage, step, failures[group].example, generation, RETRY, retry)
+    def _retry_row(self, done: Finished, stage: str, step: int, retry: int) -> Row:
+        """A further retry after the reflection of a finished row."""
+        tag = done.row.tag
+        key = self._key(stage, step, tag.example, tag.noise, RETRY, retry)
         again = Feed([*done.turns[0].ids, *done.fed[0]])
-        return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], tag=done.row.tag)
+        return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], tag)
 
-    def _verified(self, done: Finished, example: Example, generation: int) -> Attempt:
-        turn = done.turns[-1]
+    def _verified(self, done: Finished) -> Attempt:
+        """The last turn of a row as an answer to its example."""
+        example, turn = done.row.tag.example, done.turns[-1]
         text = self.chat.decode(turn.ids)
-        return Attempt(
-            example, list(done.row.prefix), turn, text, self.task.verify(example, text), generation
-        )
+        verdict = self.task.verify(example, text)
+        return Attempt(example, list(done.row.prefix), turn, text, verdict, done.row.tag.generation)
 
-    def _retry_of(self, done: Finished, failures: Sequence[Attempt]) -> Attempt:
-        group, member, _ = done.row.tag
-        return self._verified(done, failures[group].example, member)
-
-    def _episode(self, done: Finished, failures: Sequence[Attempt], tries: list[Attempt]) -> Episode:
-        group, member, _ = done.row.tag
-        failure, (reflection, retry), fed = failures[group], done.turns[:2], done.fed[0]
-        success = sum(attempt.verdict.ok for attempt in tries) / len(tries)
-        kept = 1.0 - self.length_cost * len(reflection.ids) / self.max_reflection_length
+    def _episode(self, done: Finished, failure: Attempt, tries: Sequence[Attempt]) -> Episode:
+        (reflection, retry), fed, tag = done.turns[:2], done.fed[0], done.row.tag
         return Episode(
             example_id=failure.example.id,
-            group_id=group,
-            generation=member,
+            group_id=tag.group,
+            generation=tag.generation,
             prompt_ids=list(done.row.prefix),
             completion_ids=[*reflection.ids, *fed, *retry.ids],
             roles=["reflection"] * len(reflection.ids) + ["context"] * len(fed) + ["retry"] * len(retry.ids),
             logprobs=[*reflection.logprobs, *[0.0] * len(fed), *retry.logprobs],
             finish_reason=reflection.finish_reason,
-            reward=kept * success - self.overlong_cost(len(reflection.ids)),
+            reward=reward(
+                [attempt.verdict.ok for attempt in tries],
+                len(reflection.ids),
+                limit=self.max_reflection_length,
+                length_cost=self.length_cost,
+                overlong_buffer=self.overlong_buffer,
+                soft_overlong_penalty=self.soft_overlong_penalty,
+            ),
             retry_finish_reason=retry.finish_reason,
             reasons=[attempt.verdict.reason for attempt in tries],
             texts={
@@ -284,17 +321,6 @@ class Rollout:
                 "retry": "\n---\n".join(attempt.text for attempt in tries),
             },
         )
-
-    def overlong_cost(self, length: int) -> float:
-        """Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), scaled by `soft_overlong_penalty`.
-
-        0 up to `max_reflection_length - overlong_buffer` tokens, then rising linearly to the whole penalty at
-        the limit.
-        """
-        if self.overlong_buffer <= 0:
-            return 0.0
-        excess = length - (self.max_reflection_length - self.overlong_buffer)
-        return self.soft_overlong_penalty * min(max(excess / self.overlong_buffer, 0.0), 1.0)
 
 
 def attempt_episodes(attempts: Sequence[Attempt], num_generations: int) -> list[Episode]:

@@ -6,7 +6,7 @@ import pytest
 import tiny
 
 from grpo.learner.packing import pack_episodes
-from grpo.rollout import STAGES, attempt_episodes
+from grpo.rollout import STAGES, attempt_episodes, reward
 from grpo.sampler.engine import Feed, Sample
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
@@ -128,17 +128,31 @@ def test_the_reward_is_the_share_of_right_retries(parts, pool, sampled, rows):
     assert sum(len(set(group)) == 3 for group in texts) > len(texts) / 2
 
 
-def test_soft_overlong_penalty(pool):
-    parts = tiny.build(overlong_buffer=4, soft_overlong_penalty=0.5)
-    costs = [parts.rollout.overlong_cost(length) for length in (1, 6, 7, 8, 10)]
-    assert costs == [0.0, 0.0, 0.125, 0.25, 0.5]
-    episodes = tiny.episodes(parts, pool)
-    for episode in episodes:
-        right = episode.reasons == ["ok"]
-        cost = parts.rollout.overlong_cost(len(reflection_of(episode)))
-        assert episode.reward == pytest.approx(float(right) - cost)
-    assert len({parts.rollout.overlong_cost(len(reflection_of(e))) for e in episodes}) > 2
-    assert tiny.build(soft_overlong_penalty=0.5).rollout.overlong_cost(10) == 0  # no buffer: off
+def test_reward_without_costs_is_the_share_of_right_retries():
+    assert reward([True], 10, limit=10) == 1.0 and reward([False], 1, limit=10) == 0.0
+    assert reward([True, False, False, True], 10, limit=10) == 0.5
+
+
+def test_soft_overlong_penalty():
+    def cost(length, buffer=4):
+        return reward([True], length, limit=10, overlong_buffer=buffer, soft_overlong_penalty=0.5) - 1
+
+    assert [cost(length) for length in (1, 6, 7, 8, 10)] == [0.0, 0.0, -0.125, -0.25, -0.5]
+    assert cost(10, buffer=0) == 0  # no buffer: off
+
+
+def test_length_costs_successes_only():
+    lengths = (1, 5, 10)
+    assert [reward([True], n, limit=10, length_cost=0.5) for n in lengths] == [0.95, 0.75, 0.5]
+    assert [reward([True, False], n, limit=10, length_cost=0.5) for n in lengths] == [0.475, 0.375, 0.25]
+    assert {reward([False], n, limit=10, length_cost=0.5) for n in lengths} == {0}
+
+
+def test_episodes_have_the_reward_of_the_settings(pool):
+    settings = {"overlong_buffer": 4, "soft_overlong_penalty": 0.5, "length_cost": 0.25}
+    episodes = tiny.episodes(tiny.build(**settings), pool)
+    rewards = [reward([e.reasons == ["ok"]], len(reflection_of(e)), limit=10, **settings) for e in episodes]
+    assert [episode.reward for episode in episodes] == rewards and len(set(rewards)) > 4
 
 
 @pytest.mark.parametrize(
