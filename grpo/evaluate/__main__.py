@@ -1,8 +1,12 @@
-"""The options of `python -m grpo.evaluate`: which weights under which name, and with which settings.
+"""`python -m grpo.evaluate CHECKPOINT...`: measures models on the same problems and prints a comparison.
 
-A run directory stands for three models, as in the table that ends a run: the source as it came (`untouched`),
-`start/` (`vanilla`, right before RL) and the last checkpoint (`trained`). Anything else is one model. The
-models may be of any size and family. Left out: another task or decoding per model: nothing to compare.
+A run directory means up to three models, as in the table that ends a run: `untouched` (the source),
+`before_rl` (start/, right before RL) and `trained` (the last checkpoint). Any other CHECKPOINT is one model.
+Models may differ in size and family. Task and decoding are the same for all, so that problems can be paired.
+One model is in memory at a time. With --output an interrupted evaluation continues after its last whole
+block.
+
+Left out: several processes.
 """
 
 from __future__ import annotations
@@ -14,7 +18,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 
@@ -31,43 +34,29 @@ from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID
 from grpo.run import build, checkpoint, files
 
-
-@dataclass(frozen=True)
-class Source:
-    """One model to measure: its name in the table, the path for `weights.load`, and the run it comes from."""
-
-    label: str
-    path: str
-    run: Path | None = None
-
-    def identity(self) -> str:
-        """Changes when the weights on disk do, without reading them: path, size and time of each file."""
-        path = Path(self.path)
-        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
-        stats = [(file.name, file.stat()) for file in files]
-        return " ".join([self.path, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)])
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def parser() -> argparse.ArgumentParser:
-    """Options of the command itself; the settings of train.py are what it leaves over."""
+    """The command's own options. Whatever it leaves over is a setting of train.py."""
     command = argparse.ArgumentParser(
         prog="python -m grpo.evaluate",
         usage="python -m grpo.evaluate CHECKPOINT... [options below] [--KEY VALUE ...]",
-        description="Measures models on the same problems and compares the others with the first, paired "
-        "problem by problem: first try, second try after a reflection, controls, answer leakage, reasons of "
-        "failure, examples.",
-        epilog="--KEY VALUE is a setting of train.py (see `python train.py --help`), like --task, --seed, "
-        "--max_reflection_length. A checkpoint inside a run directory takes its settings from the run's "
-        "config.yaml, others from the preset (--preset, --config). Name the checkpoints before all options. "
-        "Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
+        description="Measures models on the same problems and compares each with the first, problem by "
+        "problem: first try, second try after a reflection, controls, answer leakage, reasons of failure, "
+        "examples.",
+        epilog="--KEY VALUE is a setting of train.py (see `python train.py --help`), such as --task, --seed "
+        "or --max_reflection_length. A checkpoint inside a run directory takes its settings from the run's "
+        "config.yaml, any other from the preset (--preset, --config). Name the checkpoints before all "
+        "options. Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
         allow_abbrev=False,
     )
     command.add_argument(
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="HF folder, file.gguf, package:NAME/file.gguf or Hub id. A run directory stands for three "
-        "models: untouched (the source), vanilla (start/, right before RL) and trained (the last checkpoint)",
+        help="HF folder, file.gguf, package:NAME/file.gguf or Hub id. A run directory means three models: "
+        "untouched (the source), before_rl (start/, right before RL) and trained (the last checkpoint)",
     )
     add = command.add_argument
     default = "(default: the run's or preset's)"
@@ -88,45 +77,38 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--output",
         metavar="FILE",
-        help="write all figures to FILE (JSON), and each model's records beside it (FILE's name, "
-        "-MODEL.jsonl), from which an interrupted evaluation goes on",
+        help="write the report to FILE (JSON) and each model's records next to it (FILE's name, "
+        "-MODEL.jsonl); an interrupted evaluation continues from these",
     )
     return command
 
 
-def resolve(arguments: Sequence[str]) -> list[Source]:
-    """The models that the arguments name, each label once.
+def evaluation_config(
+    models: Sequence[MeasuredModel], options: argparse.Namespace, rest: Sequence[str]
+) -> Config:
+    """What to measure with: the first run's config.yaml or the preset, then the command line.
 
-    Raises:
-        ValueError: an argument is none of HF folder, run directory, GGUF file, package file or Hub id.
-    """
-    return _distinct([source for argument in arguments for source in _expand(argument)])
-
-
-def settings(sources: Sequence[Source], own: argparse.Namespace, rest: Sequence[str]) -> Config:
-    """What to measure with: the first run's config.yaml or the preset, then what the command line says.
-
+    Args:
+        rest: settings of train.py from the command line.
     Raises:
         ValueError: an unknown or unfitting option, or options that contradict each other.
     """
-    argv = list(rest)
-    run = next((source.run for source in sources if source.run), None)
-    named = {text.partition("=")[0] for text in argv}
-    if run is not None and not named & {"--config", "--preset"}:
-        argv = ["--config", str(run / "config.yaml"), *argv]
-    argv = ["--overlong_buffer", "0", *argv]  # of training: it must not bound the reflections measured here
-    if own.greedy and own.eval_temperature:
+    if options.greedy and options.eval_temperature:
         raise ValueError(
-            f"greedy and eval_temperature={own.eval_temperature} contradict each other: give one of them"
+            f"greedy and eval_temperature={options.eval_temperature} contradict each other: give one of them"
         )
-    if not 0 < own.top_p <= 1:
-        raise ValueError(f"top_p must lie above 0 and at most at 1, got {own.top_p}")
-    if own.top_k < 0:
-        raise ValueError(f"top_k must be at least 0, got {own.top_k}")
-    for name, value in (
-        ("num_eval", own.num_eval),
-        ("eval_temperature", 0.0 if own.greedy else own.eval_temperature),
-    ):
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
+    if options.top_k < 0:
+        raise ValueError(f"top_k must be at least 0, got {options.top_k}")
+    argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections measured here
+    run = next((model.run for model in models if model.run), None)
+    named = {text.partition("=")[0] for text in rest}
+    if run is not None and not named & {"--config", "--preset"}:
+        argv += ["--config", str(run / "config.yaml")]
+    argv += rest
+    temperature = 0.0 if options.greedy else options.eval_temperature
+    for name, value in (("num_eval", options.num_eval), ("eval_temperature", temperature)):
         if value is not None:
             argv += [f"--{name}", str(value)]
     config = configuration.parse(argv)
@@ -135,16 +117,49 @@ def settings(sources: Sequence[Source], own: argparse.Namespace, rest: Sequence[
     return config
 
 
-def _expand(argument: str) -> list[Source]:
+# --- which models -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """A model to measure.
+
+    Args:
+        label: its name in the table.
+        path: where `grpo.model.weights.load` finds it.
+        run: the run directory that it belongs to, if any.
+    """
+
+    label: str
+    path: str
+    run: Path | None = None
+
+    def identity(self) -> str:
+        """Path, size and time of each weight file: changes when the weights do, without reading them."""
+        path = Path(self.path)
+        stored = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        stats = [(file.name, file.stat()) for file in stored]
+        return " ".join([self.path, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)])
+
+
+def models_of(arguments: Sequence[str]) -> list[MeasuredModel]:
+    """The models that the CHECKPOINT arguments name, each under a label of its own.
+
+    Raises:
+        ValueError: an argument is none of HF folder, run directory, GGUF file, package file or Hub id.
+    """
+    return _with_distinct_labels([model for argument in arguments for model in _models_of_one(argument)])
+
+
+def _models_of_one(argument: str) -> list[MeasuredModel]:
     path = Path(argument)
     if (path / "config.json").is_file():
-        return [Source(path.resolve().name, str(path), _run_of(path))]
+        return [MeasuredModel(path.resolve().name, str(path), _run_of(path))]
     if (path / "config.yaml").is_file():
         return _models_of_run(path)
     if path.is_dir():
-        inside = sorted(
-            str(found.parent) for found in [*path.glob("*/config.yaml"), *path.glob("*/config.json")]
-        )
+        usable = [*path.glob("*/config.yaml"), *path.glob("*/config.json")]
+        inside = sorted(str(file.parent) for file in usable)
         hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
         raise ValueError(
             "CHECKPOINT must be an HF folder (with config.json) or a run directory (with config.yaml), "
@@ -153,46 +168,45 @@ def _expand(argument: str) -> list[Source]:
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"CHECKPOINT must be a folder or a .gguf file, got the file {argument}")
     if path.is_file() or argument.startswith("package:"):
-        return [Source(Path(argument).stem, argument)]
-    # A Hub id has one slash and its first part is no folder here: else it is a path with a slip in it.
+        return [MeasuredModel(Path(argument).stem, argument)]
+    # A Hub id has one slash. If its first part is a folder here, it is a mistyped path instead.
     if HUB_ID.fullmatch(argument) and not Path(argument.split("/")[0]).exists():
-        return [Source(argument, argument)]
-    parent = path.parent
-    near = sorted(str(entry) for entry in parent.glob("[!.]*/"))[:5]
-    hint = f"; in {parent} there are: {', '.join(near)}" if near else ""
+        return [MeasuredModel(argument, argument)]
+    siblings = sorted(str(entry) for entry in path.parent.glob("[!.]*/"))[:5]
+    hint = f"; {path.parent} contains {', '.join(siblings)}" if siblings else ""
     raise ValueError(f"CHECKPOINT {argument!r} does not exist{hint}")
 
 
 def _run_of(folder: Path) -> Path | None:
-    """The run directory of RUN/start or RUN/checkpoints/step-000001, if it is one of these."""
+    """The run directory if `folder` is RUN/start or RUN/checkpoints/step-000001."""
     above = folder.resolve().parent
     run = above.parent if above.name == "checkpoints" else above
     return run if (run / "config.yaml").is_file() else None
 
 
-def _models_of_run(run: Path) -> list[Source]:
-    """The stages of a run, as far as it has come."""
+def _models_of_run(run: Path) -> list[MeasuredModel]:
+    """The models that the run has produced so far."""
     config = configuration.load(run / "config.yaml")
     start, last = run / "start", checkpoint.latest(run)
-    sources = [Source("untouched", config.model_name_or_path, run)]
+    models = [MeasuredModel("untouched", config.model_name_or_path, run)]
     if (start / "config.json").is_file():
-        # Without a warm start the model right before RL is the untouched one: no need to measure it twice.
-        vanilla = Source("vanilla", str(start), run)
-        sources = [*sources, vanilla] if config.warm_start_steps else [vanilla]
-    return sources + ([Source("trained", str(last), run)] if last else [])
+        # Without a warm start the model right before RL is the untouched one: measure it once.
+        before_rl = MeasuredModel("before_rl", str(start), run)
+        models = [*models, before_rl] if config.warm_start_steps else [before_rl]
+    return models + ([MeasuredModel("trained", str(last), run)] if last else [])
 
 
-def _distinct(sources: Sequence[Source]) -> list[Source]:
-    """Where a label repeats, the run or the folder above comes before it; a model named twice is numbered."""
-    count = Counter(source.label for source in sources)
+def _with_distinct_labels(models: Sequence[MeasuredModel]) -> list[MeasuredModel]:
+    """Prefixes a repeated label with its run or parent folder, and numbers a model that is named twice."""
+    count = Counter(model.label for model in models)
     seen: Counter[str] = Counter()
     distinct = []
-    for source in sources:
-        label = source.label
+    for model in models:
+        label = model.label
         if count[label] > 1:
-            label = f"{(source.run or Path(source.path).parent).resolve().name}/{label}"
+            label = f"{(model.run or Path(model.path).parent).resolve().name}/{label}"
         seen[label] += 1
-        distinct.append(replace(source, label=label if seen[label] == 1 else f"{label}#{seen[label]}"))
+        distinct.append(replace(model, label=label if seen[label] == 1 else f"{label}#{seen[label]}"))
     return distinct
 
 
@@ -200,19 +214,18 @@ def _distinct(sources: Sequence[Source]) -> list[Source]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`python -m grpo.evaluate CHECKPOINT... [--KEY VALUE ...]`."""
-    own, rest = parser().parse_known_args(argv)
+    """Runs the command. Returns the exit status."""
+    options, rest = parser().parse_known_args(argv)
     try:
         with Interrupts():
-            found = resolve(own.checkpoints)
-            config = settings(found, own, rest)
-            if own.output and Path(own.output).is_dir():
-                raise ValueError(f"output must be a file, got the folder {own.output}")
-            results = {source.label: _measure_source(source, config, own) for source in found}
-        figures = report(results)
-        if own.output:
-            with files.written_whole(Path(own.output)) as path:
-                path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            models = models_of(options.checkpoints)
+            config = evaluation_config(models, options, rest)
+            if options.output and Path(options.output).is_dir():
+                raise ValueError(f"output must be a file, got the folder {options.output}")
+            comparison = report({model.label: _measure(model, config, options) for model in models})
+        if options.output:
+            with files.written_whole(Path(options.output)) as path:
+                path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -220,33 +233,35 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; the same command goes on after the last whole block" if own.output else ""
+        hint = "; the same command continues after the last whole block" if options.output else ""
         print(f"interrupted{hint}", file=sys.stderr)
         return EXIT_INTERRUPTED
-    print(table(figures))
+    print(table(comparison))
     return 0
 
 
-def _measure_source(source: Any, config: Any, own: argparse.Namespace) -> ModelResult:
-    """Loads one model and measures it. The next is loaded when this one is gone: one model in memory."""
-    built = build.parts(config, model_source=source.path)
-    built.sampler.top_p, built.sampler.top_k = own.top_p, own.top_k
-    store = None
-    if own.output:
-        store = records_file(Path(own.output), source.label)
-    examples = built.task.examples(own.split, config.num_eval)
+def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) -> ModelResult:
+    """Loads one model, measures it, and lets go of it before the next one is loaded."""
+    built = build.parts(config, model_source=model.path)
+    built.sampler.top_p, built.sampler.top_k = options.top_p, options.top_k
+    examples = built.task.examples(options.split, config.num_eval)
     with (
         build.evaluation_sampling(built),
-        tqdm(total=len(examples), desc=source.label, unit="problem") as bar,
+        tqdm(total=len(examples), desc=model.label, unit="problem") as bar,
     ):
-        return measure(
-            built.rollout,
-            examples,
-            controls=own.controls,
-            store=store,
-            identity=source.identity(),
-            progress=lambda done, _: bar.update(done - bar.n),
-        )
+        try:
+            return measure(
+                built.rollout,
+                examples,
+                controls=options.controls,
+                store=records_file(Path(options.output), model.label) if options.output else None,
+                identity=model.identity(),
+                progress=lambda done, _: bar.update(done - bar.n),
+            )
+        except files.RunDirError:
+            raise
+        except ValueError as error:  # no wrong argument but a bug, such as one in a user's task: show where
+            raise RuntimeError(f"measuring {model.label} failed") from error
 
 
 if __name__ == "__main__":

@@ -1,41 +1,45 @@
-"""From records, one per problem and model, to figures: shares, paired differences, controls, examples.
+"""From records, one per problem and model, to a report: shares, paired differences, controls, examples.
 
-The figures follow the paper's table (arXiv 2505.24726, tables 1 and 2): first and second try, before and
-after training. A second try counts as right when the first was, or when the retry after the reflection is.
-Beside it stand the controls, which retry the same failures with the same noise after something else than the
-model's own reflection:
+The report follows the paper's tables 1 and 2 (arXiv 2505.24726): first and second try, before and after
+training. A second try counts as right if the first try or the retry after the reflection is right. Controls
+retry the same failures with the same noise, but without the model's own reflection:
 
-    blind     no reflection at all: the failed answer, then the task again
+    blind     no reflection: the failed answer, then the task again
     shuffled  the reflection that the model wrote about another failed problem
     blanked   an empty reflection
 
-A reflection helps as far as the retry beats them. Every interval is at 95%: Wilson's for one share, the
-paired bootstrap over problems for a difference. Left out: comparing models on different problems.
+A reflection helps only as far as its retry beats these. Every interval is at 95%: Wilson's for a share, the
+paired bootstrap over problems for a difference.
+
+Left out: comparing models on different problems.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from grpo.evaluate.statistics import Interval, paired_difference, paired_rate_difference, wilson_interval
 
-Record = dict[str, Any]
-Figures = dict[str, Any]
+ProblemRecord = dict[str, Any]  # what one model did with one problem; see `grpo.evaluate.measure.measure`
+Figures = dict[str, Any]  # JSON-able
 
 CONTROLS = ("blind", "shuffled", "blanked")
 NUM_EXAMPLES = 5  # shown before and after
-# The stages of a run in order of time; a comparison always sets a later one against an earlier one.
-STAGES = {"untouched": "the model as it came", "vanilla": "right before RL", "trained": "after RL"}
+# The models of a run in order of time. A comparison is always of a later one with an earlier one.
+STAGES = {"untouched": "the model as it came", "before_rl": "right before RL", "trained": "after RL"}
 GIVEN_BY = {
-    ("untouched", "vanilla"): "the warm start",
-    ("vanilla", "trained"): "training",
+    ("untouched", "before_rl"): "the warm start",
+    ("before_rl", "trained"): "training",
     ("untouched", "trained"): "both together",
 }
+RETIRED_LABELS = {"vanilla": "before_rl"}  # of version 0.1
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,11 @@ class ModelResult:
     """What one model did with each problem.
 
     Args:
-        records: one per problem, JSON-able (see `grpo.evaluate.measure`).
-        settings: what the figures depend on beside the weights: decoding, limits, seed, controls.
+        records: one per problem.
+        settings: what they depend on besides the weights: decoding, limits, seed, controls.
     """
 
-    records: list[Record]
+    records: list[ProblemRecord]
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -63,14 +67,14 @@ class ModelResult:
         return [_right(record["first"]) or _right(record["retry"]) for record in self.records]
 
     @property
-    def failures(self) -> list[Record]:
+    def failures(self) -> list[ProblemRecord]:
         """Records of the problems whose first try was wrong: those with a reflection and a retry."""
         return [record for record in self.records if record["retry"] is not None]
 
     def validation_metrics(self) -> dict[str, float]:
-        """For metrics.jsonl: means over all problems for the tries, over the failures for what follows them.
+        """For metrics.jsonl: means of the tries over all problems, and of the retries over the failures.
 
-        The latter are NaN where nothing failed. The blind control must have been measured.
+        Means over failures are NaN if nothing failed. The blind control must have been measured.
         """
 
         def mean(values: Sequence[float]) -> float:
@@ -87,14 +91,13 @@ class ModelResult:
 
 
 def report(results: Mapping[str, ModelResult]) -> Figures:
-    """All figures as one JSON-able dict (evaluation.json); `grpo.evaluate.table.table` renders it.
+    """The whole report as one JSON-able dict (evaluation.json); `grpo.evaluate.table.table` renders it.
 
     Args:
-        results: by name, the earliest model first. The names untouched, vanilla and trained are compared in
-            that order (what the warm start gave, what training gave); with other names, each with the first.
+        results: by label, the earliest model first. The labels untouched, before_rl and trained are compared
+            in that order (what the warm start gave, what training gave), any other label with the first one.
     Raises:
-        ValueError: no model, no problems, or models that were measured on other problems or with other
-        settings.
+        ValueError: no model, no problems, or models whose problems or settings differ.
     """
     _check_comparable(results)
     first = next(iter(results.values()))
@@ -108,8 +111,23 @@ def report(results: Mapping[str, ModelResult]) -> Figures:
     }
 
 
+def read_report(path: Path) -> Figures:
+    """The report in an evaluation.json, with today's labels for the models in one of version 0.1."""
+    figures = json.loads(path.read_text(encoding="utf-8"))
+
+    def current(label: str) -> str:
+        return RETIRED_LABELS.get(label, label)
+
+    models = {current(label): model for label, model in figures["models"].items()}
+    comparisons = [
+        {**comparison, "before": current(comparison["before"]), "after": current(comparison["after"])}
+        for comparison in figures["comparisons"]
+    ]
+    return {**figures, "models": models, "comparisons": comparisons}
+
+
 def model_figures(result: ModelResult) -> Figures:
-    """Figures of one model."""
+    """The part of the report about one model."""
     failures = result.failures
     reflections = [record["reflection"] for record in failures]
     lengths = [reflection["tokens"] for reflection in reflections]
@@ -135,16 +153,16 @@ def model_figures(result: ModelResult) -> Figures:
     return figures
 
 
-def _tolerant(records: Sequence[Record]) -> Figures:
-    """First and second try by the task's milder judgement. The retries are those of the strict failures."""
+def _tolerant(records: Sequence[ProblemRecord]) -> Figures:
+    """First and second try by the task's milder judgement. Retries follow failures of the strict one."""
     first = [record["first"]["tolerant"] == "ok" for record in records]
     retry = [record["retry"] is not None and record["retry"]["tolerant"] == "ok" for record in records]
-    second = [one or other for one, other in zip(first, retry, strict=True)]
+    second = [first_right or retry_right for first_right, retry_right in zip(first, retry, strict=True)]
     return {"first_try": _share(first), "second_try": _share(second)}
 
 
-def _controls(failures: Sequence[Record]) -> dict[str, Figures]:
-    """Each control's success, and by how much the real retry beats it, over the failures with both."""
+def _controls(failures: Sequence[ProblemRecord]) -> dict[str, Figures]:
+    """Each control's success, and by how much the real retry beats it, over the failures that have both."""
     figures = {}
     for name in CONTROLS:
         both = [record for record in failures if record["controls"].get(name)]
@@ -158,7 +176,7 @@ def _controls(failures: Sequence[Record]) -> dict[str, Figures]:
 
 
 def _comparison(results: Mapping[str, ModelResult], before: str, after: str) -> Figures:
-    """`after` minus `before`. A model retries only what it failed, so retries are compared as rates."""
+    """`after` minus `before`. A model retries only its own failures, so retries are compared as rates."""
     old, new = results[before], results[after]
     return {
         "before": before,
@@ -175,13 +193,13 @@ def _comparison(results: Mapping[str, ModelResult], before: str, after: str) -> 
 
 
 def _retries(result: ModelResult, control: str | None) -> tuple[list[float], list[float]]:
-    """Per problem: retry right, and retry made (of a control when one is named), as 0.0 or 1.0."""
-    tries = [(record["controls"].get(control) if control else record["retry"]) for record in result.records]
-    return _numbers(_right(one) for one in tries), _numbers(one is not None for one in tries)
+    """Per problem: retry right, and retry made, as 0.0 or 1.0; of the control if one is named."""
+    retries = [record["controls"].get(control) if control else record["retry"] for record in result.records]
+    return _numbers(_right(retry) for retry in retries), _numbers(retry is not None for retry in retries)
 
 
 def _pairs(names: list[str]) -> list[tuple[str, str]]:
-    """(earlier, later) for the stages of a run, and every other model against the baseline."""
+    """(earlier, later) for the models of a run, and (baseline, model) for every other model."""
     stages = [name for name in STAGES if name in names]
     baseline, _ = before_and_after(names)
     others = [name for name in names if name not in STAGES and name != baseline]
@@ -190,15 +208,15 @@ def _pairs(names: list[str]) -> list[tuple[str, str]]:
 
 
 def _examples(results: Mapping[str, ModelResult]) -> list[Figures]:
-    """Problems whose first try failed before training, those first where it failed after it too.
+    """Problems whose first try failed before training, beginning with those that failed after it too.
 
-    Then both have a reflection to show. Beyond that their order decides, not how well they look.
+    Where both failed, both have a reflection to show. Otherwise the order of the problems decides.
     """
     before, after = before_and_after(list(results))
     old, new = results[before].records, results[after].records
-    both = [i for i in range(len(old)) if old[i]["retry"] and new[i]["retry"]]
-    one = [i for i in range(len(old)) if old[i]["retry"] and not new[i]["retry"]]
-    chosen = sorted([*both, *one][:NUM_EXAMPLES])
+    both_failed = [i for i in range(len(old)) if old[i]["retry"] and new[i]["retry"]]
+    only_before = [i for i in range(len(old)) if old[i]["retry"] and not new[i]["retry"]]
+    chosen = sorted([*both_failed, *only_before][:NUM_EXAMPLES])
     return [
         {"id": old[i]["id"], "prompt": old[i]["prompt"], "before": _shown(old[i]), "after": _shown(new[i])}
         for i in chosen
@@ -206,11 +224,11 @@ def _examples(results: Mapping[str, ModelResult]) -> list[Figures]:
 
 
 def before_and_after(names: Sequence[str]) -> tuple[str, str]:
-    """The two models whose examples are shown: vanilla where there is one, else the first; and the last."""
-    return ("vanilla" if "vanilla" in names else names[0]), names[-1]
+    """The two models whose examples are shown: before_rl if it is there, else the first; and the last."""
+    return ("before_rl" if "before_rl" in names else names[0]), names[-1]
 
 
-def _shown(record: Record) -> Record:
+def _shown(record: ProblemRecord) -> ProblemRecord:
     return {turn: record[turn] for turn in ("first", "reflection", "retry")}
 
 
@@ -234,12 +252,13 @@ def _check_comparable(results: Mapping[str, ModelResult]) -> None:
 
 
 def _shared_settings(result: ModelResult) -> dict[str, Any]:
-    """What must not differ between models. Controls may be left out for some of them."""
+    """What must be equal for all models. Some may have been measured without controls."""
     return {name: value for name, value in result.settings.items() if name != "controls"}
 
 
-def _right(one: Record | None) -> bool:
-    return one is not None and one["reason"] == "ok"
+def _right(attempt: Mapping[str, Any] | None) -> bool:
+    """Of a first try, a retry or a control; None: it was not made."""
+    return attempt is not None and attempt["reason"] == "ok"
 
 
 def _numbers(flags: Any) -> list[float]:
@@ -247,7 +266,7 @@ def _numbers(flags: Any) -> list[float]:
 
 
 def _share(flags: Sequence[bool]) -> Figures | None:
-    """A share with Wilson's interval; None where there is nothing to take a share of."""
+    """A share with Wilson's interval; None for no flags."""
     if not flags:
         return None
     mean, low, high = wilson_interval(sum(flags), len(flags))
@@ -259,6 +278,6 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
 
 
 def _reasons(tries: Any) -> dict[str, float]:
-    """Shares of the wrong ones by reason, the most frequent first."""
-    counts = Counter(one["reason"] for one in tries if not _right(one))
+    """Shares of the wrong tries by reason, the most frequent first."""
+    counts = Counter(attempt["reason"] for attempt in tries if not _right(attempt))
     return {reason: count / counts.total() for reason, count in counts.most_common()}

@@ -1,14 +1,14 @@
 """Intervals for shares and for their differences: the percentile bootstrap (Efron 1979) and Wilson's interval
 (1927).
 
-Two models answer the *same* problems with the *same* sampling noise, so their results are compared problem by
-problem: resampling whole problems keeps what a problem's answers have in common, and the interval of a
-difference comes out narrower than two separate ones suggest. Everything here reduces to one primitive, the
-sums of resampled rows.
+Two models answer the *same* problems with the *same* sampling noise, so they are compared problem by problem.
+Resampling whole problems keeps the answers to a problem together. The interval of a difference is then
+narrower than two separate intervals suggest. Everything here reduces to one primitive, the sums of resampled
+rows.
 
-Left out: corrections of the percentile interval (BCa, studentised). At the few hundred problems of an
-evaluation they move the ends by less than a tenth of the interval's width. No test of significance either: an
-interval says more.
+Left out: corrections of the percentile interval (BCa, studentised), which move its ends by less than a tenth
+of its width at the few hundred problems of an evaluation; and tests of significance, because an interval says
+more.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class Interval(NamedTuple):
 
 
 def resampled_sums(columns: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Column sums of `resamples` draws of n rows with replacement; a row is drawn whole, so columns stay
-    paired.
+    """Column sums of `resamples` draws of n rows with replacement. Rows are drawn whole: columns stay paired.
 
     Same as `stack([columns[rng.integers(n, size=n)].sum(0) for _ in range(resamples)])`, in chunks.
 
@@ -98,16 +97,16 @@ def paired_rate_difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Interval | None:
-    """Difference of two rates whose denominators vary with the problems drawn, such as the share of retries
-    right.
+    """Difference of two rates whose denominators vary with the problems drawn, such as shares of right
+    retries.
 
-    Which problems a model retries depends on what it got wrong, so two models retry different ones. Problems
-    are drawn whole, and each draw gives `sum(a[0]) / sum(a[1]) - sum(b[0]) / sum(b[1])`.
+    Two models retry different problems, because each retries what it got wrong. Problems are drawn whole, and
+    each draw gives `sum(a[0]) / sum(a[1]) - sum(b[0]) / sum(b[1])`.
 
     Args:
-        a, b: two (n,) arrays each: what counts, and what it is counted among, per problem.
+        a, b: two (n,) arrays each: numerator and denominator per problem.
     Returns:
-        None when one of the denominators is 0 over all problems. Draws in which one is 0 are left out.
+        None if one of the denominators is 0 over all problems. Draws in which one is 0 are left out.
     """
     columns = np.stack([np.asarray(part, dtype=np.float64) for part in (*a, *b)], axis=1)  # (n, 4)
     total = columns.sum(axis=0)
@@ -122,15 +121,14 @@ def paired_rate_difference(
 
 
 def wilson_interval(successes: int, count: int, *, confidence: float = 0.95) -> Interval:
-    """Share of successes with Wilson's score interval, which stays inside [0, 1] and is not empty at 0 or
-    `count`.
+    """Share of successes with Wilson's score interval. It stays inside [0, 1] and has a width even at 0 or 1.
 
     Raises:
-        ValueError: `count` is 0, or `successes` lies outside 0 to `count`.
+        ValueError: `count` is 0, or `successes` is not between 0 and `count`.
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(
-            f"successes must lie between 0 and count, and count be at least 1, got {successes} of {count}"
+            f"successes must be between 0 and count, and count at least 1, got {successes} of {count}"
         )
     z = NormalDist().inv_cdf(0.5 + _checked(confidence) / 2)
     share, spread = successes / count, z * z / count
@@ -149,5 +147,5 @@ def _ends(draws: NDArray[np.float64], confidence: float) -> tuple[float, float]:
 
 def _checked(confidence: float) -> float:
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}")
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     return confidence

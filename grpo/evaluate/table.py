@@ -1,7 +1,9 @@
 """The report of comparison.py as text for a terminal: at most 100 columns, readable without colours.
 
-From top to bottom: the paper's table, what the warm start and the training gave, one line per figure with its
-95% interval, reasons of failure, and five problems before and after. Left out: colours and plots.
+From top to bottom: the paper's table, what the warm start and the training gave, one line per metric with its
+95% interval, reasons of failure, and five problems before and after.
+
+Left out: colours and plots.
 """
 
 from __future__ import annotations
@@ -13,20 +15,20 @@ from typing import Any
 
 from grpo.evaluate.comparison import CONTROLS, STAGES, Figures, before_and_after
 
-LABEL, COLUMN = 28, 24  # characters; three models fit side by side, more go below
+LABEL, COLUMN = 28, 24  # characters; three models fit side by side, others go below
 MODELS_PER_TABLE = 3
-HALF = 48  # width of one of two texts side by side
+HALF = 48  # characters of each of two columns of text
 LONGEST_TEXT = 700  # characters of a model's text that are shown
 
 
 def table(report: Figures) -> str:
-    """Text for the terminal, without a newline at the end.
+    """The text, without a newline at its end.
 
     Args:
-        report: what `grpo.evaluate.comparison.report` returns, also after a round trip through JSON.
+        report: what `grpo.evaluate.comparison.report` or `.read_report` returns.
     """
     parts = [_headline(report)]
-    parts += [_comparison(one) for one in report["comparisons"]]
+    parts += [_comparison(comparison) for comparison in report["comparisons"]]
     names = list(report["models"])
     for start in range(0, len(names), MODELS_PER_TABLE):
         models = {name: report["models"][name] for name in names[start : start + MODELS_PER_TABLE]}
@@ -48,8 +50,8 @@ def _headline(report: Figures) -> str:
         shown = names[start : start + MODELS_PER_TABLE]
         width = max(20, min(COLUMN + 8, 2 + max(len(name) for name in shown)))
         tries = [
-            (_percent(report["models"][n]["first_try"]), _percent(report["models"][n]["second_try"]))
-            for n in shown
+            (_percent(report["models"][name]["first_try"]), _percent(report["models"][name]["second_try"]))
+            for name in shown
         ]
         lines += [
             "".join(f"{_fit(name, width - 2):>{width}}" for name in shown),
@@ -60,18 +62,20 @@ def _headline(report: Figures) -> str:
     return "\n".join(lines + (["(" + "; ".join(legend) + ")"] if legend else []))
 
 
-def _comparison(one: Figures) -> str:
+def _comparison(comparison: Figures) -> str:
     """What changed from one model to another, in percentage points."""
-    given_by = f"What {one['given_by']} gave" if one["given_by"] else "Difference"
-    lines = [f"{given_by} ({one['after']} minus {one['before']}, percentage points, 95% paired interval)"]
-    lines.append(_row("first try", [_points(one["first_try"])]))
-    lines.append(_row("second try", [_points(one["second_try"])]))
-    lines.append(_row("retries right", [_points(one["retry_success"])]))
-    lines += [_row(f"  {name} retry", [_points(value)]) for name, value in one["controls"].items() if value]
+    before, after, given_by = (comparison[key] for key in ("before", "after", "given_by"))
+    title = f"What {given_by} gave" if given_by else "Difference"
+    lines = [f"{title} ({after} minus {before}, percentage points, 95% paired interval)"]
+    lines.append(_row("first try", [_points(comparison["first_try"])]))
+    lines.append(_row("second try", [_points(comparison["second_try"])]))
+    lines.append(_row("retries right", [_points(comparison["retry_success"])]))
+    controls = comparison["controls"].items()
+    lines += [_row(f"  {name} retry", [_points(change)]) for name, change in controls if change]
     return "\n".join(lines)
 
 
-# --- one line per figure, one column per model --------------------------------------------------------------
+# --- one line per metric, one column per model --------------------------------------------------------------
 
 
 def _figures(models: Mapping[str, Figures]) -> str:
@@ -80,17 +84,17 @@ def _figures(models: Mapping[str, Figures]) -> str:
     lines.append(_row("first try right", [_share(f["first_try"]) for f in figures]))
     lines.append(_row("second try right", [_share(f["second_try"]) for f in figures]))
     if any("tolerant" in f for f in figures):
-        found = [f.get("tolerant", {}) for f in figures]
-        lines.append(_row("first try, tolerant", [_share(one.get("first_try")) for one in found]))
-        lines.append(_row("second try, tolerant", [_share(one.get("second_try")) for one in found]))
+        tolerant = [f.get("tolerant", {}) for f in figures]
+        lines.append(_row("first try, tolerant", [_share(shares.get("first_try")) for shares in tolerant]))
+        lines.append(_row("second try, tolerant", [_share(shares.get("second_try")) for shares in tolerant]))
     lines.append(_row("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
     lines.append(_row("retries right", [_share(f["retry_success"]) for f in figures]))
     for name in CONTROLS:
         if any(name in f["controls"] for f in figures):
-            found = [f["controls"].get(name, {}) for f in figures]
-            lines.append(_row(f"  {name} retry right", [_share(one.get("success")) for one in found]))
+            control = [f["controls"].get(name, {}) for f in figures]
+            lines.append(_row(f"  {name} retry right", [_share(c.get("success")) for c in control]))
             lines.append(
-                _row(f"  retry minus {name}", [_points(one.get("retry_minus_control")) for one in found])
+                _row(f"  retry minus {name}", [_points(c.get("retry_minus_control")) for c in control])
             )
     lines.append(_row("answer in the reflection", [_share(f["answer_leakage"]) for f in figures]))
     lines.append(
@@ -103,9 +107,9 @@ def _figures(models: Mapping[str, Figures]) -> str:
 
 def _reasons(models: Mapping[str, Figures]) -> str:
     """Shares of the wrong tries by reason, first try and retry, per model."""
-    found = {name: model["reasons_of_failure"] for name, model in models.items()}
+    by_model = {name: model["reasons_of_failure"] for name, model in models.items()}
     total: dict[str, float] = {}
-    for by_turn in found.values():
+    for by_turn in by_model.values():
         for by_reason in by_turn.values():
             for reason, share in by_reason.items():
                 total[reason] = total.get(reason, 0.0) + share
@@ -115,7 +119,7 @@ def _reasons(models: Mapping[str, Figures]) -> str:
     for reason in sorted(total, key=lambda reason: -total[reason]):
         shares = [
             [_plain_percent(reasons[turn].get(reason, 0.0)) for turn in ("first", "retry")]
-            for reasons in found.values()
+            for reasons in by_model.values()
         ]
         lines.append(_row(reason, [f"{first:>7}{retry:>8}" for first, retry in shares]))
     return "\n".join(lines)
@@ -126,7 +130,7 @@ def _row(label: str, cells: Sequence[str]) -> str:
 
 
 def _fit(text: str, width: int) -> str:
-    """The end of a long name tells more than its beginning: runs/demo-001/checkpoints/step-000050."""
+    """Cuts the beginning: the end of a long name says more, as in runs/demo-001/checkpoints/step-000050."""
     return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
@@ -160,25 +164,25 @@ def _points(interval: Mapping[str, float] | None) -> str:
 
 
 def _examples(report: Figures) -> str:
-    """Problems that the first model failed at first, both models' conversations side by side."""
+    """Problems whose first try failed before training, with both models' conversations side by side."""
     if not report["examples"]:
         return ""
     before, after = before_and_after(list(report["models"]))
     names = [before] if before == after else [before, after]
     title = f"{len(report['examples'])} problems that {before} got wrong at first"
     if before != after:
-        title += f", those first that {after} got wrong too"
+        title += f", beginning with those that {after} got wrong too"
     sides = [side for side, _ in zip(("before", "after"), names, strict=False)]
-    return "\n\n".join([title, *[_example(one, names, sides) for one in report["examples"]]])
+    return "\n\n".join([title, *[_example(example, names, sides) for example in report["examples"]]])
 
 
-def _example(one: Figures, names: Sequence[str], sides: Sequence[str]) -> str:
+def _example(example: Figures, names: Sequence[str], sides: Sequence[str]) -> str:
     width = HALF if len(sides) == 2 else 2 * HALF
-    lines = [f"--- {one['id']} ".ljust(2 * HALF + 3, "-"), *_wrapped(one["prompt"], 2 * HALF)]
+    lines = [f"--- {example['id']} ".ljust(2 * HALF + 3, "-"), *_wrapped(example["prompt"], 2 * HALF)]
     cells = [[f"[{_fit(name, width - 2)}]"] for name in names]
     lines += _side_by_side(cells, width)
     for turn, label in (("first", "first try"), ("reflection", "reflection"), ("retry", "second try")):
-        cells = [_turn(label, one[side][turn], width) for side in sides]
+        cells = [_turn(label, example[side][turn], width) for side in sides]
         if any(cells):
             lines += _side_by_side(cells, width)
     return "\n".join(lines)
@@ -193,7 +197,7 @@ def _turn(label: str, turn: Mapping[str, Any] | None, width: int) -> list[str]:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines of at most `width` characters, without what could steer the terminal (models write anything)."""
+    """Lines of at most `width` characters, without control characters, which could steer the terminal."""
     shown = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " [...]"
     lines = []
     for line in shown.splitlines():

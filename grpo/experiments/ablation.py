@@ -1,8 +1,9 @@
 """Which tokens should carry the gradient, and does it matter that only failures are trained on?
 
-The paper trains the reflection alone. Here: the reflection, reflection and retry, the retry, and the first
-attempt without any reflecting (plain GRPO), on failures and on all examples. Compute is matched by sampled
-tokens: an attempt is shorter than a reflection with its retry, so its arms get more groups per step.
+The paper trains the reflection only. The arms here train the reflection, the reflection and the retry, the
+retry, and the first attempt without any reflection (plain GRPO), on failures and on all examples. Compute is
+matched by sampled tokens: an attempt is shorter than a reflection with its retry, so arms of attempts get
+more groups per step.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         default=list(MODES),
         metavar="MODE",
-        help="arms to run after the first, among: " + ", ".join(MODES),
+        help="arms to run besides reflection, among: " + ", ".join(MODES),
     )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
-    arms: dict[str, list[Arm]] = {mode: [] for mode in dict.fromkeys(["reflection", *own.modes])}
-    for seed in own.seeds:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
+    arms: dict[str, list[Arm]] = {mode: [] for mode in dict.fromkeys(["reflection", *options.modes])}
+    for seed in options.seeds:
         start = study.start(seed)
         for mode in arms:
             if mode.startswith("attempt"):
@@ -50,7 +51,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
             else:
                 arm = study.arm(mode, seed, train_on=mode)
             arms[mode].append(arm)
-    rows = [arm_row(mode, found, arms["reflection"]) for mode, found in arms.items()]
+    rows = [arm_row(mode, by_seed, arms["reflection"]) for mode, by_seed in arms.items()]
     return Outcome(QUESTION, ARM_COLUMNS, rows, ("first_gain", "gain"))
 
 

@@ -1,8 +1,8 @@
-"""Answers to function-calling problems that are known to be right or wrong, without asking a verifier.
+"""Answers to function-calling problems that are known to be right or wrong without a verifier.
 
-The Berkeley files list the accepted values of each argument. Written out they are right; changed in one
-place they are, mostly, wrong. `benchmarks/verifier_agreement.py` shows them all to two verifiers, and the
-experiment `verifier` takes those whose label no convention can turn.
+The Berkeley files list the accepted values of each argument. An answer made of these is right; changed in one
+place it is mostly wrong. `benchmarks/verifier_agreement.py` shows all of them to two verifiers. The
+experiment `verifier` uses those that are right or wrong under any convention.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def first_answer(truth: Truth) -> Calls:
 
 
 def right_answers(truth: Truth) -> Iterator[tuple[str, Calls]]:
-    """What the files say is right: first values, each alternative, nothing optional, another order."""
+    """What the files accept: first values, each alternative, optional arguments left out, another order."""
     base = first_answer(truth)
     accepted = [args for call in truth for args in call.values()]
     yield "first accepted values", base
@@ -62,7 +62,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-# name: (whether a value can be changed so, the changed value)
+# name: (whether the change applies to a value, the changed value)
 CHANGES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "text in another case": (lambda v: isinstance(v, str) and v.swapcase() != v, lambda v: v.swapcase()),
     "text without its blanks": (lambda v: isinstance(v, str) and " " in v, lambda v: v.replace(" ", "")),
@@ -99,7 +99,7 @@ CHANGES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
 
 
 def changed_answers(truth: Truth) -> Iterator[tuple[str, Calls]]:
-    """The first answer with one thing changed: each change once per example, where it first can be made."""
+    """The first answer with one change: each change once per example, at the first place it applies to."""
     base = first_answer(truth)
     accepted = [args for call in truth for args in call.values()]
     name, args = base[0]

@@ -1,9 +1,10 @@
 """Why does the first try get better, when only reflections are trained?
 
-The paper reports it; a first try sees no reflection. Were it practice on these very problems, the gain would
-be larger on held-out problems that resemble the train problems. So held-out problems are sorted by their
-likeness to the nearest prompt trained on (shared character trigrams, Jaccard), and the gain of the first try
-is taken in each quarter, for reflections and, at equal sampled tokens, for plain GRPO on first attempts.
+The paper reports the gain, although a first try sees no reflection. If it came from practice on the train
+problems, it would be larger on held-out problems that resemble them. So held-out problems are sorted by their
+likeness to the nearest prompt in training (Jaccard index of character trigrams), and the gain of the first
+try is computed in each quarter, for reflections and, at equal sampled tokens, for plain GRPO on first
+attempts.
 """
 
 from __future__ import annotations
@@ -31,22 +32,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", type=int, default=4, metavar="N", help="groups by likeness (default: 4)")
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
-    if own.parts < 1:
-        raise ValueError(f"parts must be at least 1, got {own.parts}")
+def run(study: Study, options: argparse.Namespace) -> Outcome:
+    if options.parts < 1:
+        raise ValueError(f"parts must be at least 1, got {options.parts}")
     arms: dict[str, list[Arm]] = {"reflection": [], "attempt": []}
-    for seed in own.seeds:
+    for seed in options.seeds:
         start = study.start(seed)
         arms["reflection"].append(study.arm("reflection", seed))
         groups = ablation.matching_groups(arms["reflection"][-1], start)
         arms["attempt"].append(study.arm("attempt", seed, train_on="attempt", groups_per_step=groups))
-    rows = [row for mode, found in arms.items() for row in _rows(mode, found, own.parts)]
+    rows = [row for mode, by_seed in arms.items() for row in _rows(mode, by_seed, options.parts)]
     return Outcome(QUESTION, COLUMNS, rows, ("first_gain",))
 
 
 def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
-    """All problems, then groups of them, the least like the train problems first."""
-    before, after = pooled(arms, "vanilla"), pooled(arms)
+    """All problems, then parts of them, beginning with those least like the train problems."""
+    before, after = pooled(arms, "before_rl"), pooled(arms)
     nearest = [value for arm in arms for value in _likeness(arm)]
     order = sorted(range(len(nearest)), key=nearest.__getitem__)
     size = len(order)
@@ -72,10 +73,10 @@ def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
 
 
 def _likeness(arm: Arm) -> list[float]:
-    """Per held-out problem, the likeness of the prompt trained on that is most like it."""
+    """Per held-out problem, its likeness to the most similar prompt in training."""
     trained = {trigrams(episode["texts"]["prompt"]) for episode in arm.episodes()}
-    asked = [trigrams(record["prompt"]) for record in arm.records()]
-    return [max(jaccard(one, other) for other in trained) for one in asked]
+    heldout = [trigrams(record["prompt"]) for record in arm.records()]
+    return [max(jaccard(problem, prompt) for prompt in trained) for problem in heldout]
 
 
 def trigrams(text: str) -> frozenset[str]:

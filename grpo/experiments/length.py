@@ -1,8 +1,8 @@
-"""How long should a reflection be? Limits, and a price on length, against success and tokens.
+"""How long should a reflection be? Success and tokens under several limits and costs of length.
 
-Concise reflections cost less to write and to read again; longer ones leave room to find more. The arms differ
-in the limit of a reflection (in training and evaluation alike) and in `length_cost`, the share of a success's
-reward that a reflection as long as its limit loses. All begin with the same weights and failures.
+Short reflections cost less to write and to read again; long ones leave room to find more. The arms differ in
+the limit of a reflection, in training and evaluation, and in `length_cost`: the share of a success's reward
+that a reflection at the limit loses. All arms begin with the same weights and failures.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--costs", type=float, nargs="+", default=[0.0, 0.5], metavar="C", help="values of length_cost")
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
     arms: dict[str, list[Arm]] = {}
-    for seed in own.seeds:
-        for limit in own.limits:
-            # the same share of the limit as in the settings that all arms share
+    for seed in options.seeds:
+        for limit in options.limits:
+            # the same share of the limit as in the study's settings
             overlong = study.config.overlong_buffer * limit // study.config.max_reflection_length
-            for cost in own.costs:
+            for cost in options.costs:
                 label = f"limit {limit}, cost {cost:g}"
                 arm = study.arm(
                     f"limit{limit}-cost{cost:g}",
@@ -39,5 +39,5 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
                 )
                 arms.setdefault(label, []).append(arm)
     reference = next(iter(arms.values()))
-    rows = [arm_row(label, found, reference) for label, found in arms.items()]
+    rows = [arm_row(label, by_seed, reference) for label, by_seed in arms.items()]
     return Outcome(QUESTION, ARM_COLUMNS, rows, ("second_try", "length"))

@@ -1,7 +1,8 @@
-"""What an experiment leaves: a Markdown table, the same figures as JSON, and a plot with 95% intervals.
+"""What an experiment leaves: a Markdown table, the same values as JSON, and a plot with 95% intervals.
 
-A figure is a number, or a mapping with `mean`, `low` and `high` (the ends of its 95% interval). Left out:
-anything that says what the figures mean; that is in docs/experiments.md.
+A value is a number, or a mapping with `mean`, `low` and `high` (the ends of its 95% interval).
+
+Left out: what the values mean; docs/experiments.md says that.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Column:
-    """How a figure is shown: its heading, what it is multiplied by, digits after the point."""
+    """How a value is shown: heading, factor, digits after the point."""
 
     heading: str
     scale: float = 1.0
@@ -35,14 +36,14 @@ def percent(heading: str) -> Column:
 
 @dataclass
 class Outcome:
-    """Rows of figures under `columns`, whose first one names the rows; `plotted` are those drawn."""
+    """Rows of values under `columns`. The first column names the rows; `plotted` names the columns drawn."""
 
     question: str
     columns: dict[str, Column]
     rows: list[Row]
     plotted: Sequence[str]
     notes: list[str] = field(default_factory=list)
-    details: Figures = field(default_factory=dict)  # more figures, for the JSON only
+    details: Figures = field(default_factory=dict)  # more values, for the JSON file only
 
     def table(self) -> str:
         """Markdown."""
@@ -54,7 +55,7 @@ class Outcome:
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)])
 
     def write(self, folder: Path, settings: Figures) -> list[Path]:
-        """table.md, result.json and, with matplotlib, plot.png; returns their paths."""
+        """Writes table.md, result.json and, with matplotlib, plot.png; returns their paths."""
         with files.written_whole(folder / "result.json") as path:
             content = {"question": self.question, "settings": settings, "rows": self.rows, **self.details}
             path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -92,7 +93,7 @@ class Outcome:
 
 
 def ends(value: Any) -> tuple[float, float, float]:
-    """mean, low and high; all the same for a plain number."""
+    """mean, low and high; three times the same for a plain number."""
     if isinstance(value, Mapping):
         return value["mean"], value["low"], value["high"]
     return value, value, value
@@ -129,8 +130,8 @@ ARM_COLUMNS = {
 
 
 def arm_row(label: str, arms: Sequence[Arm], reference: Sequence[Arm] | None = None) -> Row:
-    """The figures of one arm over its seeds: before and after RL, and against another arm."""
-    before, after = pooled(arms, "vanilla"), pooled(arms)
+    """One arm over its seeds: before and after RL, and against another arm."""
+    before, after = pooled(arms, "before_rl"), pooled(arms)
     figures = model_figures(after)
     return {
         "arm": label,

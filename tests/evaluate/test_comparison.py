@@ -1,10 +1,10 @@
-"""Figures against small cases counted by hand, and their text for the terminal."""
+"""Reports against small cases counted by hand, and their text for the terminal."""
 
 import json
 
 import pytest
 
-from grpo.evaluate.comparison import ModelResult, report
+from grpo.evaluate.comparison import ModelResult, read_report, report
 from grpo.evaluate.table import table
 
 
@@ -32,7 +32,7 @@ BAD, OK = "wrong_value", "ok"
 
 
 @pytest.fixture
-def vanilla():
+def before_rl():
     return ModelResult(
         [
             record(0, OK),
@@ -46,7 +46,7 @@ def vanilla():
 
 
 @pytest.fixture
-def trained(vanilla):
+def trained(before_rl):
     records = [
         record(0, OK),
         record(1, OK),
@@ -54,11 +54,11 @@ def trained(vanilla):
         record(3, OK),
         record(4, BAD, OK, controls=(BAD, BAD, BAD)),
     ]
-    return ModelResult(records, vanilla.settings)
+    return ModelResult(records, before_rl.settings)
 
 
-def test_figures_of_one_model(vanilla):
-    figures = report({"model": vanilla})["models"]["model"]
+def test_figures_of_one_model(before_rl):
+    figures = report({"model": before_rl})["models"]["model"]
     assert (figures["first_try"]["mean"], figures["first_try"]["count"], figures["first_try"]["of"]) == (
         0.2,
         1,
@@ -80,15 +80,15 @@ def test_figures_of_one_model(vanilla):
     assert figures["controls"]["blanked"]["retry_minus_control"]["mean"] == pytest.approx(1 / 4)
 
 
-def test_control_that_is_missing_somewhere_is_compared_where_it_is(vanilla):
-    shuffled = report({"model": vanilla})["models"]["model"]["controls"]["shuffled"]
+def test_control_that_is_missing_somewhere_is_compared_where_it_is(before_rl):
+    shuffled = report({"model": before_rl})["models"]["model"]["controls"]["shuffled"]
     assert shuffled["success"]["of"] == 3
     assert shuffled["retry_minus_control"]["mean"] == pytest.approx(1 / 3)
 
 
-def test_training_is_compared_problem_by_problem(vanilla, trained):
-    (comparison,) = report({"vanilla": vanilla, "trained": trained})["comparisons"]
-    assert (comparison["before"], comparison["after"]) == ("vanilla", "trained")
+def test_training_is_compared_problem_by_problem(before_rl, trained):
+    (comparison,) = report({"before_rl": before_rl, "trained": trained})["comparisons"]
+    assert (comparison["before"], comparison["after"]) == ("before_rl", "trained")
     assert comparison["given_by"] == "training"
     assert comparison["first_try"]["mean"] == pytest.approx(2 / 5)
     assert comparison["second_try"]["mean"] == pytest.approx(2 / 5)
@@ -101,20 +101,23 @@ def test_training_is_compared_problem_by_problem(vanilla, trained):
 @pytest.mark.parametrize(
     ("names", "pairs"),
     [
-        (["vanilla", "trained"], ["vanilla-trained"]),
-        (["untouched", "vanilla", "trained"], ["untouched-vanilla", "vanilla-trained", "untouched-trained"]),
+        (["before_rl", "trained"], ["before_rl-trained"]),
+        (
+            ["untouched", "before_rl", "trained"],
+            ["untouched-before_rl", "before_rl-trained", "untouched-trained"],
+        ),
         (["a", "b", "c"], ["a-b", "a-c"]),
-        (["untouched", "vanilla", "other"], ["untouched-vanilla", "vanilla-other"]),
+        (["untouched", "before_rl", "other"], ["untouched-before_rl", "before_rl-other"]),
         (["a"], []),
     ],
 )
-def test_who_is_compared_with_whom(vanilla, names, pairs):
-    comparisons = report(dict.fromkeys(names, vanilla))["comparisons"]
+def test_who_is_compared_with_whom(before_rl, names, pairs):
+    comparisons = report(dict.fromkeys(names, before_rl))["comparisons"]
     assert [f"{one['before']}-{one['after']}" for one in comparisons] == pairs
 
 
-def test_examples_are_those_that_both_failed_and_then_those_that_training_mended(vanilla, trained):
-    examples = report({"untouched": vanilla, "vanilla": vanilla, "trained": trained})["examples"]
+def test_examples_are_those_that_both_failed_and_then_those_that_training_mended(before_rl, trained):
+    examples = report({"untouched": before_rl, "before_rl": before_rl, "trained": trained})["examples"]
     assert [example["id"] for example in examples] == ["p1", "p2", "p3", "p4"]
     assert examples[0]["after"]["reflection"] is None and examples[1]["after"]["reflection"] is not None
     many = ModelResult([record(i, BAD, OK) if i > 3 else record(i, BAD, BAD) for i in range(9)])
@@ -122,65 +125,73 @@ def test_examples_are_those_that_both_failed_and_then_those_that_training_mended
     assert [e["id"] for e in report({"a": many, "b": mended})["examples"]] == ["p4", "p5", "p6", "p7", "p8"]
 
 
-def test_models_without_a_common_ground_are_refused(vanilla, trained):
+def test_models_without_a_common_ground_are_refused(before_rl, trained):
     with pytest.raises(ValueError, match="at least one model"):
         report({})
     with pytest.raises(ValueError, match="at least one problem, got none for a"):
         report({"a": ModelResult([])})
     with pytest.raises(ValueError, match="same problems in the same order, but those of b and a differ"):
-        report({"a": vanilla, "b": ModelResult(trained.records[::-1], trained.settings)})
+        report({"a": before_rl, "b": ModelResult(trained.records[::-1], trained.settings)})
     with pytest.raises(ValueError, match=r"b and a differ in \['seed'\]"):
-        report({"a": vanilla, "b": ModelResult(trained.records, {**trained.settings, "seed": 2})})
+        report({"a": before_rl, "b": ModelResult(trained.records, {**trained.settings, "seed": 2})})
 
 
-def test_a_model_measured_without_controls_stands_beside_others(vanilla):
-    bare = [{**one, "controls": {}} for one in vanilla.records]
+def test_a_model_measured_without_controls_stands_beside_others(before_rl):
+    bare = [{**one, "controls": {}} for one in before_rl.records]
     figures = report(
-        {"untouched": ModelResult(bare, {**vanilla.settings, "controls": []}), "vanilla": vanilla}
+        {"untouched": ModelResult(bare, {**before_rl.settings, "controls": []}), "before_rl": before_rl}
     )
     assert figures["models"]["untouched"]["controls"] == {}
     assert figures["comparisons"][0]["controls"] == dict.fromkeys(("blind", "shuffled", "blanked"))
     assert "blind retry right" in table(figures)
 
 
-def test_report_survives_json_and_the_table_is_the_same(vanilla, trained):
-    figures = report({"untouched": vanilla, "vanilla": vanilla, "trained": trained})
+def test_report_survives_json_and_the_table_is_the_same(before_rl, trained):
+    figures = report({"untouched": before_rl, "before_rl": before_rl, "trained": trained})
     again = json.loads(json.dumps(figures, allow_nan=False))
     assert again == figures and table(again) == table(figures)
 
 
-def test_table_holds_the_papers_columns_and_every_part(vanilla, trained):
-    text = table(report({"untouched": vanilla, "vanilla": vanilla, "trained": trained}))
+def test_a_report_of_version_0_1_is_read(before_rl, trained, tmp_path):
+    figures = report({"untouched": before_rl, "before_rl": before_rl, "trained": trained})
+    today, old = tmp_path / "today.json", tmp_path / "old.json"
+    today.write_text(json.dumps(figures))
+    old.write_text(today.read_text().replace("before_rl", "vanilla"))
+    assert read_report(old) == read_report(today) == figures
+
+
+def test_table_holds_the_papers_columns_and_every_part(before_rl, trained):
+    text = table(report({"untouched": before_rl, "before_rl": before_rl, "trained": trained}))
     lines = text.splitlines()
     assert lines[0] == "countdown, 5 problems, right answers in percent"
-    assert lines[1].split() == ["untouched", "vanilla", "trained"]
+    assert lines[1].split() == ["untouched", "before_rl", "trained"]
     assert lines[2].split() == ["1st", "try", "2nd", "try"] * 3
     assert lines[3].split() == ["20.0", "60.0", "20.0", "60.0", "60.0", "100.0"]
     for part in (
-        "What the warm start gave (vanilla minus untouched",
-        "What training gave (trained minus vanilla",
+        "What the warm start gave (before_rl minus untouched",
+        "What training gave (trained minus before_rl",
         "retry minus shuffled",
         "answer in the reflection",
         "why wrong, percent of wrong",
-        "4 problems that vanilla got wrong at first",
+        "4 problems that before_rl got wrong at first",
         "reflection (cut at the limit):",
     ):
         assert part in text
     assert max(map(len, lines)) <= 100
 
 
-def test_many_models_and_long_names_stay_within_the_width(vanilla):
+def test_many_models_and_long_names_stay_within_the_width(before_rl):
     names = [f"a-rather-long-name-of-a-run-{i:03}/checkpoints/step-{i:06}" for i in range(7)]
-    text = table(report(dict.fromkeys(names, vanilla)))
+    text = table(report(dict.fromkeys(names, before_rl)))
     tabular = [line for line in text.splitlines() if "minus a-rather" not in line and "got wrong" not in line]
     assert max(map(len, tabular)) <= 100
     assert text.count("first try right") == 3  # tables of three models at most
 
 
-def test_what_a_model_writes_cannot_steer_the_terminal(vanilla):
+def test_what_a_model_writes_cannot_steer_the_terminal(before_rl):
     hostile = [
         record(0, BAD, BAD, text="\x1b[2Jred\x07 \u202eback\nnext " + "long " * 400),
-        *vanilla.records[1:],
+        *before_rl.records[1:],
     ]
     text = table(report({"model": ModelResult(hostile)}))
     assert not set("\x1b\x07\u202e") & set(text)

@@ -113,7 +113,7 @@ def test_wilson_interval_equals_published_values():
         (lambda: bootstrap_interval([]), "n at least 1"),
         (lambda: bootstrap_interval([1.0, float("nan")]), "finite"),
         (lambda: bootstrap_interval([1.0], resamples=0), "resamples must be at least 1, got 0"),
-        (lambda: bootstrap_interval([1.0], confidence=95), "confidence must lie between 0 and 1, got 95"),
+        (lambda: bootstrap_interval([1.0], confidence=95), "confidence must be between 0 and 1, got 95"),
         (lambda: paired_difference([1, 0], [1]), "must be paired"),
         (lambda: wilson_interval(1, 0), "got 1 of 0"),
         (lambda: wilson_interval(5, 4), "got 5 of 4"),

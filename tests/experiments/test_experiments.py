@@ -1,4 +1,4 @@
-"""The experiments, whole, on the tiny model: what they leave, that they go on after a kill, their figures."""
+"""Whole experiments on the tiny model: what they leave, that they continue after a kill, their values."""
 
 import json
 import math
@@ -19,7 +19,7 @@ import torch
 import train
 from grpo import failures
 from grpo.config import Config
-from grpo.evaluate import measure
+from grpo.evaluate import __main__ as evaluate_command
 from grpo.experiments import __main__ as command
 from grpo.experiments import ablation, outcome, pilot, retention, robustness, study, verifier
 from grpo.experiments.noisy import FALSE_NEGATIVE, Noisy
@@ -48,14 +48,12 @@ def model(tmp_path_factory) -> Path:
 def inside(monkeypatch) -> list[str]:
     """Runs train.py and grpo.evaluate in this process, and notes what was run."""
     done = []
+    commands = {"train": train.main, "grpo.evaluate": evaluate_command.main}
 
     def call(argv):
-        if argv[1].endswith("train.py"):
-            done.append(Path(argv[-1]).name)
-            return train.main(list(argv[2:]))
-        assert argv[1:3] == ["-m", "grpo.evaluate"]
+        assert argv[:2] == [sys.executable, "-m"]
         done.append(Path(argv[-1]).name)
-        return measure.main(list(argv[3:]))
+        return commands[argv[2]](list(argv[3:]))
 
     monkeypatch.setattr(study, "wait_for", call)
     return done
@@ -100,8 +98,8 @@ def test_arms_begin_with_the_same_weights_and_failures(model, tmp_path):
         arm = tmp_path / f"a/{mode}-seed42"
         for file in ("start/model.safetensors", "failures.jsonl"):
             assert (arm / file).read_bytes() == (start / file).read_bytes()
-        assert (arm / "evaluation-vanilla.jsonl").read_bytes() == (
-            tmp_path / "a/reflection-seed42/evaluation-vanilla.jsonl"
+        assert (arm / "evaluation-before_rl.jsonl").read_bytes() == (
+            tmp_path / "a/reflection-seed42/evaluation-before_rl.jsonl"
         ).read_bytes()
         assert not (arm / "checkpoints").exists()
     everything = failures.load(tmp_path / "a/attempt-all-seed42/failures.jsonl")
@@ -130,7 +128,7 @@ def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monk
 
     monkeypatch.setattr(study, "wait_for", interrupted)
     assert command.main(arguments("length", model, tmp_path / "stopped")) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command continues" in capsys.readouterr().err
     monkeypatch.setattr(study, "wait_for", call)
     assert command.main(arguments("length", model, tmp_path / "stopped")) == 0
     assert inside == runs, "an arm was run twice, or not at all"
@@ -169,7 +167,7 @@ def test_it_can_begin_with_a_run_that_is_there(model, tmp_path, inside):
 def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path, asked, taken):
     done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", num_eval=8))
     assert done.status == 0
-    file = done.folder / "evaluation-vanilla.jsonl"
+    file = done.folder / "evaluation-before_rl.jsonl"
     lines = file.read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "mark": True})
     file.write_text("\n".join(lines) + "\n")
@@ -177,8 +175,23 @@ def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path,
     limit = str(tiny_run.SETTINGS["max_reflection_length"])
     same = ["--num_eval", "8", "--costs", "0", "--limits", limit]
     assert command.main([*argv, *same, *asked]) == 0
-    (measured,) = (tmp_path / "r").glob("limit*/evaluation-vanilla.jsonl")
+    (measured,) = (tmp_path / "r").glob("limit*/evaluation-before_rl.jsonl")
     assert ('"mark"' in measured.read_text()) == taken
+
+
+def test_a_run_of_version_0_1_can_be_begun_with(model, tmp_path, inside):
+    """Its records have another file name and lack settings: they are shown, and not copied into an arm."""
+    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", num_eval=8))
+    new, old = (done.folder / f"evaluation-{label}.jsonl" for label in ("before_rl", "vanilla"))
+    records = study.Arm("old", done.folder, Config()).records("before_rl")
+    new.rename(old)
+    assert study.Arm("old", done.folder, Config()).records("before_rl") == records
+    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    limit = str(tiny_run.SETTINGS["max_reflection_length"])
+    assert command.main([*argv, "--num_eval", "8", "--costs", "0", "0.5", "--limits", limit]) == 0
+    assert len(inside) == 2
+    first, second = sorted((tmp_path / "r").glob("limit*/evaluation-*before_rl.jsonl"))
+    assert first.read_bytes() == second.read_bytes() and old.exists() and not new.exists()
 
 
 def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(model, tmp_path, inside, monkeypatch):
@@ -191,10 +204,10 @@ def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(model, tmp_
         copy(file, folder)
 
     monkeypatch.setattr(study, "copy", spy)
-    argv = ["robustness", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
-    assert command.main([*argv, "--kinds", "false_positives", "--rates", "0.5"]) == 0
-    assert [entry for entry in copied if entry[1] == "evaluation-vanilla.jsonl"] == [
-        (inside[0], "evaluation-vanilla.jsonl", inside[1])
+    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    assert command.main([*argv, "--limits", "8", "--costs", "0", "0.5"]) == 0
+    assert [entry for entry in copied if entry[1] == "evaluation-before_rl.jsonl"] == [
+        (inside[0], "evaluation-before_rl.jsonl", inside[1])
     ]
 
 
@@ -242,6 +255,15 @@ def test_threshold_takes_the_start_of_a_run_that_had_as_many_steps(model, tmp_pa
     argv = ["threshold", "--output", str(tmp_path / "t"), "--run", str(done.folder), "--max_steps", "2"]
     assert command.main([*argv, "--warm_starts", "2", "1"]) == 0
     assert inside == ["warm2-seed5", "start1-seed5", "warm1-seed5"]
+
+
+def test_another_train_is_not_started(tmp_path, monkeypatch):
+    """`python -m train` would run a train.py in the working directory."""
+    (tmp_path / "train.py").touch()
+    monkeypatch.delitem(sys.modules, "train")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(study.ExperimentError, match=f"got {tmp_path}/train.py: run the command in another"):
+        study.start_train(tmp_path / "arm")
 
 
 def test_an_arm_that_fails_ends_the_experiment(model, tmp_path, monkeypatch, capsys):
@@ -356,7 +378,7 @@ def test_a_noisy_task_can_do_what_the_true_one_can(tmp_path):
 
 
 def test_noise_must_be_a_share():
-    with pytest.raises(ValueError, match="false_positives must lie between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match="false_positives must be between 0 and 1, got 1.5"):
         Noisy("countdown", 1.5)
 
 
