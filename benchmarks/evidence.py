@@ -34,7 +34,7 @@ import train  # noqa: E402
 from grpo import config as configuration  # noqa: E402
 from grpo import warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
-from grpo.evaluate.comparison import ModelResult  # noqa: E402
+from grpo.evaluate.comparison import ModelResult, read_report  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.run import files  # noqa: E402
@@ -128,11 +128,10 @@ def rl_seconds(run: Path) -> float:
 
 def row(run: Path) -> dict[str, Any]:
     """The figures of one finished run that the table shows: shares, and differences with their intervals."""
-    figures = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+    figures = read_report(run / "evaluation.json")
     config = configuration.load(run / "config.yaml")
-    label = "before_rl" if "before_rl" in figures["models"] else "vanilla"  # its name in version 0.1
-    before, after = figures["models"][label], figures["models"]["trained"]
-    gain = next(c for c in figures["comparisons"] if (c["before"], c["after"]) == (label, "trained"))
+    before, after = figures["models"]["before_rl"], figures["models"]["trained"]
+    gain = next(c for c in figures["comparisons"] if (c["before"], c["after"]) == ("before_rl", "trained"))
     return {
         "run": run.name,
         "seed": config.seed,
@@ -154,19 +153,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     columns = ["run", "seed", "1st before", "2nd before", "1st after", "2nd after", "gain of 2nd"]
     columns += ["retry - blind", "retry - shuffled", "retry - blanked", "length", "truncated"]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for one in rows:
-        before, after = one["before"], one["after"]
-        cells = [one["run"], str(one["seed"])]
+    for result in rows:
+        before, after = result["before"], result["after"]
+        cells = [result["run"], str(result["seed"])]
         for figures in (before, after):
             cells += [percent(figures["first_try"]), percent(figures["second_try"])]
-        cells.append(percent(one["gain"]["second_try"]))
+        cells.append(percent(result["gain"]["second_try"]))
         for name in ("blind", "shuffled", "blanked"):
             control = after["controls"].get(name)
             cells.append(percent(control["retry_minus_control"]) if control else "-")
         for key, scale, unit in (("reflection_mean_length", 1, ""), ("reflection_truncated", 100, "%")):
             cells.append(f"{scale * before[key]:.0f}{unit} -> {scale * after[key]:.0f}{unit}")
         lines.append("| " + " | ".join(cells) + " |")
-    mean = sum(one["gain"]["second_try"]["mean"] for one in rows) / len(rows)
+    mean = sum(result["gain"]["second_try"]["mean"] for result in rows) / len(rows)
     lines.append(f"\nmean gain of the second try over {len(rows)} runs: {100 * mean:.1f} points")
     return "\n".join(lines)
 
@@ -191,27 +190,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", choices=["seeds", "shuffled", "supervised", "longer", "table"])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished run directories")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
-    own, rest = parser.parse_known_args(argv)
-    if own.what is None:  # `make bench` runs every script; this one takes hours, so it has to be asked
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.what is None:  # `make bench` runs every script; this one takes hours, so it has to be asked
         parser.print_help()
         return 0
-    if own.what == "seeds":
-        for seed in own.seeds:
+    if arguments.what == "seeds":
+        for seed in arguments.seeds:
             name = ["--run_name", f"seed{seed}", "--seed", str(seed), "--num_eval", str(NUM_EVAL)]
             if code := train.main([*name, *rest], without_untouched):
                 return code
         return 0
-    if rest or not own.runs:
-        parser.error(f"{own.what} takes run directories and no other options, got {rest or 'none'}")
-    if own.what == "table":
-        rows = [row(run) for run in own.runs]
+    if rest or not arguments.runs:
+        parser.error(f"{arguments.what} takes run directories and no other options, got {rest or 'none'}")
+    if arguments.what == "table":
+        rows = [row(run) for run in arguments.runs]
         print(table(rows))
-        (own.runs[0].parent / "evidence.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        (arguments.runs[0].parent / "evidence.json").write_text(
+            json.dumps(rows, indent=2) + "\n", encoding="utf-8"
+        )
         return 0
-    for run in own.runs:
-        if own.what == "shuffled":
+    for run in arguments.runs:
+        if arguments.what == "shuffled":
             code, folder = continue_run(run, f"{run.name}-shuffled", control(shuffled_rewards))
-        elif own.what == "supervised":
+        elif arguments.what == "supervised":
             stages = partial(more_supervision, seconds=rl_seconds(run))
             code, folder = continue_run(run, f"{run.name}-supervised", control(stages))
         else:

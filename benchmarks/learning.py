@@ -5,8 +5,8 @@
     python benchmarks/learning.py runs/demo-001 --trainers ours         without TRL
 
 Each RUN is a finished run of train.py. Both trainers begin with RUN/start and meet the failures of RUN in the
-same order, with its settings and for the same number of steps. In TRL the method is GRPO on the reflections
-with a reward function that samples the retry and judges it (learning_trl.py); the sampling noise is its own.
+same order, with its settings and for the same number of steps. In TRL the method is GRPO on the reflections,
+with a reward function that samples the retry and judges it (lib/learning_trl.py), and with TRL's own noise.
 The clock runs during the steps only: rollout, reward, update. Saved weights are measured afterwards, all by
 `python -m grpo.evaluate`, on the same held-out problems with the same noise.
 
@@ -58,44 +58,44 @@ class Curve:
     seconds: dict[int, float]
 
 
-def train_ours(run: Path, folder: Path, own: argparse.Namespace) -> Curve:
+def train_ours(run: Path, folder: Path, arguments: argparse.Namespace) -> Curve:
     """RL of train.py; a run that was begun goes on."""
     begun = sorted(folder.glob("ours-*/config.yaml"))
-    found: Path | None
+    output: Path | None
     if not begun:
-        options = ["--output_dir", str(folder), "--max_steps", str(own.max_steps), "--num_eval", "0"]
-        options += ["--eval_steps", "0", "--save_steps", str(own.save_steps)]
-        options += ["--save_total_limit", str(own.max_steps)]
-        code, found = evidence.continue_run(run, "ours", train.all_stages, *options)
+        options = ["--output_dir", str(folder), "--max_steps", str(arguments.max_steps), "--num_eval", "0"]
+        options += ["--eval_steps", "0", "--save_steps", str(arguments.save_steps)]
+        options += ["--save_total_limit", str(arguments.max_steps)]
+        code, output = evidence.continue_run(run, "ours", train.all_stages, *options)
     else:
-        found = begun[-1].parent
-        done = own.max_steps in checkpoint.steps(found)
-        code = 0 if done else train.main(["--resume", str(found)])
-    if code or found is None:
+        output = begun[-1].parent
+        done = arguments.max_steps in checkpoint.steps(output)
+        code = 0 if done else train.main(["--resume", str(output)])
+    if code or output is None:
         raise RuntimeError(f"train.py ended with status {code}")
-    times = [line["step_time"] for line in read_jsonl(found / "timings.jsonl")]
-    saved = (found / "checkpoints").glob("step-*")
+    times = [line["step_time"] for line in read_jsonl(output / "timings.jsonl")]
+    saved = (output / "checkpoints").glob("step-*")
     return _curve({checkpoint.step_of(path): path for path in saved}, times)
 
 
-def train_trl(run: Path, folder: Path, own: argparse.Namespace) -> Curve:
+def train_trl(run: Path, folder: Path, arguments: argparse.Namespace) -> Curve:
     """TRL's trainer in a process of `--trl_python`."""
     output = folder / "trl"
     if not (output / "seconds.json").exists():
         files.delete(output)
         output.mkdir(parents=True)
         config = configuration.load(run / "config.yaml")
-        config.max_steps = own.max_steps
+        config.max_steps = arguments.max_steps
         job = {
             "root": str(Path(train.__file__).resolve().parent),
             "start": str((run / "start").resolve()),
             "output": str(output.resolve()),
-            "save_steps": own.save_steps,
+            "save_steps": arguments.save_steps,
             "settings": asdict(config),
             "rows": list(conversations(run, config)),
         }
         (output / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        subprocess.run([str(own.trl_python), str(TRL_SCRIPT), str(output / "job.json")], check=True)
+        subprocess.run([str(arguments.trl_python), str(TRL_SCRIPT), str(output / "job.json")], check=True)
     times = json.loads((output / "seconds.json").read_text(encoding="utf-8"))
     folders = {int(path.name.partition("-")[2]): path for path in output.glob("checkpoint-*")}
     return _curve(folders, times)
@@ -127,13 +127,22 @@ def conversations(run: Path, config: Config) -> Iterator[dict[str, Any]]:
             yield {"prompt": messages, "example": json.dumps(asdict(failure.example))}
 
 
-def measure(run: Path, curves: dict[str, Curve], folder: Path, own: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    run: Path, curves: dict[str, Curve], folder: Path, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """The start's result, and (trainer, step) -> result."""
     models = {("start", 0): run / "start"}
     models |= {(name, step): path for name, curve in curves.items() for step, path in curve.folders.items()}
-    options = ["--config", str(run / "config.yaml"), "--num_eval", str(own.num_eval), "--controls", "blind"]
-    found = evaluate(list(models.values()), folder / "evaluation.json", options)
-    return dict(zip(models, found, strict=True))
+    options = [
+        "--config",
+        str(run / "config.yaml"),
+        "--num_eval",
+        str(arguments.num_eval),
+        "--controls",
+        "blind",
+    ]
+    results = evaluate(list(models.values()), folder / "evaluation.json", options)
+    return dict(zip(models, results, strict=True))
 
 
 def rows(curves: list[dict[str, Curve]], results: list[dict[Any, ModelResult]]) -> list[Row]:
@@ -172,31 +181,33 @@ def main(argv: list[str] | None = None) -> int:
     add("--save_steps", type=int, default=4, help="steps between measured weights (default: %(default)s)")
     add("--num_eval", type=int, default=128, help="held-out problems (default: %(default)s)")
     add("--output", type=Path, default=Path("runs/learning"), help="(default: %(default)s)")
-    own = parser.parse_args(argv)
-    if not own.runs:  # `make bench` runs every script; this one takes hours, so it has to be asked
+    arguments = parser.parse_args(argv)
+    if not arguments.runs:  # `make bench` runs every script; this one takes hours, so it has to be asked
         parser.print_help()
         return 0
     for name, least in (("max_steps", 0), ("save_steps", 1), ("num_eval", 1)):
-        if getattr(own, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(own, name)}")
-    for run in own.runs:
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    for run in arguments.runs:
         if not (run / "evaluation.json").is_file():
             parser.error(f"RUN must be a finished run directory, got {run}, which has no evaluation.json")
-    own.max_steps = own.max_steps or configuration.load(own.runs[0] / "config.yaml").max_steps
+    arguments.max_steps = (
+        arguments.max_steps or configuration.load(arguments.runs[0] / "config.yaml").max_steps
+    )
     curves, results = [], []
-    for run in own.runs:
-        folder = own.output / run.name
-        curves.append({name: TRAINERS[name](run, folder, own) for name in own.trainers})
-        results.append(measure(run, curves[-1], folder, own))
+    for run in arguments.runs:
+        folder = arguments.output / run.name
+        curves.append({name: TRAINERS[name](run, folder, arguments) for name in arguments.trainers})
+        results.append(measure(run, curves[-1], folder, arguments))
     where = machine("cpu")
     notes = [
-        f"Runs: {len(own.runs)}; seconds are their mean, problems are pooled. {where['device']}, "
+        f"Runs: {len(arguments.runs)}; seconds are their mean, problems are pooled. {where['device']}, "
         f"threads: {where['threads']}."
     ]
     outcome = Outcome(QUESTION, COLUMNS, rows(curves, results), ("seconds", "second_try"), notes)
     print(outcome.table())
-    settings = {name: str(value) for name, value in vars(own).items()}
-    for path in outcome.write(own.output, {**settings, "machine": where}):
+    settings = {name: str(value) for name, value in vars(arguments).items()}
+    for path in outcome.write(arguments.output, {**settings, "machine": where}):
         print(f"written: {path}")
     return 0
 

@@ -72,11 +72,11 @@ def accumulate(dtype: torch.dtype) -> Pair:
 
 def decode(dtype: torch.dtype) -> Pair:
     config = ModelConfig.from_hf({**MODELS["135M"], "num_hidden_layers": 1})
-    prefixes, own = (SlotCache(config, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
+    prefixes, private = (SlotCache(config, dtype=dtype, device=torch.device("cpu")) for _ in range(2))
     prefixes.allocate(ROWS // GROUP, PROMPT)
-    own.allocate(ROWS, CAPACITY)
+    private.allocate(ROWS, CAPACITY)
     rows = [RowSpan(row // GROUP, PROMPT, OWN - 1, 1) for row in range(ROWS)]
-    copied, as_they_lie = (CachedAttention(prefixes, own, rows, []) for _ in range(2))
+    copied, as_they_lie = (CachedAttention(prefixes, private, rows, []) for _ in range(2))
     as_they_lie.copy_keys = False
     q = torch.randn(1, HEADS, ROWS, SIZE).to(dtype)
     k, v = (torch.randn(1, KV_HEADS, ROWS, SIZE).to(dtype) for _ in range(2))

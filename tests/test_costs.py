@@ -79,7 +79,7 @@ def test_sampling_multiplies_each_token_once_and_a_shared_prompt_once():
     assert products(counted) == 2 * layer_weights(model) * (sampled + prompts) + head
     # Scores and sums, for the prompt's keys and the row's own so far: no row attends to another's.
     config = model.config
-    keys = ROWS * sum(PROMPT - 1 + own for own in range(1, NEW + 1))
+    keys = ROWS * sum(PROMPT - 1 + sampled for sampled in range(1, NEW + 1))
     assert counted["aten.bmm"] == config.num_layers * 4 * config.num_heads * config.head_dim * keys
     attention = {"aten.bmm", "aten._scaled_dot_product_flash_attention_for_cpu"}
     assert counted.keys() <= {"aten.mm", "mkldnn._linear_pointwise", *attention}

@@ -404,7 +404,7 @@ class Faulty(tiny.Toy):
 
 @pytest.fixture
 def faulty(quick, monkeypatch):
-    """A run of three steps; `error` comes in the last: 8 attempts, then 6 retries and 6 reflections a step."""
+    """A run of three steps; `error` comes in the last, after 8 attempts and 12 verdicts a step."""
 
     def run_with(error, **settings):
         monkeypatch.setattr(Faulty, "error", error)

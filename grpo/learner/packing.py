@@ -175,7 +175,7 @@ def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
         # All that another group can have in common with it, unless that is a part of the same one.
         common = [*prompt, *(branches[0].completion_ids[:-1] if len(branches) == 1 else ())]
         room = max_tokens - needed
-        fitting = (one for one in bins if len(one[0].nodes) - one[0].match(common) <= room)
+        fitting = (row for row in bins if len(row[0].nodes) - row[0].match(common) <= room)
         trie, members = next(fitting, (_Trie(), []))
         if not members:
             bins.append((trie, members))

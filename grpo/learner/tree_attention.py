@@ -1,11 +1,11 @@
 """Attention over a packed row: the trees of packing.py, exactly, without a (T, T) mask.
 
 A row holds each shared prefix once. Attention runs tree by tree: the prompt attends causally; the branches,
-in runs of similar length padded to the longest, attend to the prompt and to themselves. What branches share
-is computed once for each of them here, and once in all other operations of the model.
+in bundles of similar length padded to the longest, attend to the prompt and to themselves. What branches
+share is computed once for each of them here, and once in all other operations of the model.
 
 T tokens of the row, N query heads, K key/value heads, D head size; P the prompt length of a tree, G the
-branches of a run, L the longest of them. Left out: kernels that skip masked blocks (flex attention has no
+branches of a bundle, L the longest of them. Left out: kernels that skip masked blocks (flex attention has no
 backward on a CPU; its place would be here).
 """
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from grpo.model.attention import Attend, attention
 
-SIMILAR = 0.75  # of a run's longest branch: on the demo's steps a third less attention than in a single run
+SIMILAR = 0.75  # of a bundle's longest branch: a third less attention on the demo's steps than in one bundle
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
         plan = plans[key]
         # One gather and one split: every single slice would cost a gradient of T tokens, filled with zeros.
         slots = [gather(x[0].transpose(0, 1), plan.tokens).split(plan.sizes) for x in (q, k, v)]
-        pieces = zip(*slots, strict=True)  # of q, k and v, each (slots, heads, D): a prompt, its runs, ...
+        pieces = zip(*slots, strict=True)  # of q, k and v, each (slots, heads, D): a prompt, its bundles, ...
         out = []
-        for prompt_mask, runs in plan.masks:
+        for prompt_mask, bundles in plan.masks:
             prompt = [x.transpose(0, 1)[None] for x in next(pieces)]  # (1, heads, P, D)
             out.append(attention(prompt[0], prompt[1], prompt[2], prompt_mask)[0].transpose(0, 1))
-            out += [_attend_run(count, next(pieces), prompt, mask) for count, mask in runs]
+            out += [_attend_bundle(count, next(pieces), prompt, mask) for count, mask in bundles]
         return gather(torch.cat(out), plan.slots).transpose(0, 1)[None]
 
     return attend
@@ -69,12 +69,12 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Indices and masks under one window. Attention has S slots: a prompt, its runs, the next prompt, ..."""
+    """Indices and masks under one window. Attention has S slots: a prompt, its bundles, the next prompt."""
 
     tokens: Tensor  # (S,) int64, the place in the row that each slot reads
     slots: Tensor  # (T,) int64, a slot of each place
     sizes: list[int]  # slots of each piece
-    masks: list[tuple[Tensor | None, list[tuple[int, Tensor]]]]  # (P, P) or causal; of each run G, (L, P + L)
+    masks: list[tuple[Tensor | None, list[tuple[int, Tensor]]]]  # (P, P) or causal; of a bundle G, (L, P + L)
 
     @staticmethod
     def of(trees: Sequence[Tree], num_tokens: int, window: int | None, device: torch.device) -> _Plan:
@@ -94,22 +94,22 @@ class _Plan:
             sizes.append(size)
             narrow = window is not None and window < size
             prompt_mask = _visible(position[:size], position[:size], window) if narrow else None
-            runs = []
-            for run in _runs(tree.branches):
-                longest = len(run[0])
-                for branch in run:
+            bundles = []
+            for bundle in _bundles(tree.branches):
+                longest = len(bundle[0])
+                for branch in bundle:
                     read(branch, longest)
-                sizes.append(len(run) * longest)
+                sizes.append(len(bundle) * longest)
                 # Padding comes last, where causality hides it: one mask for all branches.
-                own = position[: size + longest]
-                runs.append((len(run), _visible(own[size:], own, window)))
-            masks.append((prompt_mask, runs))
+                positions = position[: size + longest]
+                bundles.append((len(bundle), _visible(positions[size:], positions, window)))
+            masks.append((prompt_mask, bundles))
         indices = [torch.tensor(x, dtype=torch.int64, device=device) for x in (tokens, slots)]
         return _Plan(indices[0], indices[1], sizes, masks)
 
 
-def _runs(branches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
-    """Cuts branches, longest first, where the next one is shorter than SIMILAR of the run's first."""
+def _bundles(branches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]]:
+    """Cuts branches, longest first, where the next one is shorter than SIMILAR of the bundle's first."""
     start = 0
     for end in range(1, len(branches) + 1):
         if end == len(branches) or len(branches[end]) < SIMILAR * len(branches[start]):
@@ -117,9 +117,9 @@ def _runs(branches: Sequence[Sequence[int]]) -> Iterator[Sequence[Sequence[int]]
             start = end
 
 
-def _attend_run(count: int, run: Sequence[Tensor], prompt: Sequence[Tensor], mask: Tensor) -> Tensor:
+def _attend_bundle(count: int, bundle: Sequence[Tensor], prompt: Sequence[Tensor], mask: Tensor) -> Tensor:
     """(G * L, heads, D) of q, k and v -> (G * L, N, D): each branch attends to the prompt and to itself."""
-    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in run)  # (G, heads, L, D)
+    q, k, v = (x.unflatten(0, (count, -1)).transpose(1, 2) for x in bundle)  # (G, heads, L, D)
     shared_k, shared_v = (x.expand(count, -1, -1, -1) for x in prompt[1:])
     out = attention(q, torch.cat([shared_k, k], 2), torch.cat([shared_v, v], 2), mask)
     return out.transpose(1, 2).flatten(0, 1)

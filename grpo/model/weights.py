@@ -331,14 +331,14 @@ def save(model: Decoder, tokenizer: Any, folder: str | Path, dtype: torch.dtype 
 def stop_token_ids(model: Decoder, tokenizer: Any) -> tuple[int, ...]:
     """Each id that ends a turn, once: the generation config's, the tokenizer's, the config's."""
     source = model.source or Source({})
-    found: list[int] = []
+    stop_ids: list[int] = []
     for value in (
         source.generation_config.get("eos_token_id"),
         getattr(tokenizer, "eos_token_id", None),
         source.config.get("eos_token_id"),
     ):
-        found += value if isinstance(value, list) else [] if value is None else [value]
-    return tuple(dict.fromkeys(found))
+        stop_ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(stop_ids))
 
 
 def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype) -> None:

@@ -186,15 +186,15 @@ def _finished(config: Config, folder: Path) -> bool:
 
 def saved_weights(folder: Path | None) -> str:
     """Where a run that failed left weights: advice for the end of its error message."""
-    found = None
+    saved = None
     if folder is None:
         pass
     elif checkpoint.steps(folder):
-        found = folder / "checkpoints"
+        saved = folder / "checkpoints"
     elif checkpoint.steps(folder / "warm_start"):
-        found = folder / "warm_start" / "checkpoints"
+        saved = folder / "warm_start" / "checkpoints"
     elif (folder / "start").is_dir():
-        found = folder / "start"
-    if found is None:
+        saved = folder / "start"
+    if saved is None:
         return "No weights were saved yet"
-    return f"A new run can begin with the weights in {found} (model_name_or_path)"
+    return f"A new run can begin with the weights in {saved} (model_name_or_path)"

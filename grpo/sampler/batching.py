@@ -30,7 +30,7 @@ NEW_TOKENS = 4096
 Entry = TypeVar("Entry")
 
 
-class Group:
+class CachedPrompt:
     """A prompt in the cache, without its last token, and how many rows of the batch use it."""
 
     def __init__(self, prefix: tuple[int, ...], slot: int) -> None:
@@ -77,7 +77,7 @@ def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
     return most
 
 
-class Schedule:
+class Batcher:
     """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows.
 
     With `few_shapes` batches are filled up, see CachedAttention.
@@ -86,30 +86,30 @@ class Schedule:
     def __init__(
         self,
         states: list[RowState],
-        own: SlotCache,
+        private: SlotCache,
         prefixes: SlotCache,
         *,
         max_rows: int,
         cache_bytes: float,
         few_shapes: bool = False,
     ) -> None:
-        self.own, self.prefixes, self.few_shapes = own, prefixes, few_shapes
-        self.token_bytes = own.token_bytes
+        self.private, self.prefixes, self.few_shapes = private, prefixes, few_shapes
+        self.token_bytes = private.token_bytes
         self.budget = int(cache_bytes // self.token_bytes)
         need = max(state.need() for state in states)
         prompts_in_order = [state.row.prefix for state in states]
         if few_shapes:
             need = multiple(need, CAPACITIES)
         slots, prompts, length = plan(prompts_in_order, need, max_rows, self.budget, self.token_bytes)
-        if max(own.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
-            own.release()
+        if max(private.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
+            private.release()
             prefixes.release()
-        own.allocate(slots, need)
+        private.allocate(slots, need)
         prefixes.allocate(prompts, length)
         self.waiting = deque(states)
         self.rows: list[RowState | None] = []
-        self.groups: list[Group | None] = []
-        self.group_of: dict[RowState, Group] = {}
+        self.groups: list[CachedPrompt | None] = []
+        self.group_of: dict[RowState, CachedPrompt] = {}
         self.stats = {"prefill_tokens": 0, "fed_tokens": 0, "sampled_tokens": 0, "decode_steps": 0}
 
     @property
@@ -124,10 +124,10 @@ class Schedule:
         """
         self._grow()
         self._admit()
-        _close_holes(self.rows, lambda row, source, target: self.own.move(source, target, row.cached))
+        _close_holes(self.rows, lambda row, source, target: self.private.move(source, target, row.cached))
         _close_holes(self.groups, self._move_group)
         rows = [row for row in self.rows if row is not None]
-        fill = min(power_of_two(len(rows)), self.own.slots) if self.few_shapes else 0
+        fill = min(power_of_two(len(rows)), self.private.slots) if self.few_shapes else 0
         spans: list[RowSpan] = []
         prompts: list[tuple[int, int]] = []
         last: list[int] = []
@@ -148,8 +148,8 @@ class Schedule:
         steps = min(most_steps, *(row.left for row in rows)) if most_steps > 1 else 1
         self.stats["decode_steps"] += steps
         last += [0] * (fill - len(last))
-        input_ids = upload([last + earlier + prompt_ids], self.own.device)
-        attend = CachedAttention(self.prefixes, self.own, spans, prompts, steps - 1, fill)
+        input_ids = upload([last + earlier + prompt_ids], self.private.device)
+        attend = CachedAttention(self.prefixes, self.private, spans, prompts, steps - 1, fill)
         return input_ids, attend, rows, steps
 
     def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
@@ -185,7 +185,7 @@ class Schedule:
     def _admit(self) -> None:
         """Fills free slots with waiting rows, in order, while prompts fit and the forward stays bounded."""
         free = [slot for slot, row in enumerate(self.rows) if row is None]
-        free += range(len(self.rows), self.own.slots)
+        free += range(len(self.rows), self.private.slots)
         upcoming = {row.row.prefix for row in islice(self.waiting, len(free))}
         for group in self.groups:
             if group is not None and not group.users and group.prefix not in upcoming:
@@ -208,7 +208,7 @@ class Schedule:
             self.rows += [None] * (slot + 1 - len(self.rows))
             self.rows[slot] = row
 
-    def _group(self, prefix: tuple[int, ...]) -> Group | None:
+    def _group(self, prefix: tuple[int, ...]) -> CachedPrompt | None:
         """The prompt's place in the cache, a new one if it has none; None while there is no room."""
         for group in self.groups:
             if group is not None and group.prefix == prefix:
@@ -217,11 +217,11 @@ class Schedule:
             self.groups.append(None)
         for slot, group in enumerate(self.groups):
             if group is None or not group.users:
-                self.groups[slot] = new = Group(prefix, slot)
+                self.groups[slot] = new = CachedPrompt(prefix, slot)
                 return new
         return None
 
-    def _move_group(self, group: Group, source: int, target: int) -> None:
+    def _move_group(self, group: CachedPrompt, source: int, target: int) -> None:
         if group.cached:
             self.prefixes.move(source, target, group.length)
         group.slot = target
@@ -230,7 +230,7 @@ class Schedule:
         """Longer private caches when a Feed needs them; rows that then lose their slot wait at the front."""
         rows = [row for row in self.rows if row is not None]
         need = max((row.need() for row in rows), default=0)
-        if need <= self.own.capacity:
+        if need <= self.private.capacity:
             return
         room = self.budget - self.prefixes.held_tokens
         if need > room:
@@ -239,7 +239,7 @@ class Schedule:
                 f"row of {need} tokens beside the prompts, got {self.budget * self.token_bytes / 1e9:.3g}"
             )
         capacity = min(need + need // 8, room)  # some more, as the next row's Feed may be a little longer
-        slots = min(self.own.slots, room // capacity)
+        slots = min(self.private.slots, room // capacity)
         for slot in reversed(range(slots, len(self.rows))):
             if self.rows[slot] is not None:
                 row = self._leave(slot)
@@ -247,7 +247,7 @@ class Schedule:
                 self.waiting.appendleft(row)
         del self.rows[slots:]
         longest = max((row.cached for row in self.rows if row is not None), default=0)
-        self.own.allocate(slots, capacity, keep_slots=len(self.rows), keep_length=longest)
+        self.private.allocate(slots, capacity, keep_slots=len(self.rows), keep_length=longest)
 
 
 def _close_holes(entries: list[Entry | None], move: Callable[[Entry, int, int], None]) -> None:

@@ -5,7 +5,7 @@ for one of them than the GPU to run it. A graph replays the same kernels on the 
 differs between two steps lives in tensors that are filled before a replay: tokens, positions and lengths,
 which the step itself counts on, and the noise.
 
-There is one graph for each shape. The schedule fills up batches so that few occur; graphs are recorded as
+There is one graph for each shape. The batcher fills up batches so that few occur; graphs are recorded as
 they are needed, kept from run to run, and forgotten when caches or weights have moved.
 
 Left out: steps that take in prompts or fed tokens, whose shapes are all different.
@@ -63,16 +63,16 @@ class DecodeGraphs:
             if len(self._recorded) >= MOST_GRAPHS:
                 self.forget()
             self._recorded[key] = _Recorded(self.step, attend, self.width, noise is not None)
-        one = self._recorded[key]
-        one.load(input_ids, attend, noise)
+        recorded = self._recorded[key]
+        recorded.load(input_ids, attend, noise)
         for _ in range(steps):
-            if one.replay is not None:
-                one.replay()
+            if recorded.replay is not None:
+                recorded.replay()
                 continue
-            one.advance()  # done at once: a recording wants everything warm
+            recorded.advance()  # done at once: a recording wants everything warm
             self._pool = self._pool or (torch.cuda.graph_pool_handle() if input_ids.is_cuda else None)
-            one.replay = record(one.advance, self._pool)
-        return one.tokens[:, :steps], one.logprobs[:, :steps]
+            recorded.replay = record(recorded.advance, self._pool)
+        return recorded.tokens[:, :steps], recorded.logprobs[:, :steps]
 
     def keep_if(self, valid_for: Any) -> None:
         """Forgets all graphs unless `valid_for`, whatever they depend on, is what it was at the last call."""
@@ -91,7 +91,7 @@ class _Recorded:
     def __init__(self, step: Step, attend: CachedAttention, width: int, noisy: bool) -> None:
         self.step, self.attend = step, attend
         self.replay: Callable[[], None] | None = None
-        batch, device = attend.batch, attend.own.device
+        batch, device = attend.batch, attend.private.device
         self.input_ids = torch.zeros(1, batch, dtype=torch.int64, device=device)
         self.noise = torch.zeros(batch, width, dtype=torch.float64, device=device) if noisy else None
         self.column = torch.zeros(1, dtype=torch.int64, device=device)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
-from grpo.sampler.batching import Schedule
+from grpo.sampler.batching import Batcher
 from grpo.sampler.cuda_graph import DecodeGraphs
 from grpo.sampler.kv_cache import CachedAttention, SlotCache, upload
 from grpo.sampler.sampling import choose
@@ -77,7 +77,7 @@ class Sampler:
         self.cuda_graphs = cuda_graphs
         self.stats: dict[str, float] = {}
         weight = model.output_weight
-        self._own = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
+        self._private = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
         self._prefixes = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._graphs: DecodeGraphs | None = None
@@ -107,9 +107,9 @@ class Sampler:
         if not states:
             return []
         weights = self._prepare_graphs()
-        schedule = Schedule(
+        batcher = Batcher(
             states,
-            self._own,
+            self._private,
             self._prefixes,
             max_rows=self.max_rows,
             cache_bytes=self.cache_gb * 1e9,
@@ -118,16 +118,16 @@ class Sampler:
         done = 0
         with packed_weights(self.model):
             head = pack_weight(self.model.output_weight)
-            while schedule.busy:
-                input_ids, attend, active, steps = schedule.next(self.stop_check_steps)
+            while batcher.busy:
+                input_ids, attend, active, steps = batcher.next(self.stop_check_steps)
                 if self._graphs is not None:
-                    self._graphs.keep_if((weights, self._own.layout, self._prefixes.layout))
+                    self._graphs.keep_if((weights, self._private.layout, self._prefixes.layout))
                 noise = None if self.greedy else [row.noise(steps) for row in active]
-                left = schedule.take(*self._decode(input_ids, attend, head, steps, noise))
+                left = batcher.take(*self._decode(input_ids, attend, head, steps, noise))
                 done += left
                 if left and progress is not None:
                     progress(done, len(states))
-        self.stats = {**schedule.stats, "seconds": time.perf_counter() - start}
+        self.stats = {**batcher.stats, "seconds": time.perf_counter() - start}
         return [Finished(state.row, state.turns, state.fed) for state in states]
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -136,18 +136,19 @@ class Sampler:
         Raises:
             ValueError: names or shapes are not the model's; nothing is copied then.
         """
-        own = self.model.state_dict()
-        if own.keys() != state_dict.keys():
+        current = self.model.state_dict()
+        if current.keys() != state_dict.keys():
             raise ValueError(
-                f"state_dict must have the model's names; missing: {sorted(own.keys() - state_dict.keys())}, "
-                f"unknown: {sorted(state_dict.keys() - own.keys())}"
+                "state_dict must have the model's names; "
+                f"missing: {sorted(current.keys() - state_dict.keys())}, "
+                f"unknown: {sorted(state_dict.keys() - current.keys())}"
             )
-        for name, tensor in own.items():
+        for name, tensor in current.items():
             shape, new = tuple(tensor.shape), tuple(state_dict[name].shape)
             if shape != new:
                 raise ValueError(f"state_dict[{name!r}] must have shape {shape}, got {new}")
         with torch.no_grad():
-            for name, tensor in own.items():
+            for name, tensor in current.items():
                 if tensor.data_ptr() != state_dict[name].data_ptr():
                     tensor.copy_(state_dict[name])
 
@@ -174,7 +175,7 @@ class Sampler:
             # MPS has no float64; its memory is the CPU's anyway.
             uniforms = upload(noise, torch.device("cpu") if device.type == "mps" else device, torch.float64)
         # A forward that takes in more than one token per row has a shape of its own.
-        plain = steps if self._graphs is None else min(1, len(attend.runs))
+        plain = steps if self._graphs is None else min(1, len(attend.stretches))
         sampled: list[tuple[Tensor, Tensor]] = []
         for step in range(plain):
             now = None if uniforms is None else uniforms[:, step]
@@ -186,14 +187,14 @@ class Sampler:
         if self._graphs is not None and plain < steps:
             later = None if uniforms is None else uniforms[:, plain:]
             settings = self.temperature, self.top_p, self.top_k
-            found = self._graphs.run(input_ids, attend, later, steps - plain, settings)
-            sampled += zip(*(columns.unbind(1) for columns in found), strict=True)
+            replayed = self._graphs.run(input_ids, attend, later, steps - plain, settings)
+            sampled += zip(*(columns.unbind(1) for columns in replayed), strict=True)
         ids, values = (
             torch.stack(columns, dim=1).tolist()[: attend.num_rows] for columns in zip(*sampled, strict=True)
         )
         if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
-            self._own.release()
+            self._private.release()
             self._prefixes.release()
             raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
         return ids, values

@@ -8,7 +8,7 @@ prompt lie in the cache once; each of its rows has a private cache for what foll
 
 The first part is all there is in most steps and goes through batched matrix products:
 scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The
-others are rare and use it, one run of tokens at a time.
+others are rare and use it, one stretch of tokens at a time.
 
 A prompt is cached without its last token. Each row starts with that token as its first private one, so every
 row always has a new token whose hidden state predicts the next.
@@ -142,11 +142,11 @@ NOBODY = RowSpan(0, 0, 0, 1)  # fills up a batch
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Stretch:
     """Consecutive tokens [first, first + length) of the flat input that belong to one sequence.
 
     They see `prefix_length` tokens of prompt `prefix_slot`, then the first `own_length` tokens of row `slot`,
-    the run itself at their end; a new prompt (slot None) sees nothing but itself.
+    the stretch itself at their end; a new prompt (slot None) sees nothing but itself.
     """
 
     first: int
@@ -154,14 +154,14 @@ class _Run:
     slot: int | None = None
     prefix_slot: int = 0
     prefix_length: int = 0
-    own_length: int = 0
+    private_length: int = 0
 
 
 class CachedAttention:
     """The `attend` of one forward: stores new keys and values, then attends to prompts and private caches.
 
     Args:
-        prefixes, own: caches of the prompts and of the rows.
+        prefixes, private: caches of the prompts, and of what follows them in each row.
         rows: one per row, in slot order, at least one.
         prompts: (slot, number of tokens) of each new prompt.
         lookahead: how many times `advance` will be called.
@@ -174,13 +174,13 @@ class CachedAttention:
     def __init__(
         self,
         prefixes: SlotCache,
-        own: SlotCache,
+        private: SlotCache,
         rows: list[RowSpan],
         prompts: list[tuple[int, int]],
         lookahead: int = 0,
         fill: int = 0,
     ) -> None:
-        self.prefixes, self.own, self.config = prefixes, own, own.config
+        self.prefixes, self.private, self.config = prefixes, private, private.config
         self.num_rows = self.batch = len(rows)
         self.fill = fill
         if fill:
@@ -188,34 +188,36 @@ class CachedAttention:
             self.batch = len(rows)
         # In this type a product copies what has gaps, and takes three times as long over it where it also
         # transposes: keys that are copied beforehand are copied straight.
-        self.copy_keys = own.device.type == "cpu" and own.dtype == torch.bfloat16
+        self.copy_keys = private.device.type == "cpu" and private.dtype == torch.bfloat16
         slots = list(range(self.batch))
         places = [row.start + row.length - 1 for row in rows]
         positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
-        self.runs: list[_Run] = []
+        self.stretches: list[_Stretch] = []
         for slot, row in enumerate(rows):
             if row.length > 1:
                 last = row.start + row.length - 1  # the last token is in the first part already
-                self.runs.append(
-                    _Run(len(slots), row.length - 1, slot, row.prefix_slot, row.prefix_length, last)
+                self.stretches.append(
+                    _Stretch(len(slots), row.length - 1, slot, row.prefix_slot, row.prefix_length, last)
                 )
                 slots += [slot] * (row.length - 1)
                 places += range(row.start, last)
                 positions += range(row.prefix_length + row.start, row.prefix_length + last)
-        self.own_tokens = len(slots)
+        self.private_tokens = len(slots)
         for slot, length in prompts:
             if length:
-                self.runs.append(_Run(len(slots), length))
+                self.stretches.append(_Stretch(len(slots), length))
                 slots += [slot] * length
                 places += range(length)
                 positions += range(length)
         # One transfer to the device for everything whose length is the number of tokens.
-        table = upload([slots, places, positions], own.device)
+        table = upload([slots, places, positions], private.device)
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
         self._arrange(rows, lookahead)
         self.look()
         self._masks = {
-            (run, window): self._mask(run, window) for run in self.runs for window in set(self.config.windows)
+            (stretch, window): self._mask(stretch, window)
+            for stretch in self.stretches
+            for window in set(self.config.windows)
         }
 
     def advance(self) -> None:
@@ -225,15 +227,15 @@ class CachedAttention:
         forwards can be queued, or captured in a CUDA graph. The longest caches are as long as they will be
         after `lookahead` calls, and what they do not hold yet is masked.
         """
-        n = self.own_tokens = self.batch
-        self.runs, self._masks = [], {}
+        n = self.private_tokens = self.batch
+        self.stretches, self._masks = [], {}
         self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
         self.count()
         self.look()
 
     def count(self) -> None:
         """One token more of every row; `look` comes next."""
-        for counter in (self.places, self.position_ids, self._own_lengths):
+        for counter in (self.places, self.position_ids, self._private_lengths):
             counter += 1
 
     def look(self) -> None:
@@ -243,24 +245,24 @@ class CachedAttention:
     @property
     def state(self) -> list[Tensor]:
         """All that one forward differs in from another of the same `shape`, if every row has one token."""
-        lengths = [self._prefix_lengths, self._own_lengths]
+        lengths = [self._prefix_lengths, self._private_lengths]
         return [self.slots, self.places, self.position_ids, *lengths, self.members, self.place]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.batch, self.own_length, self.prefix_length, self.num_groups, len(self.members)
+        return self.batch, self.private_length, self.prefix_length, self.num_groups, len(self.members)
 
     def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
         """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
         real = rows[: self.num_rows]
         self.prefix_length = max(row.prefix_length for row in rows)
-        self.own_length = max(row.start + row.length for row in rows) + lookahead
-        lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.own.device)
-        self._prefix_lengths, self._own_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
+        self.private_length = max(row.start + row.length for row in rows) + lookahead
+        lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.private.device)
+        self._prefix_lengths, self._private_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
         groups = max(row.prefix_slot for row in rows) + 1
         if self.fill:
             groups, self.prefix_length = self.prefixes.slots, self.prefixes.capacity
-            self.own_length = min(multiple(self.own_length, LENGTHS), self.own.capacity)
+            self.private_length = min(multiple(self.private_length, LENGTHS), self.private.capacity)
         members: list[list[int]] = [[] for _ in range(groups)]
         rank = []
         for slot, row in enumerate(real):
@@ -275,58 +277,62 @@ class CachedAttention:
         place += [0] * (self.batch - self.num_rows)
         self.num_groups = len(members)
         # (g m,): the row at each place of the grouped order; (B,): the place of each row in it.
-        self.members = upload(list(chain.from_iterable(padded)), self.own.device)
-        self.place = upload(place, self.own.device)
+        self.members = upload(list(chain.from_iterable(padded)), self.private.device)
+        self.place = upload(place, self.private.device)
 
     def _bias(self, window: int | None) -> Tensor:
         """(B, 1, 1, P + L) float32: 0 where the row's last token sees a key, -inf elsewhere."""
-        prefix_lengths, own_lengths = self._prefix_lengths, self._own_lengths
-        index = torch.arange(max(self.prefix_length, self.own_length), device=self.own.device)
-        prefix, own = index[: self.prefix_length], index[: self.own_length]
-        seen = [prefix < prefix_lengths, own < own_lengths]
+        prefix_lengths, private_lengths = self._prefix_lengths, self._private_lengths
+        index = torch.arange(max(self.prefix_length, self.private_length), device=self.private.device)
+        prefix, private = index[: self.prefix_length], index[: self.private_length]
+        seen = [prefix < prefix_lengths, private < private_lengths]
         if window is not None:
             # Private token i is own_lengths - 1 - i back, prompt token j prefix_lengths - j before the first.
-            seen[0] &= own_lengths - 1 + prefix_lengths - prefix < window
-            seen[1] &= own_lengths - 1 - own < window
+            seen[0] &= private_lengths - 1 + prefix_lengths - prefix < window
+            seen[1] &= private_lengths - 1 - private < window
         visible = torch.cat(seen, dim=1)
-        bias = torch.zeros(visible.shape, device=self.own.device).masked_fill_(~visible, float("-inf"))
+        bias = torch.zeros(visible.shape, device=self.private.device).masked_fill_(~visible, float("-inf"))
         return bias[:, None, None]
 
-    def _mask(self, run: _Run, window: int | None) -> Tensor | None:
-        """(length, keys) bool, True where a token sees a key; None for plain causal attention to the run."""
-        keys = run.length if run.slot is None else run.prefix_length + run.own_length
-        if run.slot is None and (window is None or run.length <= window):
+    def _mask(self, stretch: _Stretch, window: int | None) -> Tensor | None:
+        """(length, keys) bool, True where a token sees a key; None for plain causal attention within it."""
+        keys = stretch.length if stretch.slot is None else stretch.prefix_length + stretch.private_length
+        if stretch.slot is None and (window is None or stretch.length <= window):
             return None
-        key = torch.arange(keys, device=self.own.device)
-        distance = key[-run.length :, None] - key  # keys are consecutive positions, the run's own at the end
+        key = torch.arange(keys, device=self.private.device)
+        distance = key[-stretch.length :, None] - key  # keys are consecutive positions, its own at the end
         return (distance >= 0) & (distance < (window or keys + 1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q (1, N, T, D), k and v (1, K, T, D), rotated -> (1, N, T, D)."""
         q, k, v = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (T, heads, D)
-        n = self.own_tokens
-        self.own.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
+        n = self.private_tokens
+        self.private.write(layer, self.slots[:n], self.places[:n], k[:n], v[:n])
         if n < len(k):
             self.prefixes.write(layer, self.slots[n:], self.places[n:], k[n:], v[n:])
         out = [self._attend_rows(layer, q[: self.batch])]
-        out += [self._attend_run(layer, run, q, k, v) for run in self.runs]
-        return (torch.cat(out) if self.runs else out[0]).transpose(0, 1)[None]
+        out += [self._attend_stretch(layer, stretch, q, k, v) for stretch in self.stretches]
+        return (torch.cat(out) if self.stretches else out[0]).transpose(0, 1)[None]
 
     def _attend_rows(self, layer: int, q: Tensor) -> Tensor:
         """One query per row, (B, N, D) -> (B, N, D)."""
         batch, heads, size = q.shape
         q = q.reshape(batch, -1, heads // self.config.num_kv_heads, size)  # (B, K, r, D)
-        own_keys, own_values = (x[:batch, :, : self.own_length].flatten(0, 1) for x in self.own.layer(layer))
+        private_keys, private_values = (
+            x[:batch, :, : self.private_length].flatten(0, 1) for x in self.private.layer(layer)
+        )
         if self.copy_keys:
-            own_keys = own_keys.contiguous()
-        scores = torch.bmm(q.flatten(0, 1), own_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
+            private_keys = private_keys.contiguous()
+        scores = torch.bmm(q.flatten(0, 1), private_keys.transpose(1, 2)).view(
+            *q.shape[:3], -1
+        )  # (B, K, r, L)
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
         bias = self._biases[self.config.windows[layer]]
         # Scaled, masked and normalised in float32 whatever the model's type.
         weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
-        own_weights = weights[..., self.prefix_length :].flatten(0, 1)
-        out = torch.bmm(own_weights, own_values).view(q.shape)
+        private_weights = weights[..., self.prefix_length :].flatten(0, 1)
+        out = torch.bmm(private_weights, private_values).view(q.shape)
         if self.prefix_length:
             out += self._against_prefix(layer, weights[..., : self.prefix_length], values=True)
         return out.view(batch, heads, size)
@@ -345,16 +351,16 @@ class CachedAttention:
         out = out.reshape(len(self.members), -1).index_select(0, self.place)
         return out.view(batch, kv_heads, repeats, -1)
 
-    def _attend_run(self, layer: int, run: _Run, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Several tokens of one sequence: q (T, N, D) -> (run.length, N, D)."""
-        tokens = slice(run.first, run.first + run.length)
-        if run.slot is None:
+    def _attend_stretch(self, layer: int, stretch: _Stretch, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Several tokens of one sequence: q (T, N, D) -> (stretch.length, N, D)."""
+        tokens = slice(stretch.first, stretch.first + stretch.length)
+        if stretch.slot is None:
             keys, values = k[tokens].transpose(0, 1), v[tokens].transpose(0, 1)
         else:
-            slot, n, m = run.slot, run.prefix_length, run.own_length
+            slot, n, m = stretch.slot, stretch.prefix_length, stretch.private_length
             keys, values = (
-                torch.cat([prefix[run.prefix_slot, :, :n], own[slot, :, :m]], dim=1)
-                for prefix, own in zip(self.prefixes.layer(layer), self.own.layer(layer), strict=True)
+                torch.cat([prefix[stretch.prefix_slot, :, :n], private[slot, :, :m]], dim=1)
+                for prefix, private in zip(self.prefixes.layer(layer), self.private.layer(layer), strict=True)
             )
-        mask = self._masks[run, self.config.windows[layer]]
+        mask = self._masks[stretch, self.config.windows[layer]]
         return attention(q[tokens].transpose(0, 1)[None], keys[None], values[None], mask)[0].transpose(0, 1)

@@ -403,8 +403,8 @@ def test_cache_gb_bounds_the_caches_and_changes_no_text(model):
     for rows in (1, 2, 3):
         sampler = Sampler(model, stop_token_ids=STOPS, cache_gb=rows * one_row * token_bytes / 1e9)
         assert texts(sampler.run(make_rows())) == expected
-        held = sampler._own.held_tokens + sampler._prefixes.held_tokens
-        assert sampler._own.slots >= rows and held <= rows * one_row
+        held = sampler._private.held_tokens + sampler._prefixes.held_tokens
+        assert sampler._private.slots >= rows and held <= rows * one_row
     with pytest.raises(
         ValueError, match=r"cache_gb must be at least 2.89e-05 for one row of 113 tokens, got 2.87e-05"
     ):
@@ -428,8 +428,8 @@ def test_feeds_longer_than_foreseen(model, cache_gb):
         finished = sampler.run(rows())
         assert texts(finished) == texts(alone)
         assert_logprobs(model, finished, 1.0)
-        held = sampler._own.held_tokens + sampler._prefixes.held_tokens
-        assert held * sampler._own.token_bytes <= cache_gb * 1e9
+        held = sampler._private.held_tokens + sampler._prefixes.held_tokens
+        assert held * sampler._private.token_bytes <= cache_gb * 1e9
 
 
 def test_a_feed_too_long_for_the_cache_names_cache_gb(model):
