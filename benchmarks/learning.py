@@ -40,7 +40,6 @@ from grpo.evaluate.comparison import ModelResult, model_figures  # noqa: E402
 from grpo.experiments.outcome import ARM_COLUMNS, Column, Outcome, Row, difference  # noqa: E402
 from grpo.experiments.study import evaluate, joined  # noqa: E402
 from grpo.run import build, checkpoint, files  # noqa: E402
-from grpo.run.metrics import read_jsonl  # noqa: E402
 from grpo.tasks import opening  # noqa: E402
 
 QUESTION = "How soon does RL make the second try better, ours and TRL's?"
@@ -73,7 +72,7 @@ def train_ours(run: Path, folder: Path, arguments: argparse.Namespace) -> Curve:
         code = 0 if done else train.main(["--resume", str(output)])
     if code or output is None:
         raise RuntimeError(f"train.py ended with status {code}")
-    times = [line["step_time"] for line in read_jsonl(output / "timings.jsonl")]
+    times = [line["step_time"] for line in files.read_jsonl(output / "timings.jsonl")]
     saved = (output / "checkpoints").glob("step-*")
     return _curve({checkpoint.step_of(path): path for path in saved}, times)
 

@@ -12,17 +12,18 @@ Left out: nested sections, environment variables, schedules of settings, and TRL
 
 import argparse
 import dataclasses
-import difflib
 import json
 import math
 import operator
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
+
+from grpo.tasks import nearest
 
 # --- typed fields ----------------------------------------------------------------------------------------
 #
@@ -72,12 +73,6 @@ def field(default: Any, help: str, **argument: Any) -> Any:
     if isinstance(default, type):
         return dataclasses.field(default_factory=default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean X?` with the known name nearest to `name`, or nothing where none is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {prefix}{matches[0]}?" if matches else ""
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:

@@ -15,7 +15,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 if __name__ == "__main__":
     set_up_process()  # before the imports below, which take seconds
 
-from grpo.rollout import Attempt, Rollout
+from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
 from grpo.sampler.engine import Turn
 from grpo.tasks import Example, Verdict
@@ -52,7 +52,7 @@ def collect(
     failures_per_example: int = 1,
     keep_solved: bool = False,
     weights: str = "",
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[Attempt]:
     """Samples, verifies and stores the failures of `examples`; goes on with what `path` already holds.
 

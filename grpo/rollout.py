@@ -31,7 +31,7 @@ STAGES = {"failures": 0, "rollout": 1, "validation": 2, "evaluation": 3}
 ATTEMPT, REFLECTION, RETRY = 0, 1, 2  # the turn, likewise
 
 
-Progress = Callable[[int, int], None]  # called with (rows done, rows)
+Progress = Callable[[int, int], None]  # called with (done, in all); may raise to stop the work
 
 
 def reward(

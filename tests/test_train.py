@@ -15,8 +15,7 @@ from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
 from grpo.learner.optimizer import MasterAdamW
-from grpo.run import checkpoint, files, state
-from grpo.run import metrics as metrics_module
+from grpo.run import checkpoint, files
 from grpo.tasks import Verdict
 
 ROOT = Path(__file__).parent.parent
@@ -379,7 +378,7 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
 
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
-    def fill(*args):
+    def fill(*args, **options):
         raise FULL[0]
 
     monkeypatch.setattr(files, "append_jsonl", fill)
@@ -458,10 +457,10 @@ def test_a_full_disk_while_a_step_is_logged_saves_the_step_before(quick, monkeyp
     """The update of step 2 was taken, but its lines are not in the logs: the run continues from step 1."""
     real = files.append_jsonl
 
-    def fill(path, record):
-        if path.name == "episodes.jsonl" and record["step"] == 2:
+    def fill(path, *records, **options):
+        if path.name == "episodes.jsonl" and records[0]["step"] == 2:
             raise FULL[0]
-        real(path, record)
+        real(path, *records, **options)
 
     monkeypatch.setattr(files, "append_jsonl", fill)
     done = quick(save_steps=1)
@@ -484,10 +483,10 @@ def test_an_exception_in_the_warm_start_saves_its_steps(quick, monkeypatch):
 
 def test_each_step_reads_no_log_again(quick, monkeypatch):
     """Validated steps are remembered: reading metrics.jsonl at every step would be quadratic in a run."""
-    reads = []
-    for owner in (state, metrics_module):
-        real = owner.read_jsonl
-        monkeypatch.setattr(owner, "read_jsonl", lambda path, real=real: reads.append(path) or real(path))
+    reads, read = [], files.read_jsonl
+    monkeypatch.setattr(
+        files, "read_jsonl", lambda path, **options: reads.append(path) or read(path, **options)
+    )
     counts = []
     for steps in (2, 6):
         reads.clear()

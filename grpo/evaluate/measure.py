@@ -19,13 +19,11 @@ from typing import Any
 
 from grpo.episode import Episode
 from grpo.evaluate.comparison import CONTROLS, ModelResult, ProblemRecord
-from grpo.rollout import Attempt, Rollout
+from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
 from grpo.tasks import Example, TolerantTask
 
 BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
-
-Progress = Callable[[int, int], None]
 
 
 def measure(

@@ -41,9 +41,9 @@ class Noisy:
         self.name, self.system = self.true.name, self.true.system
         self.reflection_instruction = self.true.reflection_instruction
         self._train: set[str] = set()
-        for method in ("opening", "transcript", "tolerant"):  # methods that only some tasks have
-            if hasattr(self.true, method):
-                setattr(self, method, getattr(self.true, method))
+        for name in ("opening", "transcript", "tolerant", "format_reasons"):  # what only some tasks have
+            if hasattr(self.true, name):
+                setattr(self, name, getattr(self.true, name))
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         examples = self.true.examples(split, count, offset)

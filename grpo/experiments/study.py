@@ -28,7 +28,6 @@ from grpo.evaluate.comparison import ModelResult
 from grpo.evaluate.measure import records_file
 from grpo.run import checkpoint, files
 from grpo.run.diagnostics import nothing_right
-from grpo.run.metrics import read_jsonl
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"  # next to grpo/, in a checkout and in a wheel
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
@@ -68,14 +67,20 @@ class Arm:
 
     def metrics(self) -> list[dict[str, Any]]:
         """A line per step of RL, without those of validations and warnings."""
-        return [line for line in read_jsonl(self.folder / "metrics.jsonl") if "reward" in line]
+        return [
+            line
+            for line in files.read_jsonl(self.folder / "metrics.jsonl", missing_ok=True)
+            if "reward" in line
+        ]
 
     def episodes(self) -> Iterator[dict[str, Any]]:
         return files.read_jsonl(self.folder / "episodes.jsonl")
 
     def seconds(self) -> float:
         """Seconds of RL."""
-        return sum(line["step_time"] for line in read_jsonl(self.folder / "timings.jsonl"))
+        return sum(
+            line["step_time"] for line in files.read_jsonl(self.folder / "timings.jsonl", missing_ok=True)
+        )
 
     def sampled_tokens(self) -> int:
         """Tokens that the policy sampled during RL."""
@@ -201,7 +206,7 @@ def _has_records(run: Path) -> bool:
 
 
 def _lacks_signal(folder: Path) -> bool:
-    return nothing_right(read_jsonl(folder / "metrics.jsonl")) is not None
+    return nothing_right(list(files.read_jsonl(folder / "metrics.jsonl", missing_ok=True))) is not None
 
 
 # --- processes ----------------------------------------------------------------------------------------------

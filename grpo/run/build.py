@@ -32,6 +32,7 @@ from grpo.rollout import Rollout
 from grpo.run import files
 from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
+from grpo.sampler.kv_cache import SlotCache
 from grpo.tasks import Example, Task, WarmStartTask, get_task, opening
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -316,7 +317,7 @@ def _check_room(config: Config, parts: Parts, example: Example) -> None:
             f"{sizes} must fit the model's max_position_embeddings, {model.max_position_embeddings}: lower "
             "max_reflection_length or max_completion_length, or choose a task with shorter prompts"
         )
-    per_token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * parts.dtype.itemsize
+    per_token = SlotCache(model, dtype=parts.dtype, device=torch.device("cpu")).token_bytes
     if total * per_token > config.cache_gb * 1e9:
         raise ValueError(
             f"cache_gb must be at least {total * per_token / 1e9:.3g} for {sizes}, got {config.cache_gb:g}"

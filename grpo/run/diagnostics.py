@@ -13,11 +13,6 @@ from typing import Any
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" and the metrics logged then
 Rule = Callable[[Sequence[Record]], str | None]  # what the metrics so far give cause to say
 
-# Verdicts that mean "the answer could not be read", as against "the answer was read and is wrong".
-FORMAT_REASONS = frozenset(
-    "no_answer empty too_long illegal_char syntax parse multi_block no_call dup_key nonfinite shape"
-    " positional non_literal".split()
-)
 WINDOW = 5  # steps over which a rule averages
 
 
@@ -38,8 +33,8 @@ class Warnings:
     def update(self, record: Record) -> dict[str, str]:
         """Takes the newest metrics and returns what is to be said now for the first time: name -> advice."""
         self.history.append(record)
-        found = {name: rule(self.history) for name, rule in self.rules.items() if name not in self.given}
-        new = {name: advice for name, advice in found.items() if advice is not None}
+        advices = {name: rule(self.history) for name, rule in self.rules.items() if name not in self.given}
+        new = {name: advice for name, advice in advices.items() if advice is not None}
         self.given.update(new)
         return new
 

@@ -21,6 +21,44 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+# --- JSON lines ------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path, *, missing_ok: bool = False) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON lines file, in order and one at a time.
+
+    Args:
+        missing_ok: a file that does not exist has no lines.
+    Raises:
+        MismatchError: a line is not JSON; the message names file and line.
+    """
+    if missing_ok and not Path(path).exists():
+        return
+    with open(path, encoding="utf-8") as file:
+        for number, text in enumerate(file, 1):
+            try:
+                yield json.loads(text)
+            except json.JSONDecodeError as error:
+                raise MismatchError(f"{path}, line {number}: not JSON ({error})") from error
+
+
+def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) -> None:
+    """Appends one line per record, in a single write.
+
+    The file is opened for each call, so a killed run has lost no line that it printed.
+
+    Args:
+        sync: return when the lines are on the disk.
+    Raises:
+        ValueError: a record holds NaN or infinity, which JSON cannot.
+    """
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+
+
 # --- JSON lines in whole blocks --------------------------------------------------------------------------
 #
 # JSON lines files that grow in whole blocks, so that long work goes on after a kill where its last block
@@ -52,29 +90,12 @@ def append_block(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str
     """Appends one block. `end_line` must hold the key `block`, which no other line may begin with."""
     end_line = {"block": end_line["block"], **end_line}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in [*lines, end_line]))
-        file.flush()
-        os.fsync(file.fileno())
+    append_jsonl(path, *lines, end_line, sync=True)
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """All lines but the end lines."""
     return (line for line in read_jsonl(path) if "block" not in line)
-
-
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines in order, end lines included.
-
-    Raises:
-        MismatchError: a line is not JSON; the message names file and line.
-    """
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                raise MismatchError(f"{path}, line {number}: not JSON ({error})") from error
 
 
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
@@ -236,12 +257,6 @@ def _write_failure(final: Path, error: Exception, written: int) -> str:
 
 
 # --- logs
-
-
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """One line. The file is opened anew for each: a killed run has then lost no line that it printed."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:

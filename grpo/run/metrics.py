@@ -8,14 +8,17 @@ Left out: averaging over steps (it hides the steps that went wrong, and a reader
 trackers.
 """
 
-import json
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from grpo.run.diagnostics import FORMAT_REASONS, Record, Warnings
+from grpo.episode import Episode, episode_metrics
+from grpo.rollout import Attempt
+from grpo.run import files
+from grpo.run.diagnostics import Record, Warnings
+from grpo.tasks import Task, format_reasons
 
 # Label and number format of what the console shows of a step.
 _CONSOLE = {
@@ -55,22 +58,25 @@ class Metrics:
         self.max_steps = max_steps
         self.console = console or sys.stdout
         self.writer = _summary_writer(self.run_dir / "tensorboard") if tensorboard else None
-        self.warnings = Warnings(read_jsonl(self.run_dir / "metrics.jsonl"), dtype=dtype)
+        history = files.read_jsonl(self.run_dir / "metrics.jsonl", missing_ok=True)
+        self.warnings = Warnings(history, dtype=dtype)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line in metrics.jsonl and one on the console. NaN and infinity become null."""
         record: Record = {"step": step} | {name: _number(metrics[name]) for name in sorted(metrics)}
-        _append(self.run_dir / "metrics.jsonl", record)
+        files.append_jsonl(self.run_dir / "metrics.jsonl", record)
         self._say(console_line(record, self.max_steps))
         self._scalars(record)
         for name, advice in self.warnings.update(record).items():
-            _append(self.run_dir / "metrics.jsonl", {"step": step, "warning": name, "advice": advice})
+            files.append_jsonl(
+                self.run_dir / "metrics.jsonl", {"step": step, "warning": name, "advice": advice}
+            )
             self._say(f"warning: {advice}")
 
     def timings(self, step: int, seconds: Mapping[str, float]) -> None:
         """One line in timings.jsonl: seconds, token rates, whatever differs from run to run."""
         record: Record = {"step": step} | {name: _number(seconds[name]) for name in sorted(seconds)}
-        _append(self.run_dir / "timings.jsonl", record)
+        files.append_jsonl(self.run_dir / "timings.jsonl", record)
         self._scalars(record, prefix="timings/")
 
     def close(self) -> None:
@@ -101,27 +107,47 @@ def console_line(record: Record, max_steps: int | None = None) -> str:
     return "  ".join(parts)
 
 
-def verdict_metrics(reasons: Iterable[str]) -> dict[str, float]:
-    """Shares of right answers and of answers that could not be read, from the verdicts' reasons."""
-    reasons = list(reasons)
+def step_metrics(
+    learner_metrics: Mapping[str, float],
+    episodes: Sequence[Episode],
+    *,
+    train_on: str,
+    task: Task,
+    groups: Sequence[Attempt],
+) -> dict[str, float]:
+    """All metrics of one step of RL.
+
+    Args:
+        learner_metrics: what `Learner.step` returned.
+        episodes: the step's.
+        train_on: the setting; "attempt" has no reflections, so no `leaks`.
+        task: the verifier of the episodes.
+        groups: the failed attempt of each group; `group_id` of an episode is an index into them.
+    Returns:
+        `learner_metrics`, rewards and lengths (`episode_metrics`), verdicts (`verdict_metrics`), and `leaks`:
+        the share of reflections that state an accepted answer.
+    """
+    metrics = {**learner_metrics, **episode_metrics(episodes, train_on)}
+    reasons = [reason for episode in episodes for reason in episode.reasons]
+    metrics |= verdict_metrics(reasons, format_reasons(task))
+    if train_on != "attempt":
+        leaks = [task.leaks(groups[e.group_id].example, e.texts["reflection"]) for e in episodes]
+        metrics["leaks"] = sum(leaks) / len(leaks)
+    return metrics
+
+
+def verdict_metrics(reasons: Sequence[str], format_reasons: frozenset[str]) -> dict[str, float]:
+    """Shares of right answers, and of answers that could not be read, from the verdicts' reasons.
+
+    Args:
+        reasons: one per verdict.
+        format_reasons: those that say that the answer could not be read; see `grpo.tasks.Task`.
+    """
     count = max(len(reasons), 1)
     return {
         "verdicts/ok": sum(reason == "ok" for reason in reasons) / count,
-        "verdicts/format": sum(reason in FORMAT_REASONS for reason in reasons) / count,
+        "verdicts/format": sum(reason in format_reasons for reason in reasons) / count,
     }
-
-
-def read_jsonl(path: Path) -> list[Record]:
-    """The records of a .jsonl file; none where there is no file."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _append(path: Path, record: Record) -> None:
-    # opened anew for each line: a step takes seconds, and a killed run then has lost no line that it printed
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def _number(value: Any) -> float | int | None:

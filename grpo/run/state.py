@@ -24,7 +24,6 @@ from grpo.model import weights
 from grpo.run import build, checkpoint, files
 from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
-from grpo.run.metrics import read_jsonl
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
@@ -155,7 +154,7 @@ class RunState:
 
 def validated(folder: Path) -> dict[int, float]:
     """Share of right second tries by step, as far as validated; from the log, so a continued run knows it."""
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = files.read_jsonl(folder / "metrics.jsonl", missing_ok=True)
     return {record["step"]: record[SECOND_TRY] for record in records if SECOND_TRY in record}
 
 

@@ -14,7 +14,7 @@ import importlib
 import inspect
 import pkgutil
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
@@ -63,7 +63,11 @@ class Transcript:
 
 
 class Task(Protocol):
-    """What the trainer asks of a task. `system` None means that there is no system message."""
+    """What the trainer asks of a task. `system` is None if there is no system message.
+
+    A task may also have `format_reasons: frozenset[str]`, those of its reason codes that say that an answer
+    could not be read. Other wrong answers were read.
+    """
 
     name: str
     system: str | None
@@ -176,6 +180,11 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
     return task
 
 
+def format_reasons(task: Task) -> frozenset[str]:
+    """The task's reason codes for answers that could not be read; none if it does not declare them."""
+    return frozenset(getattr(task, "format_reasons", ()))
+
+
 def check_split(split: str) -> None:
     """Raises ValueError unless `split` is one of SPLITS."""
     if split not in SPLITS:
@@ -185,7 +194,7 @@ def check_split(split: str) -> None:
 def _registered_factory(name: str) -> Callable[..., Any]:
     known = task_names()
     if name not in _REGISTRY:
-        hint = _nearest(name, known)
+        hint = nearest(name, known)
         raise ValueError(f"task must be one of {', '.join(known)} or package.module:Name, got {name!r}{hint}")
     return _REGISTRY[name]
 
@@ -203,7 +212,7 @@ def _import_factory(spec: str) -> Callable[..., Any]:
         raise ValueError(f"task {spec!r}: no module {error.name!r} on the import path") from error
     if not hasattr(module, attribute):
         names = [name for name in dir(module) if not name.startswith("_")]
-        raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{_nearest(attribute, names)}")
+        raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
     return getattr(module, attribute)
 
 
@@ -214,7 +223,7 @@ def _check_options(spec: str, factory: Callable[..., Any], options: dict[str, An
     for option in options if not takes_any else ():
         if option not in names:
             known = ", ".join(names) or "none"
-            hint = _nearest(str(option), list(names))
+            hint = nearest(str(option), names)
             raise ValueError(f"task_options of {spec!r} must be among: {known}; got {option!r}{hint}")
     try:
         signature.bind(**options)
@@ -239,6 +248,10 @@ def _fits(value: Any, kind: type) -> bool:
     return type(value) is kind or (kind is float and type(value) is int)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=3)
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`; did you mean X?` with the known name nearest to `name`, or nothing if none is near.
+
+    Ends the message about an unknown name; the settings use it too. `prefix` is put before X.
+    """
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{matches[0]}?" if matches else ""

@@ -75,6 +75,7 @@ class Countdown:
     """
 
     name = "countdown"
+    format_reasons = frozenset({"no_answer", "empty", "too_long", "illegal_char", "syntax"})
     reflection_instruction = (
         "You tried solving the problem and got the wrong answer. Reflect on what went wrong and write a "
         "short explanation that will help you do better next time."

@@ -10,6 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from grpo.run.files import (
+    MismatchError,
     RunDirError,
     RunLockedError,
     append_jsonl,
@@ -17,6 +18,7 @@ from grpo.run.files import (
     lock,
     log_sizes,
     new_run_dir,
+    read_jsonl,
     remove_if_empty,
     written_whole,
 )
@@ -124,6 +126,25 @@ def test_written_whole_leaves_nothing_half_written(tmp_path, error, expected, me
             raise error
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final").read_text() == "old"
+
+
+# --- JSON lines ---------------------------------------------------------------------------------------------
+
+
+def test_json_lines_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(FileNotFoundError):
+        list(read_jsonl(path))
+    assert list(read_jsonl(path, missing_ok=True)) == []
+    append_jsonl(path, {"a": 0.1 + 0.2}, {"text": "ä\u2028"}, sync=True)
+    append_jsonl(path, {"a": 1})
+    assert list(read_jsonl(path)) == [{"a": 0.1 + 0.2}, {"text": "ä\u2028"}, {"a": 1}]
+    with pytest.raises(ValueError):
+        append_jsonl(path, {"a": 2}, {"a": float("nan")})
+    assert len(list(read_jsonl(path))) == 3  # nothing is written of a call that fails
+    path.write_text('{"a": 1}\n{"a"')
+    with pytest.raises(MismatchError, match="a.jsonl, line 2: not JSON"):
+        list(read_jsonl(path))
 
 
 # --- logs ---------------------------------------------------------------------------------------------------

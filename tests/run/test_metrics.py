@@ -1,6 +1,5 @@
 """What a run writes down: the same bytes in a rerun; and each warning once, where its cause is."""
 
-import ast
 import io
 import json
 import math
@@ -8,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
-from grpo.run import metrics as module
 from grpo.run.diagnostics import RULES, WINDOW, Warnings, nothing_right, sampling_difference
-from grpo.run.metrics import Metrics, console_line, verdict_metrics
+from grpo.run.metrics import Metrics, console_line, step_metrics, verdict_metrics
 
 STEP = {
     "reward": 0.4125, "completions/mean_length": 57.25, "frac_reward_zero_std": 0.25, "kl": 0.00123,
@@ -79,9 +78,42 @@ def test_each_log_is_one_console_line(tmp_path):
 
 
 def test_verdict_metrics_tell_wrong_from_unreadable():
-    mixed = verdict_metrics(["ok", "wrong_value", "no_answer", "parse"])
+    mixed = verdict_metrics(["ok", "wrong_value", "no_answer", "parse"], frozenset({"no_answer", "parse"}))
     assert mixed == {"verdicts/ok": 0.25, "verdicts/format": 0.5}
-    assert verdict_metrics([]) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+    assert verdict_metrics([], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+
+
+class Declared(tiny.Toy):
+    format_reasons = frozenset({"wrong"})
+
+
+class Undeclared(tiny.Toy):
+    """A user's task that does not say which of its reasons are format errors."""
+
+    format_reasons = ()
+
+
+@pytest.mark.parametrize(("task", "unreadable"), [(Declared(), {"wrong"}), (Undeclared(), set())])
+def test_the_metrics_of_a_step_are_those_of_learner_episodes_and_task(task, unreadable):
+    parts = tiny.build(task=task)
+    pool = tiny.failures(parts, 3)
+    episodes = tiny.episodes(parts, pool)
+    metrics = step_metrics({"loss": 0.5}, episodes, train_on="reflection", task=task, groups=pool)
+    reasons = [reason for episode in episodes for reason in episode.reasons]
+    assert "wrong" in reasons and metrics["loss"] == 0.5
+    assert metrics["reward"] == sum(episode.reward for episode in episodes) / len(episodes)
+    assert metrics["verdicts/ok"] == reasons.count("ok") / len(reasons)
+    assert metrics["verdicts/format"] == sum(reason in unreadable for reason in reasons) / len(reasons)
+    leaks = [any(c.isdecimal() for c in episode.texts["reflection"]) for episode in episodes]
+    assert metrics["leaks"] == sum(leaks) / len(leaks)
+
+
+def test_steps_without_reflections_have_no_leaks():
+    parts = tiny.build(train_on="attempt")
+    pool = tiny.failures(parts, 3)
+    episodes = tiny.episodes(parts, pool)
+    metrics = step_metrics({}, episodes, train_on="attempt", task=parts.task, groups=pool)
+    assert "leaks" not in metrics and metrics["completions/max_length"] <= 8
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------
@@ -113,15 +145,6 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     run.timings(1, {"step_time": 2.0})
     run.close()
     assert seen == [("loss", 0.5, 1), ("timings/step_time", 2.0, 1), "closed"]
-
-
-def test_metrics_needs_the_standard_library_only():
-    tree = ast.parse(Path(module.__file__).read_text())
-    top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in top if isinstance(node, ast.Import) for alias in node.names}
-    names |= {node.module for node in top if isinstance(node, ast.ImportFrom)}
-    names.remove("grpo.run.diagnostics")  # which needs no more
-    assert {name.split(".")[0] for name in names} <= set(sys.stdlib_module_names)
 
 
 # --- warnings ---------------------------------------------------------------------------------------------

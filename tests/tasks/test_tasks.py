@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from grpo import tasks
-from grpo.tasks import Example, Transcript, Verdict, get_task, register, task_names
+from grpo.tasks import Example, Transcript, Verdict, format_reasons, get_task, register, task_names
 from grpo.tasks.countdown import Countdown
+from grpo.tasks.function_calling import FunctionCalling
 
 DOC = Path(__file__).parents[2] / "docs" / "tasks.md"
 
@@ -75,6 +76,15 @@ def test_an_import_error_inside_the_users_module_is_shown_as_it_is(
         get_task("task_with_bad_import:Task", {})
 
 
+def test_tasks_declare_which_verdicts_are_format_errors() -> None:
+    countdown, calls = get_task("countdown"), get_task("function_calling")
+    assert format_reasons(countdown) == {"no_answer", "empty", "too_long", "illegal_char", "syntax"}
+    assert "parse" in format_reasons(calls) and "wrong_value" not in format_reasons(calls)
+    for text, unreadable in (("", True), ("<answer>1 +</answer>", True), ("<answer>1</answer>", False)):
+        verdict = countdown.verify(countdown.examples("train", 1)[0], text)
+        assert (verdict.reason in format_reasons(countdown)) == unreadable
+
+
 def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
 
@@ -113,9 +123,11 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_options_in_the_docs_are_those_of_the_class() -> None:
     import inspect
 
-    table = re.findall(r"^\| (`.*?) \|", DOC.read_text(encoding="utf-8"), re.MULTILINE)
-    names = re.findall(r"`(\w+)`", " ".join(table))
-    assert names == list(inspect.signature(Countdown).parameters)
+    for section, factory in (("Countdown", Countdown), ("Function calling", FunctionCalling)):
+        text = DOC.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]
+        table = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+        names = re.findall(r"`(\w+)`", " ".join(table))
+        assert names == list(inspect.signature(factory).parameters)
     setting = re.search(r"paper's setting is `(.*?)`", DOC.read_text(encoding="utf-8"))
     assert setting
     get_task("countdown", json.loads(setting[1]))

@@ -92,6 +92,9 @@ class FunctionCalling:
     """
 
     name = "function_calling"
+    format_reasons = frozenset(
+        "too_long multi_block empty no_call parse dup_key nonfinite shape positional non_literal".split()
+    )
     system: str | None = None  # the tools stand in the first messages, see `opening`
     reflection_instruction = (
         "You tried performing the task, but failed in generating the correct tool call. Reflect on what went "
