@@ -29,7 +29,7 @@ from pathlib import Path
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
-if __name__ == "__main__":
+if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # which imports this file first
     set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
@@ -46,7 +46,7 @@ from grpo.learner.learner import Learner, NonFiniteError
 from grpo.rollout import Attempt, attempt_episodes
 from grpo.run import build, checkpoint, files, state
 from grpo.run.diagnostics import nothing_right
-from grpo.run.metrics import Metrics, verdict_metrics
+from grpo.run.metrics import Metrics, step_metrics
 from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
@@ -176,13 +176,14 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             episodes = sample(run, groups, step)
             sampled = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
-            figures = learner.step(episodes)
+            update = learner.step(episodes)
             # The sampler gets the new weights; free where it shares the learner's tensors.
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
             for episode in episodes:
                 files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **vars(episode)})
-            metrics.log(step, figures | text_metrics(run, groups, episodes))
+            figures = step_metrics(update, episodes, train_on=config.train_on, task=parts.task, groups=groups)
+            metrics.log(step, figures)
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
@@ -208,15 +209,6 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     finally:
         steps.close()
         metrics.close()
-
-
-def text_metrics(run: RunState, groups: Sequence[Attempt], episodes: Sequence[Episode]) -> dict[str, float]:
-    """What the texts of a step show: shares of verdicts, and of reflections that state an accepted answer."""
-    figures = verdict_metrics(reason for episode in episodes for reason in episode.reasons)
-    if run.config.train_on != "attempt":
-        pairs = [(groups[episode.group_id].example, episode.texts["reflection"]) for episode in episodes]
-        figures["leaks"] = sum(run.parts.task.leaks(*pair) for pair in pairs) / len(pairs)
-    return figures
 
 
 def validate(run: RunState, step: int, metrics: Metrics) -> None:

@@ -5,11 +5,16 @@
     python benchmarks/evidence.py supervised RUN        the warm start of RUN continued for as long as its RL
     python benchmarks/evidence.py longer RUN            the RL of RUN with twice the steps
     python benchmarks/evidence.py table RUN...          tries and gains of runs, with paired 95% intervals
+    python benchmarks/evidence.py curve RUN...          the second tries of the first RUN by step, as an SVG
 
-The three controls begin from the weights in RUN/start and meet the same problems with the same noise as RUN,
-so that they differ in nothing but what is claimed. Each command but the last leaves a run directory; those of
-`seeds` and `longer` go on after a kill with `python train.py --resume RUN`. `seeds` takes the options of
-train.py as well (`--KEY VALUE`). `table` writes evidence.json beside the first run.
+The three controls begin from the weights in RUN/start and meet the same problems with the same noise as RUN:
+nothing differs but what is claimed. `seeds`, `longer` and the controls leave a run directory each; a run of
+`seeds` or `longer` that was stopped continues with `python train.py --resume RUN`. `seeds` takes the options
+of train.py as well (`--KEY VALUE`). `table` writes evidence.json next to the first run.
+
+`curve` writes second_try.svg, or what `--svg` names. It needs runs with validation (`--eval_steps 2
+--num_validation 128`) and matplotlib. The first run's second, first and blind second tries are drawn with 95%
+intervals, and of each other run, such as a control, the second tries.
 """
 
 from __future__ import annotations
@@ -35,10 +40,11 @@ from grpo import config as configuration  # noqa: E402
 from grpo import warmstart  # noqa: E402
 from grpo.episode import Episode  # noqa: E402
 from grpo.evaluate.comparison import ModelResult, read_report  # noqa: E402
+from grpo.evaluate.statistics import wilson_interval  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.run import files  # noqa: E402
-from grpo.run.state import RunState  # noqa: E402
+from grpo.run.state import SECOND_TRY, RunState  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
@@ -180,6 +186,57 @@ def against(run: Path, other: Path) -> str:
     return f"second try of {run.name} minus that of {other.name}: {percent(difference(after, before))}"
 
 
+def validations(run: Path) -> list[dict[str, float]]:
+    """The validation lines of a run: its tries by step, with that of a retry without reflection."""
+    lines = [line for line in files.read_jsonl(run / "metrics.jsonl") if SECOND_TRY in line]
+    if not lines:
+        raise ValueError(
+            f"{run} must have validated (eval_steps above 0), got no {SECOND_TRY} in its metrics"
+        )
+    tries = []
+    for line in lines:
+        first, blind = line["validation/first_try"], line["validation/retry_blind"]
+        shares = {"second try": line[SECOND_TRY], "first try": first}
+        tries.append({"step": line["step"], **shares, "second try, blind": first + (1 - first) * blind})
+    return tries
+
+
+def curve(runs: Sequence[Path], svg: Path) -> None:
+    """Draws the tries of the first run, and the second tries of the others, by step of RL."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "reflect-grpo"  # the same runs give the same file
+    from matplotlib import pyplot
+
+    config = configuration.load(runs[0] / "config.yaml")
+    lines = {name: (runs[0], name) for name in ("second try", "second try, blind", "first try")}
+    lines |= {f"second try, {run.name.split('-')[-2]}": (run, "second try") for run in runs[1:]}
+    figure, panel = pyplot.subplots(figsize=(7, 3.4))
+    for label, (run, name) in lines.items():
+        points = validations(run)
+        steps, shares = [point["step"] for point in points], [point[name] for point in points]
+        count = configuration.load(run / "config.yaml").num_validation
+        intervals = [wilson_interval(round(share * count), count) for share in shares]
+        errors = [
+            [100 * abs(share - end[side]) for share, end in zip(shares, intervals, strict=True)]
+            for side in (1, 2)
+        ]
+        panel.errorbar(
+            steps, [100 * share for share in shares], yerr=errors, marker="o", capsize=2, label=label
+        )
+    panel.set(xlabel="step of RL", ylabel="problems solved, percent", ylim=(0, 100))
+    panel.set_title(
+        f"{config.num_validation} validation problems of the demo, seed {config.seed}", fontsize=9
+    )
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize=8, loc="upper left", ncols=2)
+    figure.tight_layout()
+    with files.written_whole(svg) as path:
+        figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/evidence.py",
@@ -187,9 +244,10 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", nargs="?", choices=["seeds", "shuffled", "supervised", "longer", "table"])
+    parser.add_argument("what", nargs="?", choices="seeds shuffled supervised longer table curve".split())
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished run directories")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
+    parser.add_argument("--svg", type=Path, default=Path("second_try.svg"), help="(default: %(default)s)")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what is None:  # `make bench` runs every script; this one takes hours, so it has to be asked
         parser.print_help()
@@ -208,6 +266,9 @@ def main(argv: list[str] | None = None) -> int:
         (arguments.runs[0].parent / "evidence.json").write_text(
             json.dumps(rows, indent=2) + "\n", encoding="utf-8"
         )
+        return 0
+    if arguments.what == "curve":
+        curve(arguments.runs, arguments.svg)
         return 0
     for run in arguments.runs:
         if arguments.what == "shuffled":

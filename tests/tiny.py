@@ -21,7 +21,7 @@ from grpo import reference
 from grpo.advantage import group_advantage
 from grpo.chat import Chat
 from grpo.config import Config
-from grpo.episode import Episode
+from grpo.episode import Episode, episode_metrics
 from grpo.learner.learner import Learner
 from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
@@ -76,6 +76,7 @@ class Toy:
     """An answer is right when it holds a digit."""
 
     name, system, reflection_instruction = "toy", "Be brief.", "Why was it wrong?"
+    format_reasons = frozenset({"empty"})
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         return [Example(f"{split}-{i}", f"Problem {i}?", {"i": i}) for i in range(offset, offset + count)]
@@ -208,7 +209,7 @@ def update(parts, episodes, *, dtype=torch.float32, functions=None, **settings):
     reference = other_model(parts, dtype) if parts.config.beta else None
     subject = learner(parts, reference=reference, **(functions or {}))
     episodes = copy.deepcopy(episodes)
-    metrics = subject.step(episodes)
+    metrics = subject.step(episodes) | episode_metrics(episodes, parts.config.train_on)
     assert all(math.isfinite(value) for value in metrics.values()), metrics
     return metrics, subject.optimizer.gradients, episodes
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from grpo.advantage import group_advantage
-from grpo.episode import Episode, episode_metrics
+from grpo.episode import Episode
 from grpo.learner.optimizer import MasterAdamW, scheduled_learning_rate
 from grpo.learner.packing import Batch, pack_episodes, pack_sequences
 from grpo.learner.tree_attention import tree_attend
@@ -131,8 +131,9 @@ class Learner:
         """One step (`num_iterations` updates) on whole groups; sets each episode's `advantage`.
 
         Returns:
-            Metrics by TRL's names, means over the step. Those of the loss, `entropy` and `sampling/*` are
-            over the tokens that went through the model, and absent if none did.
+            Metrics of the update by TRL's names, means over the step. Those of the loss, `entropy` and
+            `sampling/*` are over the tokens that went through the model, and absent if none did. Rewards and
+            lengths are those of the episodes (grpo/episode.py).
         Raises:
             NonFiniteError: the update was not taken; with num_iterations > 1 earlier ones of this step may
                 have been.
@@ -200,7 +201,6 @@ class Learner:
         names = sorted({name for update in updates for name in update})
         return {
             **{name: statistics.fmean(u[name] for u in updates if name in u) for name in names},
-            **episode_metrics(episodes, config.train_on),
             "learning_rate": learning_rate,
             "num_tokens": float(self.num_tokens),
         }

@@ -60,6 +60,21 @@ def test_controls_start_from_the_weights_of_the_run(seeded, what, capsys):
         assert sorted(first) == sorted(same)
 
 
+def test_curve_draws_the_validations_of_a_run_and_of_its_controls(seeded, tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [str(seeded / "seed1-001"), str(seeded / "seed2-001")]
+    for svg in (tmp_path / "a.svg", tmp_path / "b.svg"):
+        assert evidence.main(["curve", *runs, "--svg", str(svg)]) == 0
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+    steps = [line["step"] for line in evidence.validations(seeded / "seed1-001")]
+    logged = [line for line in tiny_run.records(seeded / "seed1-001") if "validation/retry" in line]
+    assert steps == [line["step"] for line in logged] == [0, 2, 4]
+    for point, line in zip(evidence.validations(seeded / "seed1-001"), logged, strict=True):
+        wrong = 1 - line["validation/first_try"]
+        assert point["second try"] == pytest.approx(1 - wrong * (1 - line["validation/retry"]))
+        assert point["second try, blind"] == pytest.approx(1 - wrong * (1 - line["validation/retry_blind"]))
+
+
 def test_without_a_command_it_says_what_it_can_do(capsys):
     assert evidence.main([]) == 0
     assert "equal-compute" in capsys.readouterr().out

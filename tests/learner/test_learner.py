@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo.advantage import group_advantage
-from grpo.episode import Episode
+from grpo.episode import Episode, episode_metrics
 from grpo.learner import tree_attention
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.learner.optimizer import MasterAdamW, scheduled_learning_rate
@@ -195,9 +195,9 @@ def test_episodes_without_a_signal_are_left_out_exactly():
 
     subject = learner(config(beta=0.0), torch.float64, grpo_loss=recording_loss)
     model = copy.deepcopy(subject.model)
-    metrics = subject.step(batch)
+    subject.step(batch)
     assert seen == [sum(sum(e.loss_mask("reflection")) for e in batch)]
-    assert metrics["frac_reward_zero_std"] == pytest.approx(1 / 6)
+    assert episode_metrics(batch, "reflection")["frac_reward_zero_std"] == pytest.approx(1 / 6)
 
     everything = pack_episodes(batch, train_on="reflection", max_tokens=10_000)[0]
     attend = tree_attend(everything.trees, model.config.windows)
@@ -217,8 +217,10 @@ def test_episodes_without_a_signal_are_left_out_exactly():
 def test_a_step_without_any_signal(beta):
     subject = learner(config(beta=beta))
     subject.step(episodes(seed=1))
-    metrics = subject.step(episodes(rewards=(1.0, 1.0, 1.0)))
-    assert metrics["frac_reward_zero_std"] == 1.0 and metrics["reward_std"] == 0.0
+    batch = episodes(rewards=(1.0, 1.0, 1.0))
+    metrics = subject.step(batch)
+    rewards = episode_metrics(batch, "reflection")
+    assert rewards["frac_reward_zero_std"] == 1.0 and rewards["reward_std"] == 0.0
     assert (metrics["grad_norm"] == 0.0) == (beta == 0.0)
     assert ("entropy" in metrics) == (beta > 0)
     assert all(math.isfinite(value) for value in metrics.values())
@@ -260,7 +262,7 @@ def test_all_completions_truncated():
         episode.finish_reason = "length"
     metrics = learner(config(mask_truncated_completions=True)).step(batch)
     assert metrics["loss"] == metrics["grad_norm"] == 0.0
-    assert metrics["completions/clipped_ratio"] == 1.0
+    assert episode_metrics(batch, "reflection")["completions/clipped_ratio"] == 1.0
 
 
 # --- log-probs
@@ -331,6 +333,7 @@ def test_advantages_are_set_and_rewards_kept():
     metrics = learner(config(scale_rewards="none")).step(batch)
     assert [e.advantage for e in batch[:3]] == pytest.approx([-2 / 3, 1 / 3, 1 / 3])
     assert [e.reward for e in batch[:3]] == [0.0, 1.0, 1.0]
+    metrics |= episode_metrics(batch, "reflection")
     assert metrics["reward"] == pytest.approx(2 / 3) and metrics["reward_std"] == pytest.approx(3**-0.5)
     assert metrics["num_tokens"] == sum(len(e.prompt_ids) + len(e.completion_ids) for e in batch)
 
