@@ -375,11 +375,11 @@ def _run_directory(resume: str, output_dir: str) -> Path:
         if not (Path(resume) / "config.yaml").is_file():
             raise ValueError(f"resume must be a run directory with a config.yaml, got {resume!r}")
         return Path(resume)
-    found = list(Path(output_dir).glob("*/config.yaml"))
-    if not found:
+    configs = list(Path(output_dir).glob("*/config.yaml"))
+    if not configs:
         raise ValueError(f"resume: no run in {output_dir!r} to continue")
     # config.yaml is written once, when the run starts; the name settles runs of the same clock tick
-    return max(found, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
+    return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 
 def validate(config: Config) -> None:

@@ -76,10 +76,10 @@ def sequences(
     """
     rng = random.Random(f"warm start {seed} {step}")
     chosen = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]
-    found = []
+    batch = []
     for example in chosen:
-        found += _sequences(task, chat, example, reflections, answers, rng)
-    return found
+        batch += _sequences(task, chat, example, reflections, answers, rng)
+    return batch
 
 
 def _sequences(
@@ -99,10 +99,10 @@ def _sequences(
             completions[index] = _followed(chat, example, completions[index], retry)
             break
     reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
-    found = [(reflect, completions)]
+    trained = [(reflect, completions)]
     if answers and retry is not None:
-        found.append((prompt, [retry]))
-    return found
+        trained.append((prompt, [retry]))
+    return trained
 
 
 def _imitated(ids: list[int]) -> Completion:

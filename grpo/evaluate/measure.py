@@ -152,7 +152,7 @@ def _control_verdicts(
     verdicts: list[dict[str, Any]] = []
     for _ in failures:
         done = {control: next(retries) for control in tried}
-        texts = {name: {"text": one.text, "reason": one.verdict.reason} for name, one in done.items()}
+        texts = {name: {"text": retry.text, "reason": retry.verdict.reason} for name, retry in done.items()}
         verdicts.append({control: texts.get(control) for control in controls})
     return verdicts
 

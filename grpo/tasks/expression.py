@@ -153,15 +153,15 @@ def reachable(numbers: tuple[int, ...], operators: str) -> dict[int, Term]:
     """
     if len(numbers) == 1:
         return {numbers[0]: Term(str(numbers[0]), 3)}
-    found: dict[int, Term] = {}
+    terms: dict[int, Term] = {}
     for left, right in _splits(numbers):
         for x, left_term in reachable(left, operators).items():
             for y, right_term in reachable(right, operators).items():
                 for operator in operators:
                     value = _natural(x, operator, y)
-                    if value is not None and value not in found:
-                        found[value] = _join(left_term, operator, right_term)
-    return found
+                    if value is not None and value not in terms:
+                        terms[value] = _join(left_term, operator, right_term)
+    return terms
 
 
 def worked(text: str) -> str:

@@ -125,8 +125,8 @@ def test_the_options_in_the_docs_are_those_of_the_class() -> None:
 
     for section, factory in (("Countdown", Countdown), ("Function calling", FunctionCalling)):
         text = DOC.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]
-        table = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
-        names = re.findall(r"`(\w+)`", " ".join(table))
+        options = re.findall(r"^(?:\||-) (`.*?) [|(]", text, re.MULTILINE)  # of a table or of a list
+        names = re.findall(r"`(\w+)`", " ".join(options))
         assert names == list(inspect.signature(factory).parameters)
     setting = re.search(r"paper's setting is `(.*?)`", DOC.read_text(encoding="utf-8"))
     assert setting

@@ -55,7 +55,9 @@ class Berkeley:
     def read(self, number: int) -> Record:
         question, answer = self._lines[number]
         entry, truth = json.loads(question), json.loads(answer)["ground_truth"]
-        tools = [tool(one["name"], one["description"], one["parameters"]) for one in entry["function"]]
+        tools = [
+            tool(given["name"], given["description"], given["parameters"]) for given in entry["function"]
+        ]
         gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
         return Record(entry["id"], _messages(entry["question"][0]), tools, gold)
 

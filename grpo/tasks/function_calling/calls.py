@@ -92,7 +92,7 @@ def _fenced(text: str, strict: bool = True) -> list[str]:
             raise Unreadable("parse")
         marks.append((len(text), len(text)))
     inside = [text[marks[i][1] : marks[i + 1][0]] for i in range(0, len(marks), 2)]
-    return [part[found.end() :] if (found := _INFO.match(part)) else part for part in inside]
+    return [part[info.end() :] if (info := _INFO.match(part)) else part for part in inside]
 
 
 def _begins_calls(text: str, python_syntax: bool) -> bool:

@@ -187,12 +187,14 @@ def _assign(tools: _Tools, rows: _Rows) -> array[int]:
             return _HELDOUT
         return _VALIDATION if place < share + VALIDATION_SHARE else _TRAIN
 
-    own: dict[int, int] = {}  # the split of a component, by its root
+    split_of_component: dict[int, int] = {}  # the split of a component, by its root
     for name in sorted(tools.numbers):
-        own.setdefault(tools.root(tools.numbers[name]), split(tools.places[tools.numbers[name]]))
+        split_of_component.setdefault(
+            tools.root(tools.numbers[name]), split(tools.places[tools.numbers[name]])
+        )
     large = {root for root, size in sizes.items() if size > MAX_COMPONENT * len(rows.first)}
     roots = [tools.root(tool) for tool in rows.first]
-    whole = array("B", (_TRAIN if root in large else own[root] for root in roots))
+    whole = array("B", (_TRAIN if root in large else split_of_component[root] for root in roots))
     if not large or whole.count(_HELDOUT) >= WANTED_HELDOUT:
         return whole
     # The splits are intervals, so tools are in one split if the lowest and the highest place are.
@@ -200,7 +202,7 @@ def _assign(tools: _Tools, rows: _Rows) -> array[int]:
     cut = array(
         "B",
         (
-            own[root] if root not in large else low if low == high else _LEFT_OUT
+            split_of_component[root] if root not in large else low if low == high else _LEFT_OUT
             for root, (low, high) in zip(roots, ends, strict=True)
         ),
     )
@@ -242,15 +244,15 @@ def is_schema(parameters: dict[str, Any]) -> bool:
 
 def defaults_of(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Default values by function and argument."""
-    found = {}
-    for one in tools:
-        properties = one["function"]["parameters"].get("properties", {})
-        found[one["function"]["name"]] = {
+    defaults = {}
+    for schema in tools:
+        properties = schema["function"]["parameters"].get("properties", {})
+        defaults[schema["function"]["name"]] = {
             key: entry["default"]
             for key, entry in properties.items()
             if isinstance(entry, dict) and "default" in entry
         }
-    return found
+    return defaults
 
 
 def _is_optional(entry: dict[str, Any]) -> bool:

@@ -45,10 +45,10 @@ def read_json(text: str) -> Any:
     faults: set[str] = set()  # noted and not raised, since text that is no JSON is `parse` first
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(items)
-        if len(found) < len(items):
+        mapping = dict(items)
+        if len(mapping) < len(items):
             faults.add("dup_key")
-        return found
+        return mapping
 
     def real(digits: str) -> float:
         number = float(digits)

@@ -108,28 +108,30 @@ def _argument_fits(value: Any, wanted: Any, accepted: bool) -> bool:
     alternatives = wanted if isinstance(wanted, list) else [wanted]
     if value == "" and isinstance(value, str):
         # "" stands for "left out". As a value it is right only where strings are.
-        return "" in alternatives and all(one is None or isinstance(one, str) for one in alternatives)
-    return any(_is_accepted(value, one) for one in alternatives)
+        return "" in alternatives and all(other is None or isinstance(other, str) for other in alternatives)
+    return any(_is_accepted(value, wanted_value) for wanted_value in alternatives)
 
 
-def _is_accepted(value: Any, one: Any) -> bool:
-    """Whether a value is this accepted one. No deeper than the gold value is."""
-    if isinstance(one, dict):
+def _is_accepted(value: Any, accepted: Any) -> bool:
+    """Whether `value` is this accepted value. No deeper than the gold value is."""
+    if isinstance(accepted, dict):
         return (
             isinstance(value, dict)
-            and not value.keys() - one.keys()
+            and not value.keys() - accepted.keys()
             and all(
-                _argument_fits(value[key], one[key], True) if key in value else _may_be_left_out(one[key])
-                for key in one
+                _argument_fits(value[key], accepted[key], True)
+                if key in value
+                else _may_be_left_out(accepted[key])
+                for key in accepted
             )
         )
-    if isinstance(one, list):
+    if isinstance(accepted, list):
         return (
             isinstance(value, list)
-            and len(value) == len(one)
-            and all(_is_accepted(*pair) for pair in zip(value, one, strict=True))
+            and len(value) == len(accepted)
+            and all(_is_accepted(*pair) for pair in zip(value, accepted, strict=True))
         )
-    return equal(value, one)
+    return equal(value, accepted)
 
 
 def _may_be_left_out(wanted: Any) -> bool:

@@ -38,14 +38,14 @@ def right_calls(gold: list[Call], accepted: bool) -> list[Call]:
     ]
 
 
-def concrete(one: Any) -> Any:
+def concrete(accepted: Any) -> Any:
     """An accepted value as it would be written: objects hold lists of accepted values in their turn."""
-    if isinstance(one, dict):
-        chosen = {key: alternatives(values) for key, values in one.items()}
+    if isinstance(accepted, dict):
+        chosen = {key: alternatives(values) for key, values in accepted.items()}
         return {key: concrete(values[0]) for key, values in chosen.items() if values}
-    if isinstance(one, list):
-        return [concrete(item) for item in one]
-    return one
+    if isinstance(accepted, list):
+        return [concrete(item) for item in accepted]
+    return accepted
 
 
 def alternatives(values: Any) -> list[Any]:
@@ -119,10 +119,10 @@ def _other(value: Any, schema: dict[str, Any], question: str, rng: random.Random
 
 def _properties(function: dict[str, Any]) -> dict[str, Any]:
     parameters = function.get("parameters")
-    found = parameters.get("properties") if isinstance(parameters, dict) else None
+    properties = parameters.get("properties") if isinstance(parameters, dict) else None
     return (
-        {key: schema for key, schema in found.items() if isinstance(schema, dict)}
-        if isinstance(found, dict)
+        {key: schema for key, schema in properties.items() if isinstance(schema, dict)}
+        if isinstance(properties, dict)
         else {}
     )
 
@@ -178,9 +178,11 @@ def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[s
                 yield f"{key} is not asked for."
             else:
                 value = _json(wanted["arguments"][key])
-                found = f"must be {value}, not {_json(args[key])}" if key in args else f"is missing: {value}"
+                correction = (
+                    f"must be {value}, not {_json(args[key])}" if key in args else f"is missing: {value}"
+                )
                 args[key] = wanted["arguments"][key]
-                yield f"{key} {found}."
+                yield f"{key} {correction}."
     if len(calls) > len(gold):
         del calls[len(gold) :]
         yield "There is a call too many."
@@ -190,8 +192,10 @@ def _fits(key: str, value: Any, gold: Call, accepted: bool) -> bool:
     """Whether the verifier takes this value, which may be another than the first accepted one."""
     if key not in gold["arguments"]:
         return False
-    one, other = ({"name": "", "arguments": {key: held}} for held in (value, gold["arguments"][key]))
-    return compare([one], [other], accepted) == "ok"
+    given, accepted_call = (
+        {"name": "", "arguments": {key: held}} for held in (value, gold["arguments"][key])
+    )
+    return compare([given], [accepted_call], accepted) == "ok"
 
 
 def _json(value: Any) -> str:

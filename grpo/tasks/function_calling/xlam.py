@@ -95,7 +95,7 @@ def _record(raw: bytes, offset: int) -> Record:
         raise Malformed(f"id must be an integer or a text, got {_kind(identifier)}")
     tools = [_tool(entry) for entry in _list(entry["tools"], "tools")]
     gold = [_answer(entry) for entry in _list(entry["answers"], "answers")]
-    known = {one["function"]["name"] for one in tools}
+    known = {schema["function"]["name"] for schema in tools}
     if unknown := [call["name"] for call in gold if call["name"] not in known]:
         raise Malformed(f"answers call {unknown[0]!r}, which is not among the tools")
     record = Record(f"xlam:{identifier}", [{"role": "user", "content": query}], tools, gold)
@@ -115,7 +115,7 @@ def _tool(entry: Any) -> dict[str, Any]:
     described = parameters
     if isinstance(parameters, dict) and is_schema(parameters):
         described = parameters["properties"]
-    if not isinstance(described, dict) or not all(isinstance(one, dict) for one in described.values()):
+    if not isinstance(described, dict) or not all(isinstance(entry, dict) for entry in described.values()):
         raise Malformed(f"parameters of {entry['name']!r} must be an object of objects")
     return tool(entry["name"], str(entry.get("description", "")), parameters)
 
@@ -224,9 +224,9 @@ class _Window:
                 return ""
 
     def expect(self, mark: str) -> None:
-        found = self.peek()
-        if found != mark:
-            got = repr(found) if found else "the end of the file: it is truncated"
+        character = self.peek()
+        if character != mark:
+            got = repr(character) if character else "the end of the file: it is truncated"
             raise ValueError(f"{self._path} must go on with {mark!r} in line {self.line}, got {got}")
         self._move(self._at + 1)
 
