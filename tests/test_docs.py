@@ -13,10 +13,12 @@ from grpo.config import TYPES, Config
 from grpo.evaluate import __main__ as command
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+# docs/LOG.md is left out: an entry keeps the names of its day.
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+PAGES += [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "LOG.md"]
 SOURCES = [ROOT / "train.py", *sorted((ROOT / "grpo").rglob("*.py"))]
 
-OTHER_OPTIONS = {"help", "no-deps", "extra-index-url"}  # argparse's, pip's
+OTHER_OPTIONS = {"help", "no-deps", "extra-index-url", "check"}  # argparse's, pip's, ruff's
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
 BENCHMARK_OPTIONS, EXPERIMENT_OPTIONS = (
     {
@@ -143,6 +145,9 @@ def test_names_in_backticks_exist_in_the_code(page):
     code = "\n".join(
         text_of(path) for path in [*SOURCES, *(ROOT / "kernels").rglob("*.py"), ROOT / "Makefile"]
     )
+    if page.name == "CONTRIBUTING.md":  # which is about the tests too
+        code += "\n".join(text_of(path) for path in (ROOT / "tests").rglob("*.py"))
+        code += text_of(ROOT / "tests/imports.json")
     known = set(WORD.findall(code)) | FOREIGN | {path.stem for path in (ROOT / "grpo/presets").iterdir()}
     used = {word for part in inline(text) if "/" not in part for word in WORD.findall(part) if "_" in word}
     assert sorted(used - known) == []
@@ -150,20 +155,20 @@ def test_names_in_backticks_exist_in_the_code(page):
 
 def is_there(name: str) -> bool:
     if "*" in name:
-        name = name.replace("*", "vanilla")
+        name = name.replace("*", "before_rl")
     if (ROOT / name).exists() or (ROOT / "grpo" / name).exists() or Path(name).name in FOREIGN_FILES:
         return True
     if name.endswith((".py", ".md")) and name != "table.md":  # which an experiment writes
         return False
     # a run's files are named in the sources, some with a part filled in: evaluation-{label}.jsonl
-    last = re.sub(r"-(vanilla|\d+)", "-", name.rstrip("/").rpartition("/")[2])
+    last = re.sub(r"-(before_rl|\d+)", "-", name.rstrip("/").rpartition("/")[2])
     return any(last in text or (last.partition("-")[0] + "-" in text and "-" in last) for text in strings())
 
 
 def test_files_exist(page):
     suffixes = r"\.(?:py|md|yaml|yml|toml|cfg|txt|json|jsonl)"
     named = [part for part in inline(text_of(page)) if re.fullmatch(rf"[\w.*/-]+(?:{suffixes}|/)", part)]
-    named = [name for name in named if not name.startswith(("runs/", "/"))]
+    named = [name for name in named if not name.startswith(("runs/", "/")) and "NAME" not in name]
     assert [name for name in named if not is_there(name)] == []
 
 
@@ -182,7 +187,7 @@ def test_relative_links_resolve(page):
 
 def test_the_readme_fits_a_sitting_and_links_every_page():
     text = text_of(ROOT / "README.md")
-    assert len(text.splitlines()) <= 200
+    assert len(text.splitlines()) <= 120
     assert [path.name for path in (ROOT / "docs").glob("*.md") if f"docs/{path.name}" not in text] == []
 
 
