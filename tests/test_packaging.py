@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tiny_run
 
 from grpo import config as configuration
 
@@ -98,20 +99,30 @@ def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp
     assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
 
 
-def test_experiments_of_an_installed_wheel_start_its_train(installed, tmp_path):
-    code = """if True:
-        import sys, train
-        from pathlib import Path
-        from grpo.experiments import study
-        assert Path(train.__file__).parent == Path(study.__file__).parents[2] == Path(sys.argv[1])
-        study.wait_for = print
-        study.start_train(Path("arm"))
-    """
-    argv = [sys.executable, "-c", code, installed["PYTHONPATH"]]
+def test_an_experiment_of_an_installed_wheel_starts_its_train_and_evaluate(installed, tmp_path):
+    """With PYTHONPATH the wheel comes before this checkout, which may be installed for development."""
+    model = tiny_run.save_model(tmp_path / "model")
+    not_for_countdown = {"task", "run_name", "eval_steps", "save_steps", "num_eval"}
+    settings = {key: value for key, value in tiny_run.SETTINGS.items() if key not in not_for_countdown}
+    settings |= {"model_name_or_path": model, "num_eval": 4, "num_examples": 4}
+    argv = [sys.executable, "-m", "grpo.experiments", "verifier", "--problems", "2"]
+    argv += [text for key, value in settings.items() for text in (f"--{key}", str(value))]
     done = subprocess.run(argv, cwd=tmp_path, env=installed, capture_output=True, text=True)
-    assert done.stdout.splitlines()[-1] == str([sys.executable, "-m", "train", "--resume", "arm"]), (
-        done.stderr
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "runs/experiment-verifier/table.md").exists()
+
+
+def test_the_installed_command_sets_up_its_process_before_torch_is_imported(installed, tmp_path):
+    """As `python train.py` does: the command's script imports train like any module."""
+    code = (
+        "import os, sys; sys.argv[0] = '/bin/reflect-grpo'; import train; print(os.environ['GOMP_SPINCOUNT'])"
     )
+    environment = {
+        name: value for name, value in installed.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    }
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["5000"], done.stderr
 
 
 def test_the_licence_is_apache():
