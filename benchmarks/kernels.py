@@ -1,15 +1,18 @@
 """Time, memory and error of log-probs and GRPO loss from hidden states: ours, plain PyTorch, other libraries.
 
-    python benchmarks/kernels.py                                          one size, both dtypes, what is there
+    python benchmarks/kernels.py                                  one size, both dtypes, installed packages
     python benchmarks/kernels.py --sizes 8192x2048x151936 --dtypes bfloat16 --rounds 5
     python benchmarks/kernels.py --device cuda --sizes 8192x4096x128256 --peers ours eager cce
 
-A size is MxHxV: selected tokens, hidden size, vocabulary. Two operations: `logprob`, the log-probs of M
-tokens, and `grpo`, the on-policy loss from rewards. For each implementation: median and quartiles of the
-forward pass and of forward plus backward, useful TFLOP/s (2 M H V forward, 6 M H V both; what an
-implementation computes twice does not count), peak memory beyond the inputs and beyond the two gradients, and
-the relative error against float64 on the same rounded inputs (of the first rows). Packages that are not
-installed are listed as absent; `pip install -e ".[bench]"` brings them.
+A size is MxHxV: selected tokens, hidden size, vocabulary. There are two operations: `logprob`, the log-probs
+of M tokens, and `grpo`, the on-policy loss from rewards. Measured for each implementation:
+
+- median and quartiles of the forward pass, and of forward plus backward;
+- useful TFLOP/s: 2 M H V forward, 6 M H V both, without what an implementation recomputes;
+- peak memory beyond the inputs and the two gradients;
+- relative error against float64 on the same rounded inputs, on the first rows.
+
+Packages that are not installed are listed as absent; `pip install -e ".[bench]"` installs them.
 
 Writes kernels.csv, kernels.json and kernels.png to --output.
 """
@@ -63,39 +66,39 @@ def errors(operation: str, forward: Forward, problem: Problem) -> dict[str, floa
     right = right if operation == "logprob" else loss_of(right, exact)
     ours = forward(part)
     pairs = zip((ours, *backward(ours, part)), (right, *backward(right, exact)), strict=True)
-    found = {}
+    relative = {}
     for name, (x, y) in zip(("value", "hidden", "weight"), pairs, strict=True):
-        # On-policy the loss itself is 0 up to rounding, as is the gradient of rewards that are all equal:
-        # such an error is absolute.
+        # On-policy the loss is 0 up to rounding, and so is the gradient if all rewards are equal. Then the
+        # error is absolute.
         scale = y.detach().norm().item() if y.ndim else max(1.0, y.abs().item())
         scale = scale or 1.0
-        found[f"{name}_error"] = ((x.detach().double() - y.detach()).norm() / scale).item()
-    return found
+        relative[f"{name}_error"] = ((x.detach().double() - y.detach()).norm() / scale).item()
+    return relative
 
 
 def measure(
     operation: str, size: tuple[int, int, int], dtype: str, device: str, peers: list[str], rounds: int
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each implementation that runs here, and for the others why not."""
+    """A row for each implementation that runs here, and why the others do not."""
     m, h, v = size
     torch.compiler.reset()  # one size at a time: its limit on recompilations is low
     problem = Problem.make(m, h, v, DTYPES[dtype], device)
-    found, absent = build(peers, operation, device)
+    candidates, absent = build(peers, operation, device)
     rows = []
-    for name, forward in list(found.items()):
+    for name, forward in list(candidates.items()):
         try:
             row = {"peer": name, **errors(operation, forward, problem)}
             row["extra_bytes"] = peak_bytes(lambda f=forward: backward(f(problem), problem), device)
-        except Exception as error:  # another library's failure is a result, not the end of the benchmark
+        except Exception as error:  # another library's failure is a result
             if name == "ours":
                 raise
             absent[name] = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            del found[name]
+            del candidates[name]
             continue
         gradients = problem.hidden.nbytes + problem.weight.nbytes
         rows.append({**row, "extra_bytes": row["extra_bytes"] - gradients})
-    both = {name: (lambda f=forward: backward(f(problem), problem)) for name, forward in found.items()}
-    ahead = {name: (lambda f=forward: f(problem)) for name, forward in found.items()}
+    both = {name: (lambda f=forward: backward(f(problem), problem)) for name, forward in candidates.items()}
+    ahead = {name: (lambda f=forward: f(problem)) for name, forward in candidates.items()}
     times = seconds(both, device, rounds=rounds)
     forward_times = seconds(ahead, device, rounds=rounds)
     for row in rows:
@@ -128,7 +131,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Time and memory as bars, a pair of panels for each size; says what it did."""
+    """Draws time and memory as bars, two panels for each size; returns the end of the line to print."""
     try:
         import matplotlib
     except ImportError:
@@ -151,7 +154,7 @@ def plot(folder: Path, rows: list[dict[str, Any]]) -> str:
         time_axis.set_xlabel("forward + backward, ms")
         memory_axis.barh(names, [max(1, r["extra_bytes"]) / 1e6 for r in chosen])
         memory_axis.set_xscale("log")
-        memory_axis.set_xlim(left=1)  # the same beginning for all, and room between the ticks
+        memory_axis.set_xlim(left=1)  # the same scale for all, and room between the ticks
         memory_axis.set_xlabel("peak memory beyond inputs and gradients, MB")
         for axis in (time_axis, memory_axis):
             axis.invert_yaxis()
@@ -172,28 +175,30 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
-    own = parser.parse_args(argv)
-    if own.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {own.rounds}")
-    if own.device == "cuda" and there == "cpu":
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    if arguments.device == "cuda" and there == "cpu":
         parser.error("--device cuda: this machine has no CUDA or ROCm device")
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    where = machine(own.device)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    where = machine(arguments.device)
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
-    for size in own.sizes or DEFAULT_SIZES[own.device]:
-        for dtype in own.dtypes:
-            for operation in own.operations:
-                new, why_not = measure(operation, size, dtype, own.device, own.peers, own.rounds)
+    for size in arguments.sizes or DEFAULT_SIZES[arguments.device]:
+        for dtype in arguments.dtypes:
+            for operation in arguments.operations:
+                new, why_not = measure(
+                    operation, size, dtype, arguments.device, arguments.peers, arguments.rounds
+                )
                 print("\n{}, {}x{}x{}, {}\n\n{}".format(operation, *size, dtype, table(new)), flush=True)
                 rows += new
                 absent |= {f"{operation}/{name}": why for name, why in why_not.items()}
     print()
     for name, why in absent.items():
         print(f"absent: {name} ({ABOUT[name.partition('/')[2]]}): {why}")
-    print(write_rows(own.output, "kernels", where, rows, absent) + plot(own.output, rows))
+    print(write_rows(arguments.output, "kernels", where, rows, absent) + plot(arguments.output, rows))
     return 0
 
 

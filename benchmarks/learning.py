@@ -27,7 +27,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+BENCHMARKS = Path(__file__).resolve().parent
+sys.path.insert(0, str(BENCHMARKS))  # which is no package
 
 import evidence  # noqa: E402
 from lib.measure import command_line, machine  # noqa: E402
@@ -46,7 +47,6 @@ QUESTION = "How soon does RL make the second try better, ours and TRL's?"
 COLUMNS = {"arm": Column("trainer, step")} | {
     name: ARM_COLUMNS[name] for name in ("seconds", "first_try", "second_try", "gain", "length")
 }
-TRL_SCRIPT = Path(__file__).with_name("learning_trl.py")
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ def train_trl(run: Path, folder: Path, arguments: argparse.Namespace) -> Curve:
             "settings": asdict(config),
             "rows": list(conversations(run, config)),
         }
-        (output / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        subprocess.run([str(arguments.trl_python), str(TRL_SCRIPT), str(output / "job.json")], check=True)
+        job_file = (output / "job.json").resolve()
+        job_file.write_text(json.dumps(job), encoding="utf-8")
+        command = [str(arguments.trl_python.absolute()), "-m", "lib.learning_trl", str(job_file)]
+        subprocess.run(command, cwd=BENCHMARKS, check=True)
     times = json.loads((output / "seconds.json").read_text(encoding="utf-8"))
     folders = {int(path.name.partition("-")[2]): path for path in output.glob("checkpoint-*")}
     return _curve(folders, times)

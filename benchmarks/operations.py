@@ -1,4 +1,4 @@
-"""What this project computes otherwise than torch on a CPU, each against torch's own operation.
+"""Operations that this project implements itself on a CPU, each compared with torch's.
 
     python benchmarks/operations.py                      the shapes of an update of the demo
     python benchmarks/operations.py --dtypes bfloat16 --rounds 50 --threads 1
@@ -6,9 +6,9 @@
 `attention`: forward and backward of a tree's branches (grpo/model/attention.py); `rms_norm`: forward and
 backward (grpo/model/decoder.py); `accumulate`: a 16-bit gradient added to its float32 buffer
 (grpo/learner/optimizer.py); `decode`: one layer's attention in a decode step of 64 rows
-(grpo/sampler/kv_cache.py), against the same with keys as they lie; `layer`: all of a decoder layer but its
-attention, forward and backward, as it is and compiled by torch.compile, which needs a C++ compiler. Medians
-of rounds in turns, and the median of the ratios.
+(grpo/sampler/kv_cache.py), compared with the same without copying the keys; `layer`: a decoder layer without
+its attention, forward and backward, compared with the same under torch.compile, which needs a C++ compiler.
+Both sides take turns in each round; results are medians of the times and of the ratios.
 """
 
 from __future__ import annotations
@@ -28,12 +28,8 @@ from torch.nn import functional as F  # noqa: E402
 from grpo.learner import optimizer  # noqa: E402
 from grpo.model import attention as sdpa  # noqa: E402
 from grpo.model import decoder  # noqa: E402
-from grpo.model.decoder import Layer, ModelConfig  # noqa: E402  # noqa: E402
-from grpo.sampler.kv_cache import (  # noqa: E402
-    CachedAttention,
-    RowSpan,
-    SlotCache,  # noqa: E402
-)
+from grpo.model.decoder import Layer, ModelConfig  # noqa: E402
+from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
 
 TOKENS, HIDDEN, EPS = 1024, 576, 1e-5  # a micro-batch of the demo
 BRANCHES, BRANCH, PROMPT, HEADS, KV_HEADS, SIZE = 4, 110, 117, 9, 3, 64  # a tree of its warm start
@@ -76,13 +72,13 @@ def decode(dtype: torch.dtype) -> Pair:
     prefixes.allocate(ROWS // GROUP, PROMPT)
     private.allocate(ROWS, CAPACITY)
     rows = [RowSpan(row // GROUP, PROMPT, OWN - 1, 1) for row in range(ROWS)]
-    copied, as_they_lie = (CachedAttention(prefixes, private, rows, []) for _ in range(2))
-    as_they_lie.copy_keys = False
+    copied, uncopied = (CachedAttention(prefixes, private, rows, []) for _ in range(2))
+    uncopied.copy_keys = False
     q = torch.randn(1, HEADS, ROWS, SIZE).to(dtype)
     k, v = (torch.randn(1, KV_HEADS, ROWS, SIZE).to(dtype) for _ in range(2))
     return (
         torch.inference_mode()(lambda: copied(0, q, k, v)),
-        torch.inference_mode()(lambda: as_they_lie(0, q, k, v)),
+        torch.inference_mode()(lambda: uncopied(0, q, k, v)),
     )
 
 
@@ -124,18 +120,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
     parser.add_argument("--rounds", type=int, default=20, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
-    own = parser.parse_args(argv)
-    if own.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {own.rounds}")
-    if own.threads:
-        torch.set_num_threads(own.threads)
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(", ".join(f"{key}: {value}" for key, value in machine("cpu").items()))
     print("\n| operation | dtype | ours ms | torch ms | ours / torch |\n|" + "---|" * 5)
-    for name in own.operations:
-        for dtype in own.dtypes:
+    for name in arguments.operations:
+        for dtype in arguments.dtypes:
             ours, torchs = OPERATIONS[name](DTYPES[dtype])
-            times = seconds({"ours": ours, "torch": torchs}, "cpu", rounds=own.rounds)
+            times = seconds({"ours": ours, "torch": torchs}, "cpu", rounds=arguments.rounds)
             cells = [f"{1e3 * summary(times[who])['median']:.2f}" for who in ("ours", "torch")]
             print(
                 f"| {name} | {dtype} | "

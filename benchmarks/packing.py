@@ -1,11 +1,15 @@
-"""How many tokens went through the learner, and how many it would be without sharing: from a run's files.
+"""How many tokens the learner computed in a run, and how many it would have computed without sharing.
 
     python benchmarks/packing.py runs/demo-001
 
-Per step of the warm start and of RL, three ways to lay out the same sequences, each up to its last trained
-token: `padded`, one row per sequence, prompts and completions each padded to the step's longest; `prompts
-once`, a prompt for all of its completions; `prefixes once`, as grpo/learner/packing.py packs them. Counted,
-not timed.
+For each step of the warm start and of RL, the tokens of three layouts of the same sequences, each up to its
+last trained token:
+
+    padded         one row per sequence; prompts and completions each padded to the step's longest
+    prompts once   a prompt once for all of its completions
+    prefixes once  as grpo/learner/packing.py packs them
+
+Counted from the run's files, not timed.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ LAYOUTS = ("padded", "prompts once", "prefixes once")
 
 
 def count(groups: list[warmstart.TrainingSequence], max_tokens: int) -> dict[str, int]:
-    """Tokens of one step by layout."""
+    """Tokens of a step by layout."""
     trained = [
         (len(prompt), max(i + 1 for i, counts in enumerate(mask) if counts))
         for prompt, completions in groups
@@ -48,7 +52,7 @@ def count(groups: list[warmstart.TrainingSequence], max_tokens: int) -> dict[str
 
 
 def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:
-    """The transcripts again: they are a function of the settings."""
+    """The run's transcripts, which are a function of its settings."""
     task = get_task(settings.task, settings.task_options)
     chat = build.build_chat(settings, *weights.load(str(run / "start")))
     batch = warmstart.by_step(task, chat, settings)  # type: ignore[arg-type]  # it wrote them then
@@ -57,7 +61,7 @@ def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmst
 
 
 def rl_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:
-    """Whole groups, without the updates' choice of completions that have a gradient."""
+    """Whole groups, including completions without a gradient, which the learner leaves out."""
     names = {field.name for field in fields(Episode)}
     for _, lines in groupby(files.read_jsonl(run / "episodes.jsonl"), key=lambda line: line["step"]):
         groups: dict[int, warmstart.TrainingSequence] = {}

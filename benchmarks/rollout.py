@@ -4,15 +4,15 @@
     python benchmarks/rollout.py --rows 16 64 128 --prompts 64 128 384 1024 --new 32 128 256
     python benchmarks/rollout.py --scripts plain reflect --dtypes bfloat16 --peers ours generate
 
-Workloads: `plain` samples one turn per row, `reflect` is the script of an episode: an attempt, fed tokens, a
-reflection, fed tokens, a retry. Prompts are shared by 8 rows. Rows end at lengths drawn beforehand, uniform
-from a quarter of --new up to it, the same for all engines; only tokens of rows that are not done count.
-Engines take turns, round by round; figures are medians, and ratios are medians over the rounds.
+Workloads: `plain` samples one turn per row. `reflect` is the script of an episode: an attempt, fed tokens, a
+reflection, fed tokens, a retry. 8 rows share a prompt. Rows end at lengths drawn beforehand, the same for all
+engines, uniform from a quarter of --new to --new; tokens after a row's end do not count. Engines take turns
+in each round; results are medians over the rounds.
 
-`ceiling` is the share of our time that the linear layers alone take, replayed with the tokens of every
-forward pass; `read` is the share that reading all weights once per forward pass takes at the memory bandwidth
-measured here; both are left out on a GPU, where Python would be what takes the time of the replay. Packages
-that are not installed are listed as absent.
+`ceiling` is the share of our time that the linear layers alone take when replayed with the tokens of every
+forward pass. `read` is the share that reading all weights once per forward pass takes at the memory bandwidth
+measured here. Both are left out on a GPU, where Python would dominate the replay. Packages that are not
+installed are listed as absent.
 
 Writes rollout.json and rollout.csv to --output.
 """
@@ -59,7 +59,7 @@ def workload(script: str, rows: int, prompt: int, new: int, vocab_size: int) -> 
 
 
 def bandwidth(device: str, megabytes: int = 512) -> float:
-    """Bytes per second read from memory, by a sum over more than the caches hold."""
+    """Bytes per second read from memory, measured by a sum over more data than the caches hold."""
     data = torch.ones(megabytes << 18, dtype=torch.float32, device=device)
     times = seconds({"read": lambda: data.sum()}, device, rounds=5)["read"]
     return data.nbytes / min(times)
@@ -73,13 +73,13 @@ def measure(
     rounds: int,
     bytes_per_second: float,
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """A row for each engine, and for those that failed why."""
+    """A row for each engine, and why other engines failed."""
     failed: dict[str, str] = {}
     linear = LinearLayers(model)
     calls = {}
     for name, run in engines.items():
         try:
-            recorded = name == "ours" and device == "cpu"  # what a CUDA graph replays cannot be seen
+            recorded = name == "ours" and device == "cpu"  # the layers inside a CUDA graph cannot be recorded
             sampled = linear.record(lambda r=run: r(work)) if recorded else run(work)
         except Exception as error:  # another engine's failure is a result, not the end of the benchmark
             if name == "ours":
@@ -95,15 +95,15 @@ def measure(
     times = seconds(calls, device, rounds=rounds)
     rows = []
     for name in calls:
-        found = summary(times[name])
-        row = {"workload": work.name, "engine": name, "seconds": found["median"], "low": found["low"]}
-        row |= {"high": found["high"], "tokens_per_second": work.num_sampled / found["median"]}
+        time = summary(times[name])
+        row = {"workload": work.name, "engine": name, "seconds": time["median"], "low": time["low"]}
+        row |= {"high": time["high"], "tokens_per_second": work.num_sampled / time["median"]}
         if "ours" in times:
             row["times_ours"] = ratio(times[name], times["ours"])
         if name == "ours" and linear.tokens:
             passes = len(linear.tokens)
             read = passes * sum(p.nbytes for p in model.parameters()) / bytes_per_second
-            row |= {"ceiling": ratio(times["linear"], times["ours"]), "read": read / found["median"]}
+            row |= {"ceiling": ratio(times["linear"], times["ours"]), "read": read / time["median"]}
             row |= {"passes": passes, "tokens": sum(linear.tokens)}
         rows.append(row)
     return rows, failed
@@ -129,42 +129,52 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
-    own = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     for name in ("rows", "prompts", "new", "rounds", "stop_check_steps"):
-        value = getattr(own, name)
+        value = getattr(arguments, name)
         if min(value if isinstance(value, list) else [value]) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(own, name)}")
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    where = machine(own.device)
-    speed = bandwidth(own.device)
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    where = machine(arguments.device)
+    speed = bandwidth(arguments.device)
     where["read_gb_per_second"] = round(speed / 1e9, 1)
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
     rows: list[dict[str, Any]] = []
     absent: dict[str, str] = {}
-    for dtype in own.dtypes:
-        model, tokenizer = weights.load(own.model, DTYPES[dtype], own.device)
+    for dtype in arguments.dtypes:
+        model, tokenizer = weights.load(arguments.model, DTYPES[dtype], arguments.device)
         engines, why_not, folder = build(
-            own.peers, model, tokenizer, DTYPES[dtype], own.device, max(own.rows), own.stop_check_steps
+            arguments.peers,
+            model,
+            tokenizer,
+            DTYPES[dtype],
+            arguments.device,
+            max(arguments.rows),
+            arguments.stop_check_steps,
         )
         absent |= why_not
         with folder:
             for script, count, prompt, new in (
-                (s, r, p, n) for s in own.scripts for r in own.rows for p in own.prompts for n in own.new
+                (s, r, p, n)
+                for s in arguments.scripts
+                for r in arguments.rows
+                for p in arguments.prompts
+                for n in arguments.new
             ):
                 work = workload(script, count, prompt, new, model.config.vocab_size)
-                found, failed = measure(work, engines, model, own.device, own.rounds, speed)
+                measured, failed = measure(work, engines, model, arguments.device, arguments.rounds, speed)
                 absent |= {f"{name} ({work.name}, {dtype})": why for name, why in failed.items()}
                 print(
-                    f"\n{work.name}, {dtype}: {work.num_sampled} tokens\n\n{markdown(COLUMNS, found)}",
+                    f"\n{work.name}, {dtype}: {work.num_sampled} tokens\n\n{markdown(COLUMNS, measured)}",
                     flush=True,
                 )
-                rows += [{"dtype": dtype, **row} for row in found]
+                rows += [{"dtype": dtype, **row} for row in measured]
     print()
     for name, why in absent.items():
         about = ABOUT[name.partition(" ")[0]]
         print(f"absent: {name}: {about}: {why}")
-    print(write_rows(own.output, "rollout", where, rows, absent))
+    print(write_rows(arguments.output, "rollout", where, rows, absent))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Least time that each kernel of grpo_kernels can take on a GPU: computed from data sheets, not measured.
+"""Lower bounds on the time of each kernel of grpo_kernels on several GPUs, computed from data sheets.
 
     python benchmarks/roofline.py                              M 8192, H 4096, V 128256, bfloat16
     python benchmarks/roofline.py --size 2048x2048x151936
 
-A kernel takes at least its FLOPs over the peak of the matrix units, and at least its bytes over the bandwidth
-of the memory, each byte read or written once per launch. docs/kernels.md explains the formulas and shows this
-output; a test keeps both together.
+A kernel takes at least its FLOPs divided by the peak rate of the matrix units, and at least its bytes divided
+by the memory bandwidth, with each byte read or written once per launch. docs/kernels.md explains the formulas
+and shows this output; a test compares them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GPUS = [
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs and bytes of one call, all launches together."""
+    """FLOPs and bytes of a call, over all its launches."""
 
     name: str
     flops: float
@@ -58,7 +58,7 @@ class Work:
 
 
 def kernels(m: int, h: int, v: int) -> list[Work]:
-    """Formulas for m tokens that all have a gradient, hidden size h, vocabulary v."""
+    """For m tokens that all have a gradient, hidden size h and vocabulary v."""
     product = 2.0 * m * h * v
     strips, chunks = ceil(v / STRIP), ceil(v / CHUNK)
     hidden, weight, partial = m * h * ELEMENT, v * h * ELEMENT, 4 * m * strips * SUM
@@ -74,13 +74,13 @@ def kernels(m: int, h: int, v: int) -> list[Work]:
 
 
 def total(works: list[Work], gpu: Gpu) -> float:
-    """Seconds of kernels that run one after the other."""
+    """Seconds of all kernels, one after the other."""
     return sum(work.seconds(gpu) for work in works)
 
 
 def extra_bytes(m: int, h: int, v: int) -> int:
-    """What fused_grpo holds beside inputs and gradients at its worst moment, in the backward pass."""
-    rows = 2 * m * h * ELEMENT  # hidden states compacted, and their gradient before it is spread
+    """Peak memory of fused_grpo besides inputs and gradients; it occurs in the backward pass."""
+    rows = 2 * m * h * ELEMENT  # compacted hidden states, and their gradient before it is scattered
     return m * min(v, CHUNK) * ELEMENT + m * h * SUM + rows + 8 * m * SUM + 8 * m
 
 
@@ -116,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--size", type=size_of, default=(8192, 4096, 128256), help="MxHxV")
-    own = parser.parse_args(argv)
-    print(report(*own.size))
+    arguments = parser.parse_args(argv)
+    print(report(*arguments.size))
     return 0
 
 

@@ -1,13 +1,13 @@
-"""How a GRPO step of ours grows: seconds and memory against each size, the others held fixed.
+"""How our GRPO step grows: seconds and memory against each size, with the other sizes fixed.
 
     python benchmarks/scaling.py                                    group size, prompt and completion length
     python benchmarks/scaling.py --axes vocabulary model threads --dtype float32
     python benchmarks/scaling.py --axes generations --values 4 8 16 32 64
 
-Every point is benchmarks/step.py's step in a process of its own, with `beta` 0 and random weights. For each
-axis the exponent b of seconds ~ size^b is fitted by least squares between the logarithms, once over all
-points and once over the last two: 1 is linear, and where the two differ the curve bends. Memory is the peak
-of the process, weights and optimiser included, so its exponents say how much of it grows.
+Every point is a step of benchmarks/step.py in a separate process, with `beta` 0 and random weights. For each
+axis the exponent b of seconds ~ size^b is fitted by least squares on the logarithms, over all points and over
+the last two. 1 is linear; if both differ, the curve bends. Memory is the peak of the process, with weights
+and optimiser, so its exponents show which share of it grows.
 
 Writes scaling.json and scaling.png to --output.
 """
@@ -82,7 +82,7 @@ PARTS = ("rollout", "update", "memory")
 
 
 def save_random_model(config: dict[str, Any], tokenizer: Any, folder: Path, dtype: torch.dtype) -> int:
-    """A Hugging Face folder of random weights; returns the number of parameters."""
+    """Saves random weights as a Hugging Face folder; returns the number of parameters."""
     torch.manual_seed(0)
     model = Decoder(ModelConfig.from_hf(config)).to(dtype)
     model.source = weights.Source(config, {}, dtype)
@@ -91,14 +91,14 @@ def save_random_model(config: dict[str, Any], tokenizer: Any, folder: Path, dtyp
 
 
 def point(folder: Path, dtype: str, threads: int, steps: int, sizes: dict[str, int]) -> dict[str, float]:
-    """Seconds of rollout and update (medians of the steps) and peak GB of one setting."""
+    """Seconds of rollout and update, medians over the steps, and peak GB for one combination of sizes."""
     command = [sys.executable, step.__file__, "--engine", "ours", "--folder", str(folder), "--dtype", dtype]
     command += ["--device", "cpu", "--beta", "0", "--steps", str(steps), "--threads", str(threads)]
     for name, size in sizes.items():
         command += [f"--{name}", str(size)]
-    found = step.figures_of(command)
-    times = {name: statistics.median(seconds) for name, seconds in found["parts"].items()}
-    return {**times, "memory": found["peak_gb"]}
+    measured = step.figures_of(command)
+    times = {name: statistics.median(seconds) for name, seconds in measured["parts"].items()}
+    return {**times, "memory": measured["peak_gb"]}
 
 
 def exponent(sizes: list[float], values: list[float]) -> float:
@@ -109,7 +109,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
 
 
 def fits(sizes: list[float], points: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """For each part the exponent over all points and over the last two."""
+    """The exponent of each part, over all points and over the last two."""
     series = {name: [p[name] for p in points] for name in PARTS}
     return {
         name: {"all": exponent(sizes, values), "last": exponent(sizes[-2:], values[-2:])}
@@ -127,7 +127,7 @@ def report(axis: str, labels: list[Any], points: list[dict[str, float]], fit: di
 
 
 def plot(file: Path, results: dict[str, Any]) -> str:
-    """Seconds against size, both logarithmic, a panel for each axis; says what it did."""
+    """Draws seconds against size, a logarithmic panel per axis; returns the end of the line to print."""
     try:
         import matplotlib
     except ImportError:
@@ -136,9 +136,9 @@ def plot(file: Path, results: dict[str, Any]) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, len(results), figsize=(4 * len(results), 3.2), squeeze=False)
-    for panel, (axis, found) in zip(axes[0], results.items(), strict=True):
+    for panel, (axis, result) in zip(axes[0], results.items(), strict=True):
         for name in ("rollout", "update"):
-            panel.plot(found["sizes"], [p[name] for p in found["points"]], marker="o", label=name)
+            panel.plot(result["sizes"], [p[name] for p in result["points"]], marker="o", label=name)
         panel.set(xscale="log", yscale="log", xlabel=axis, ylabel="seconds")
         panel.legend(fontsize=8)
     figure.tight_layout()
@@ -152,7 +152,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--axes", nargs="+", choices=AXES, default=list(AXES)[:3], help="(default: %(default)s)"
     )
-    parser.add_argument("--values", nargs="+", type=int, help="of the one axis given, in rising order")
+    parser.add_argument(
+        "--values", nargs="+", type=int, help="values of the only axis given, in rising order"
+    )
     parser.add_argument(
         "--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="(default: %(default)s)"
     )
@@ -162,21 +164,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: PyTorch's default")
     for name, size in DEFAULTS.items():
         parser.add_argument(
-            f"--{name}", type=int, default=size, help="where it is held fixed (default: %(default)s)"
+            f"--{name}", type=int, default=size, help="value on the other axes (default: %(default)s)"
         )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
-    own = parser.parse_args(argv)
-    if own.values and (len(own.axes) > 1 or own.axes[0] == "model" or own.values != sorted(set(own.values))):
+    arguments = parser.parse_args(argv)
+    if arguments.values and (
+        len(arguments.axes) > 1
+        or arguments.axes[0] == "model"
+        or arguments.values != sorted(set(arguments.values))
+    ):
         parser.error(
-            f"--values takes rising numbers for one axis other than model, got {own.values} for {own.axes}"
+            "--values takes rising numbers for one axis other than model, "
+            f"got {arguments.values} for {arguments.axes}"
         )
-    if own.steps < 1:
-        parser.error(f"--steps must be at least 1, got {own.steps}")
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
     where = machine("cpu")
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
-    dtype = getattr(torch, own.dtype)
+    dtype = getattr(torch, arguments.dtype)
     _, tokenizer = weights.load(configuration.Config().model_name_or_path, dtype)
-    fixed = {name: getattr(own, name) for name in DEFAULTS}
+    fixed = {name: getattr(arguments, name) for name in DEFAULTS}
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="scaling-") as temporary:
         folders: dict[str, tuple[Path, int]] = {}
@@ -187,10 +194,10 @@ def main(argv: list[str] | None = None) -> int:
                 folders[name] = folder, save_random_model(config, tokenizer, folder, dtype)
             return folders[name]
 
-        for axis in own.axes:
-            labels, points, sizes = own.values or AXES[axis], [], []
+        for axis in arguments.axes:
+            labels, points, sizes = arguments.values or AXES[axis], [], []
             for label in labels:
-                name, config, threads, here = "135M", MODELS["135M"], own.threads, dict(fixed)
+                name, config, threads, here = "135M", MODELS["135M"], arguments.threads, dict(fixed)
                 if axis == "model":
                     name, config = label, MODELS[label]
                 elif axis == "vocabulary":
@@ -201,14 +208,14 @@ def main(argv: list[str] | None = None) -> int:
                     here[axis] = label
                 folder, parameters = model(name, config)
                 sizes.append(float(parameters if axis == "model" else label))
-                points.append(point(folder, own.dtype, threads, own.steps, here))
+                points.append(point(folder, arguments.dtype, threads, arguments.steps, here))
             fit = fits(sizes, points)
             print(f"\n{report(axis, labels, points, fit)}", flush=True)
             results[axis] = {"labels": labels, "sizes": sizes, "points": points, "exponents": fit}
-    own.output.mkdir(parents=True, exist_ok=True)
-    content = {"machine": where, "dtype": own.dtype, "fixed": fixed, "axes": results}
-    (own.output / "scaling.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"\nwritten: {own.output / 'scaling.json'}{plot(own.output / 'scaling.png', results)}")
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    content = {"machine": where, "dtype": arguments.dtype, "fixed": fixed, "axes": results}
+    (arguments.output / "scaling.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"\nwritten: {arguments.output / 'scaling.json'}{plot(arguments.output / 'scaling.png', results)}")
     return 0
 
 

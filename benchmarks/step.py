@@ -5,16 +5,16 @@
     python benchmarks/step.py --engines ours trl --trl_python PATH   TRL in an environment of its own
     python benchmarks/step.py --device cuda --stop_check_steps 8 --micro_batch 32768
 
-Same weights, prompts, numbers of tokens, dtype, KL penalty and threads. No completion ends early, rewards
-depend on the sampled tokens only, and nothing is logged or saved. Each engine is a process of its own, so
-that its peak memory is its own: the resident memory of the process, Python and weights included; on a GPU
-what PyTorch allocated there. The first step of each is not counted. Processes run one after the other,
---rounds times over, so a slow minute can hit one of them; look at the spread.
+Weights, prompts, numbers of tokens, dtype, KL penalty and threads are the same. No completion ends early,
+rewards depend only on the sampled tokens, and nothing is logged or saved. Each engine is a separate process,
+so that its peak memory can be measured: the resident memory of the process, with Python and weights, or on a
+GPU what PyTorch allocated there. The first step of each process is not counted. Processes run one after the
+other, --rounds times, so a slow minute may hit only one of them: look at the spread.
 
-For ours the matrix products' FLOPs are counted by torch's counter, for rollout and update, and given as share
-of the rate of a large square product measured in the same process. A counted FLOP is one that was done: the
-prompts once per group, and no padding. Writes step.json to --output. `--profile` prints the profiler's tables
-of one rollout and one update instead.
+For our engine torch's counter counts the FLOPs of the matrix products in rollout and update. The table gives
+their rate as a share of the rate of a large square product in the same process. Only FLOPs that were computed
+count: prompts once per group, and no padding. Writes step.json to --output. `--profile` prints the profiler's
+tables of one rollout and one update instead.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ ENGINES = {
 
 
 def figures_of(command: list[str]) -> dict[str, Any]:
-    """What a process of `--engine` prints last.
+    """What a process started with `--engine` prints last.
 
     Raises:
-        RuntimeError: it failed, or printed nothing; the message is the command and what it said of it.
+        RuntimeError: it failed, or printed nothing; the message contains the command and its error output.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
@@ -54,15 +54,21 @@ def figures_of(command: list[str]) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def measure(own: argparse.Namespace, argv: list[str], folder: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """engine -> its figures over all rounds, and for those that did not run why."""
+def measure(
+    arguments: argparse.Namespace, argv: list[str], folder: str
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """engine -> its results over all rounds, and why other engines did not run."""
     results: dict[str, list[dict[str, Any]]] = {}
     absent: dict[str, str] = {}
-    for _ in range(own.rounds):
-        for engine in own.engines:
+    for _ in range(arguments.rounds):
+        for engine in arguments.engines:
             if engine in absent:
                 continue
-            python = sys.executable if engine == "ours" or own.trl_python is None else str(own.trl_python)
+            python = (
+                sys.executable
+                if engine == "ours" or arguments.trl_python is None
+                else str(arguments.trl_python)
+            )
             command = [python, __file__, *argv, "--engine", engine, "--folder", folder]
             try:
                 latest = figures_of(command)
@@ -142,51 +148,53 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--trl_python", type=Path, help="interpreter of an environment that has TRL")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
     parser.add_argument(
-        "--profile", action="store_true", help="print where our time goes, by operation, and stop"
+        "--profile", action="store_true", help="print where our time goes, by operation, and exit"
     )
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)  # one process's part
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    own = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     for name in ("prompts", "prompt", "completion", "stop_check_steps", "steps", "rounds"):
-        if getattr(own, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(own, name)}")
-    if own.generations < 2:
-        parser.error(f"--generations must be at least 2, got {own.generations}")
-    if "ours" not in own.engines:
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.generations < 2:
+        parser.error(f"--generations must be at least 2, got {arguments.generations}")
+    if "ours" not in arguments.engines:
         parser.error("--engines must name ours, which the others are compared with")
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    if own.engine:  # TRL's environment need not have what is imported below
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    if arguments.engine:  # TRL's environment may lack what is imported below
         from lib.steps import run_ours, run_trl
 
         hide_benchmarks()
-        print(json.dumps(run_ours(own) if own.engine == "ours" else run_trl(own)))
+        print(json.dumps(run_ours(arguments) if arguments.engine == "ours" else run_trl(arguments)))
         return 0
 
     from grpo import config as configuration
     from grpo.model import weights
 
-    where = machine(own.device)
+    where = machine(arguments.device)
     print(", ".join(f"{key}: {value}" for key, value in where.items()))
     model, tokenizer = weights.load(
-        own.model or configuration.Config().model_name_or_path, getattr(torch, own.dtype)
+        arguments.model or configuration.Config().model_name_or_path, getattr(torch, arguments.dtype)
     )
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
-        weights.save(model, tokenizer, folder, getattr(torch, own.dtype))
+        weights.save(model, tokenizer, folder, getattr(torch, arguments.dtype))
         del model
-        if own.profile:
+        if arguments.profile:
             from lib.steps import profile
 
-            own.folder = folder
-            print(profile(own))
+            arguments.folder = folder
+            print(profile(arguments))
             return 0
-        results, absent = measure(own, sys.argv[1:] if argv is None else argv, folder)
+        results, absent = measure(arguments, sys.argv[1:] if argv is None else argv, folder)
     print(f"\n{report(results, absent)}")
-    own.output.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(own).items() if isinstance(value, int | float | str)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    settings = {
+        name: value for name, value in vars(arguments).items() if isinstance(value, int | float | str)
+    }
     content = {"machine": where, "settings": settings, "absent": absent, "engines": results}
-    (own.output / "step.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(f"written: {own.output / 'step.json'}")
+    (arguments.output / "step.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(f"written: {arguments.output / 'step.json'}")
     return 0
 
 

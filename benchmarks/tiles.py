@@ -1,9 +1,9 @@
-"""Which tiles should grpo/logprob.py take? Time and memory of forward plus backward, by the tile's size.
+"""Which tile should grpo/logprob.py use? Time and memory of forward plus backward for several tile sizes.
 
     python benchmarks/tiles.py
     python benchmarks/tiles.py --size 8192x576x49152 --dtypes bfloat16 --rounds 5
 
-Ratios to the tile that the code has now, round by round in one run; memory beyond inputs and gradients.
+Times are ratios to the present tile, medians over rounds; memory is that beyond inputs and gradients.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def main(argv: list[str] | None = None) -> int:
         "--dtypes", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"]
     )
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default: %(default)s)")
-    own = parser.parse_args(argv)
-    if own.rounds < 1:
-        parser.error(f"--rounds must be at least 1, got {own.rounds}")
+    arguments = parser.parse_args(argv)
+    if arguments.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {arguments.rounds}")
     print(", ".join(f"{key}: {value}" for key, value in machine("cpu").items()))
     now = f"{logprob.TILE_ROWS} rows, {logprob.TILE_ELEMENTS} elements"
-    for dtype in own.dtypes:
-        problem = Problem.make(*own.size, getattr(torch, dtype), "cpu")
+    for dtype in arguments.dtypes:
+        problem = Problem.make(*arguments.size, getattr(torch, dtype), "cpu")
         calls = {f"{r} rows, {e} elements": with_tile(problem, r, e) for r in ROWS for e in ELEMENTS}
-        times = seconds(calls, "cpu", rounds=own.rounds)
+        times = seconds(calls, "cpu", rounds=arguments.rounds)
         gradients = problem.hidden.nbytes + problem.weight.nbytes
         print(
             "\n{}x{}x{}, {}\n\n| tile | times the present one | extra MB |\n|---|---|---|".format(
-                *own.size, dtype
+                *arguments.size, dtype
             )
         )
         for name, call in calls.items():

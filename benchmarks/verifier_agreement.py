@@ -1,13 +1,13 @@
-"""Does the function-calling verifier agree with the Berkeley leaderboard's own checker, on its own data?
+"""Does our function-calling verifier agree with the Berkeley leaderboard's checker on the leaderboard's data?
 
     python benchmarks/verifier_agreement.py                 the table, and an example of each disagreement
     python benchmarks/verifier_agreement.py --output DIR    the same, and all of them in DIR, as CSV and JSON
 
-Every answer of the files is written out as calls, then changed in one way at a time (another case, a number
-as a string, an argument less, ...), and judged by both. docs/verifiers.md says who is right where they
-differ. Needs the package bfcl-eval, of whose requirements none is used: the checker asks one imported table
-whether a model cannot write dots in names, and that table, whose import would load every provider's client,
-is replaced by one that says no. It runs in seconds.
+Both judge every answer in the files, and the same answers with one change each: another case, a number as a
+string, an argument less, and so on. docs/verifiers.md says who is right where they differ. It runs in seconds
+and needs the package bfcl-eval without its requirements. The checker looks up in a table whether a model
+cannot write dots in names. Importing that table would load every provider's client, so a table that always
+says no replaces it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.experiments.answers import Calls, Truth, changed_answers, right_answers
+from grpo.run.files import read_jsonl
 from grpo.tasks.function_calling import verify
 from grpo.tasks.function_calling.berkeley import CATEGORIES, INSTALL
 
@@ -48,7 +49,7 @@ def load_checker() -> Checker:
         output = [{name: args} for name, args in calls]
         try:
             return bool(ast_checker(functions, output, truth, Language.PYTHON, category, "any")["valid"])
-        except Exception:  # what it raises on is a finding, whatever the class
+        except Exception:  # an answer that it raises on is a result, whatever the class
             return None
 
     return check
@@ -58,19 +59,19 @@ def load_checker() -> Checker:
 
 
 def entries(folder: Path) -> Iterator[tuple[str, dict[str, Any], Truth]]:
-    """(category, entry, truth) of every example that has an answer."""
+    """(category, entry, truth) of every example with an answer."""
     for category in CATEGORIES:
         answers = folder / "possible_answer" / f"BFCL_v4_{category}.json"
         if answers.exists():
-            truths = {line["id"]: line["ground_truth"] for line in _lines(answers)}
-            for entry in _lines(folder / f"BFCL_v4_{category}.json"):
+            truths = {line["id"]: line["ground_truth"] for line in read_jsonl(answers)}
+            for entry in read_jsonl(folder / f"BFCL_v4_{category}.json"):
                 yield category, entry, truths[entry["id"]]
 
 
 def compare(check: Checker, folder: Path) -> tuple[dict[str, Counter[str]], dict[tuple[str, str], list[Any]]]:
-    """Counts by kind of answer, and the disagreements by (kind, column)."""
+    """Counts by kind of answer, and disagreements by (kind, column)."""
     counts: dict[str, Counter[str]] = {}
-    found: dict[tuple[str, str], list[Any]] = {}
+    disagreements: dict[tuple[str, str], list[Any]] = {}
     for category, entry, truth in entries(folder):
         gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
         for kinds in (right_answers(truth), changed_answers(truth)):
@@ -84,8 +85,8 @@ def compare(check: Checker, folder: Path) -> tuple[dict[str, Counter[str]], dict
                 row.update(["answers", column])
                 if not column.startswith("both"):
                     example = {"id": entry["id"], "answer": text, "ours": reason, "accepted": gold}
-                    found.setdefault((kind, column), []).append(example)
-    return counts, found
+                    disagreements.setdefault((kind, column), []).append(example)
+    return counts, disagreements
 
 
 def column_of(theirs: bool | None, ours: bool) -> str:
@@ -96,15 +97,11 @@ def column_of(theirs: bool | None, ours: bool) -> str:
     return "only ours accepts" if ours else "only bfcl accepts"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="folder for agreement.csv and agreement.json")
     parser.add_argument("--examples", type=int, default=1, help="examples printed of each disagreement")
-    own = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
         check = load_checker()
     except ModuleNotFoundError as error:
@@ -112,25 +109,29 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     import bfcl_eval
 
-    counts, found = compare(check, Path(bfcl_eval.__path__[0]) / "data")
+    counts, disagreements = compare(check, Path(bfcl_eval.__path__[0]) / "data")
     print(f"{'kind of answer':34}" + "".join(f"{column:>19}" for column in COLUMNS))
     for kind, row in counts.items():
         print(f"{kind:34}" + "".join(f"{row[column]:19}" for column in COLUMNS))
-    for (kind, column), examples in found.items():
-        for example in examples[: own.examples]:
+    for (kind, column), examples in disagreements.items():
+        for example in examples[: arguments.examples]:
             print(
                 f"\n{column}: {kind}\n  {example['id']}, ours: {example['ours']}\n  {example['answer'][:300]}"
             )
-    if own.output:
-        own.output.mkdir(parents=True, exist_ok=True)
-        with (own.output / "agreement.csv").open("w", newline="", encoding="utf-8") as file:
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        with (arguments.output / "agreement.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["kind", *COLUMNS])
             writer.writerows([kind, *(row[column] for column in COLUMNS)] for kind, row in counts.items())
         listed = [
-            {"kind": kind, "column": column, **one} for (kind, column), all in found.items() for one in all
+            {"kind": kind, "column": column, **example}
+            for (kind, column), examples in disagreements.items()
+            for example in examples
         ]
-        (own.output / "agreement.json").write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+        (arguments.output / "agreement.json").write_text(
+            json.dumps(listed, indent=1) + "\n", encoding="utf-8"
+        )
     return 0
 
 

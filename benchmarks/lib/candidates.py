@@ -1,12 +1,12 @@
 """The implementations that benchmarks/kernels.py compares, ours and others', behind one signature.
 
-A candidate takes a Problem and returns what its operation is about, with a graph for the backward pass:
+A candidate takes a Problem and returns the result of its operation, with a graph for the backward pass:
 
     logprob   (M,) log-probs of the tokens `ids` under softmax(hidden @ weight.T)
     grpo      () the GRPO loss of these tokens, on-policy, from rewards in groups; no KL
 
-`build` imports what a candidate needs, so that a package which is not installed costs nothing but a line that
-says so. Temperature is 1: not all of them know it.
+`build` imports what a candidate needs, and reports a package that is not installed. The temperature is 1,
+because some candidates have none.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ TOKENS = 128  # per completion, where M is a multiple of it
 
 @dataclass(frozen=True)
 class Problem:
-    """hidden (M, H), weight (V, H), ids (M,), upstream (M,): the gradient that comes back to the log-probs.
-    rewards and group_ids (B,), sequence_ids (M,): completions of equally many tokens.
+    """The inputs of both operations.
+
+    hidden (M, H), weight (V, H), ids (M,); upstream (M,): the gradient with respect to the log-probs;
+    rewards and group_ids (B,), sequence_ids (M,): completions with equal numbers of tokens.
     """
 
     hidden: Tensor
@@ -46,7 +48,7 @@ class Problem:
 
     @staticmethod
     def make(m: int, h: int, v: int, dtype: torch.dtype, device: str, seed: int = 0) -> Problem:
-        """Logits with a standard deviation of 2: an entropy of some nats, as of a language model."""
+        """Logits have a standard deviation of 2: an entropy of some nats, like a language model's."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -63,7 +65,7 @@ class Problem:
         return Problem(hidden, weight, ids, normal(m) / m, rewards, index // GROUP, sequence_ids)
 
     def first(self, rows: int) -> Problem:
-        """The problem of the first `rows` tokens, with leaves of its own."""
+        """A problem with the first `rows` tokens and leaves of its own."""
         sequences = int(self.sequence_ids[rows - 1]) + 1
         return Problem(
             self.hidden[:rows].detach().clone().requires_grad_(),
@@ -76,7 +78,7 @@ class Problem:
         )
 
     def to(self, dtype: torch.dtype) -> Problem:
-        """The same rounded numbers in another type."""
+        """The same rounded numbers in another dtype."""
         hidden, weight = (x.detach().to(dtype).requires_grad_() for x in (self.hidden, self.weight))
         rewards, upstream = self.rewards.to(dtype), self.upstream.to(dtype)
         return Problem(hidden, weight, self.ids, upstream, rewards, self.group_ids, self.sequence_ids)
@@ -86,14 +88,14 @@ Forward = Callable[[Problem], Tensor]
 
 
 def eager_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """What everybody writes first. Softmax in float32 (in float64 for float64), like all candidates."""
+    """The plain formula. Softmax in float32 (in float64 for float64), as in all candidates."""
     logits = hidden @ weight.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.log_softmax(logits, -1).gather(-1, ids[:, None])[:, 0]
 
 
 def chunked_logprob(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """The same by blocks of rows, computed again in the backward pass."""
+    """The same in blocks of rows, which are recomputed in the backward pass."""
     parts = zip(hidden.split(CHUNK), ids.split(CHUNK), strict=True)
     return torch.cat([checkpoint(eager_logprob, h, weight, i, use_reentrant=False) for h, i in parts])
 
@@ -103,7 +105,7 @@ def loss_of(logprobs: Tensor, p: Problem) -> Tensor:
     return grpo_loss(logprobs, None, None, advantages, p.sequence_ids, beta=0.0)[0]
 
 
-# --- builders: they may raise ImportError or RuntimeError, which marks the candidate as absent --------------
+# --- builders: one that raises ImportError or RuntimeError marks its candidate as absent --------------------
 
 
 def _ours(operation: str, device: str) -> Forward:
@@ -215,17 +217,17 @@ ABOUT = {
 
 
 def build(names: list[str], operation: str, device: str) -> tuple[dict[str, Forward], dict[str, str]]:
-    """The candidates that run here, and for the others why not."""
-    found, absent = {}, {}
+    """The candidates that run here, and why the others do not."""
+    candidates, absent = {}, {}
     for name in names:
         try:
-            found[name] = BUILDERS[name](operation, device)
+            candidates[name] = BUILDERS[name](operation, device)
         except (ImportError, RuntimeError) as error:
             absent[name] = " ".join(str(error).split())
-    return found, absent
+    return candidates, absent
 
 
 def backward(output: Tensor, p: Problem) -> tuple[Any, ...]:
-    """Gradients of hidden and weight: of output by `upstream`, or of the loss."""
+    """Gradients of hidden and weight, from `upstream` for log-probs, from the loss itself for a loss."""
     upstream = p.upstream.to(output.dtype) if output.ndim else None
     return torch.autograd.grad(output, (p.hidden, p.weight), upstream)

@@ -1,13 +1,13 @@
-"""The same RL in TRL, as far as it can express it: GRPO on reflections, rewarded by the verdict on a retry.
+"""The same RL in TRL, as far as TRL can express it: GRPO on reflections, rewarded by the verdict on a retry.
 
-Run by benchmarks/learning.py, in an environment that need have nothing of ours installed:
+benchmarks/learning.py starts it in TRL's environment, where this project need not be installed:
 
-    python learning_trl.py JOB.json
+    cd benchmarks; python -m lib.learning_trl JOB.json
 
-The job names the weights, the settings, and per step the conversations to reflect on. TRL samples the
-reflections and makes the updates; a reward function samples a retry after each reflection with transformers'
-`generate` and lets our verifier judge it. What a reflection pays for its length is TRL's own reward function.
-Leaves `checkpoint-N` folders and seconds.json: the seconds of each step, without those of saving.
+The job contains the settings and, for each step, the conversations to reflect on, and names the weights. TRL
+samples the reflections and makes the updates. A reward function samples a retry after each reflection with
+transformers' `generate`, and our verifier judges it. The cost of a reflection's length is TRL's own reward
+function. The results are `checkpoint-N` folders and seconds.json: the seconds of each step without saving.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from lib.measure import hide_benchmarks
 
-SHARED = (  # settings that both trainers name alike and mean alike
+SHARED = (  # settings with the same name and meaning in both trainers
     "learning_rate lr_scheduler_type warmup_steps weight_decay adam_beta1 adam_beta2 max_grad_norm max_steps "
     "seed beta epsilon epsilon_high delta loss_type importance_sampling_level scale_rewards num_iterations "
     "use_bias_correction_kl num_generations temperature mask_truncated_completions"
@@ -29,7 +29,7 @@ SHARED = (  # settings that both trainers name alike and mean alike
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """Pads on the left, since retries go on where prompts end; apply_chat_template takes no side."""
+    """Pads on the left, because retries continue prompts; apply_chat_template has no argument for it."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -53,8 +53,8 @@ def retry_reward(
     ) -> list[float]:
         examples = [Example(**json.loads(text)) for text in example]
         conversations = [
-            [*prompt, *completion, {"role": "user", "content": one.prompt}]
-            for prompt, completion, one in zip(prompts, completions, examples, strict=True)
+            [*prompt, *completion, {"role": "user", "content": problem.prompt}]
+            for prompt, completion, problem in zip(prompts, completions, examples, strict=True)
         ]
         inputs = tokenizer.apply_chat_template(
             conversations,
@@ -76,7 +76,7 @@ def retry_reward(
             )
         model.train()
         texts = tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [float(task.verify(one, text).ok) for one, text in zip(examples, texts, strict=True)]
+        return [float(task.verify(problem, text).ok) for problem, text in zip(examples, texts, strict=True)]
 
     return retry_succeeds
 
@@ -94,7 +94,7 @@ def main(job_file: str) -> None:
     from grpo.tasks import get_task
 
     class Clock(TrainerCallback):
-        """Seconds from a step's first forward pass to its end; saving comes after."""
+        """Seconds from a step's beginning to its end, without saving."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -121,7 +121,7 @@ def main(job_file: str) -> None:
     config = GRPOConfig(
         output_dir=str(output),
         use_cpu=True,
-        bf16=settings["dtype"] == "bfloat16",  # weights stay float32, as the master weights of ours
+        bf16=settings["dtype"] == "bfloat16",  # weights stay float32, like our master weights
         gradient_checkpointing=False,
         per_device_train_batch_size=settings["num_generations"],
         gradient_accumulation_steps=groups,

@@ -1,8 +1,10 @@
-"""What the benchmarks share: times in rounds, peak memory, and what machine it was.
+"""What the benchmarks share: times in rounds, peak memory, FLOPs, tables, and a description of the machine.
 
-Times of different candidates are taken in turns, one of each per round, so that a slow minute of the machine
-hits all of them; figures are medians with quartiles. On a GPU a time lies between two events, after the L2
-cache was overwritten. Left out: confidence intervals; compare ratios within one run.
+Candidates are timed in turns, each once per round, so that a slow minute of the machine hits all of them.
+Results are medians with quartiles. On a GPU the time is measured between two events, after overwriting the L2
+cache.
+
+Left out: confidence intervals; compare ratios within one run.
 """
 
 from __future__ import annotations
@@ -29,11 +31,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 FLUSHED_BYTES = 256 << 20  # more than the L2 cache of any GPU listed in docs/kernels.md
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-WARM_UP = 1  # rounds that are not counted: they compile, allocate, and fill caches
+WARM_UP = 1  # rounds that are not counted, in which candidates compile, allocate, and fill caches
 
 
 def command_line(file: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser for the script `file`, which describes itself."""
+    """A parser for the script `file`."""
     return argparse.ArgumentParser(
         prog=f"python benchmarks/{Path(file).name}",
         description=description,
@@ -43,16 +45,16 @@ def command_line(file: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def hide_benchmarks() -> None:
-    """Takes this folder off sys.path, where transformers would take kernels.py for the package `kernels`."""
-    here = Path(__file__).resolve().parent
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != here]
+    """Takes benchmarks/ off sys.path: transformers would take its kernels.py for the package `kernels`."""
+    benchmarks = Path(__file__).resolve().parents[1]
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != benchmarks]
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What figures depend on beside the code."""
-    found: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
+    """What results depend on besides the code."""
+    versions: dict[str, Any] = {"torch": torch.__version__, "python": platform.python_version()}
     if device.startswith("cuda"):
-        return {**found, "device": torch.cuda.get_device_name(device), **_clocks()}
+        return {**versions, "device": torch.cuda.get_device_name(device), **_clocks()}
     model, flags = platform.processor(), ""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -60,11 +62,11 @@ def machine(device: str) -> dict[str, Any]:
         fields = {key.strip(): value.strip() for key, _, value in lines}  # of the last core
         model, flags = fields.get("model name", model), fields.get("flags", "")
     vector = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in flags.split()]
-    return {**found, "device": f"{model} ({', '.join(vector)})", "threads": torch.get_num_threads()}
+    return {**versions, "device": f"{model} ({', '.join(vector)})", "threads": torch.get_num_threads()}
 
 
 def _clocks() -> dict[str, str]:
-    """What nvidia-smi says of the clocks: a GPU that is throttled or locked is another GPU."""
+    """What nvidia-smi says about the clocks: a throttled or locked GPU gives other results."""
     if shutil.which("nvidia-smi") is None:
         return {"clocks": "unknown (no nvidia-smi)"}
     query = "clocks.sm,clocks.mem,clocks.max.sm,power.limit,clocks_throttle_reasons.active"
@@ -76,7 +78,7 @@ def _clocks() -> dict[str, str]:
 def seconds(
     candidates: Mapping[str, Callable[[], Any]], device: str, *, rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round. What a candidate returns is freed before the next one runs."""
+    """Seconds of each candidate in each round. A candidate's result is freed before the next one runs."""
     clock = _gpu_seconds if device.startswith("cuda") else _cpu_seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for index in range(WARM_UP + rounds):
@@ -105,7 +107,7 @@ def _gpu_seconds(call: Callable[[], Any]) -> float:
 
 
 def summary(times: list[float]) -> dict[str, float]:
-    """median, and the quartiles around it (the same number for a single time)."""
+    """Median and quartiles; for a single time all are that time."""
     if len(times) == 1:
         return {"median": times[0], "low": times[0], "high": times[0]}
     low, _, high = statistics.quantiles(times, n=4, method="inclusive")
@@ -113,15 +115,15 @@ def summary(times: list[float]) -> dict[str, float]:
 
 
 def ratio(times: list[float], others: list[float]) -> float:
-    """Median over the rounds of one time to the other: what slowed a round down slowed both."""
+    """Median over rounds of the ratio within a round: what slowed a round down slowed both."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def peak_bytes(call: Callable[[], Any], device: str) -> int:
-    """Most bytes allocated at once during `call` beyond those before it, its results included.
+    """Most bytes allocated at once by `call`, its results included.
 
-    Counted from PyTorch's allocations, not from the process: exact, and the same in every run. Memory that
-    other libraries take for themselves is not in it.
+    Counted from PyTorch's allocations: exact, and the same in every run. Memory that other libraries allocate
+    themselves is not included.
     """
     gc.collect()
     if device.startswith("cuda"):
@@ -152,13 +154,13 @@ def peak_bytes(call: Callable[[], Any], device: str) -> int:
 
 
 def _vocabulary_flops(products: int, *shapes: Any, **_: Any) -> int:
-    """2 M H V for each product; `hidden` and `weight` are the first two matrices among the arguments."""
+    """2 M H V per product; `hidden` and `weight` are the first two matrices among the arguments."""
     (m, h), (v, _) = [shape for shape in shapes if isinstance(shape, torch.Size) and len(shape) == 2][:2]
     return 2 * products * m * h * v
 
 
 def flops(call: Callable[[], Any]) -> dict[str, int]:
-    """FLOPs of products by operation, as torch counts them, and of those that it leaves out."""
+    """FLOPs of matrix products by operation, including operations that torch does not count."""
     uncounted = {
         torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1],
     }
@@ -173,7 +175,7 @@ def flops(call: Callable[[], Any]) -> dict[str, int]:
 
 
 def markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table of the columns (key, format) of each row; a dash where a row lacks the key."""
+    """A table with a column for each (key, format), and a dash where a row lacks the key."""
     lines = ["| " + " | ".join(name for name, _ in columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [form.format(row[name]) if name in row else "-" for name, form in columns]
@@ -184,7 +186,7 @@ def markdown(columns: Sequence[tuple[str, str]], rows: Sequence[Mapping[str, Any
 def write_rows(
     folder: Path, name: str, where: dict[str, Any], rows: list[dict[str, Any]], absent: dict[str, str]
 ) -> str:
-    """NAME.json with everything and NAME.csv with the rows; returns what to print about it."""
+    """Writes everything to NAME.json and the rows to NAME.csv; returns the line to print."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {"machine": where, "absent": absent, "rows": rows}
     (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,13 +1,12 @@
 """Workloads of benchmarks/rollout.py, and the engines that run them, behind one signature.
 
 A workload is a list of rows. A row is a prompt, the number of tokens to sample in each of its turns, and the
-tokens fed between the turns. All engines sample at temperature 1 from the whole distribution, give each token
-its log-prob if they can, and stop a row after exactly its number of tokens: what ends a row is drawn
-beforehand ("ragged stops"), so that every engine samples the same number of tokens in rows of the same
-lengths.
+tokens fed between turns. All engines sample at temperature 1 from the whole distribution, return log-probs if
+they can, and stop a row after exactly its number of tokens. These numbers are drawn beforehand ("ragged
+stops"), so that every engine samples the same number of tokens in rows of the same lengths.
 
-An engine is a function `run(workload) -> sampled tokens`. `build` imports what it needs; a package that is
-not installed costs nothing but a line that says so.
+An engine is a function `run(workload) -> sampled tokens`. `build` imports what it needs, and reports a
+package that is not installed.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ from grpo.model import weights
 from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
 from grpo.sampler.engine import FEW_ROWS, Feed, Row, Sample, Sampler
 
-# Tokens; its default of 256 is longer than most prompts here, so that none were shared.
+# Tokens. The default of 256 is longer than most prompts here, which would then not be shared.
 TRANSFORMERS_PAGE = 32
 
 
 @dataclass(frozen=True)
 class Workload:
-    """prompts[i], turns[i] and feeds[i] are row i's: one more turn than feeds. Neighbours share prompts."""
+    """Row i has prompts[i], turns[i] and feeds[i]: one more turn than feeds. Neighbours share prompts."""
 
     name: str
     prompts: list[tuple[int, ...]]
@@ -48,7 +47,7 @@ class Workload:
         return sum(map(sum, self.turns))
 
     def feed(self, contexts: list[list[int]], turn: int) -> None:
-        """Appends to each row's context the tokens that come before its turn."""
+        """Appends to each row's context the tokens fed before the turn."""
         for context, feeds in zip(contexts, self.feeds, strict=True):
             context += feeds[turn - 1] if turn else ()
 
@@ -64,7 +63,7 @@ class Workload:
         vocab_size: int,
         seed: int = 0,
     ) -> Workload:
-        """Random tokens; each turn's length is uniform in its (least, most); `share` rows have one prompt."""
+        """Random tokens. Turns have lengths uniform in (least, most); `share` rows have the same prompt."""
         rng = random.Random(f"{seed} {name} {rows} {prompt}")
 
         def tokens(count: int) -> tuple[int, ...]:
@@ -84,7 +83,7 @@ Engine = Callable[[Workload], int]
 
 @dataclass(frozen=True)
 class Setting:
-    """The same weights for all engines: ours in `model`, and as a Hugging Face folder."""
+    """The same weights for all engines: in `model`, and as a Hugging Face folder."""
 
     model: Decoder
     folder: Path
@@ -95,7 +94,7 @@ class Setting:
 
 
 def ours(setting: Setting) -> Engine:
-    # A stop token that cannot come: the workload says when a row ends.
+    # A stop token that cannot be sampled: the workload says when a row ends.
     never = setting.model.config.vocab_size
     sampler = Sampler(
         setting.model,
@@ -118,7 +117,7 @@ def ours(setting: Setting) -> Engine:
 
 
 def transformers_generate(setting: Setting) -> Engine:
-    """`generate` on all rows at once, turn after turn. Rows that are done stay in its batch."""
+    """`generate` on all rows at once, turn by turn. Finished rows stay in its batch."""
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
 
     model = _transformers_model(setting, AutoModelForCausalLM)
@@ -160,7 +159,7 @@ def transformers_generate(setting: Setting) -> Engine:
 
 
 def transformers_continuous(setting: Setting) -> Engine:
-    """Its continuous batching; a row's next turn is a new request as soon as the one before is done."""
+    """Its continuous batching. A row's next turn is a new request as soon as the previous turn is done."""
     from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
     model = _transformers_model(setting, AutoModelForCausalLM)
@@ -218,7 +217,7 @@ def _transformers_model(setting: Setting, auto: Any) -> Any:
 
 
 def vllm(setting: Setting) -> Engine:
-    """vLLM with prefix caching, turn after turn."""
+    """vLLM with prefix caching, turn by turn."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
@@ -271,24 +270,24 @@ def build(
     max_rows: int,
     stop_check_steps: int = 1,
 ) -> tuple[dict[str, Engine], dict[str, str], tempfile.TemporaryDirectory]:
-    """The engines that run here, for the others why not, and the folder of their weights, to be removed."""
+    """The engines that run here, why the others do not, and the folder of their weights, to be removed."""
     folder = tempfile.TemporaryDirectory(prefix="rollout-")
     weights.save(model, tokenizer, folder.name, dtype)
     setting = Setting(model, Path(folder.name), dtype, device, max_rows, stop_check_steps)
-    found, absent = {}, {}
+    engines, absent = {}, {}
     for name in names:
         try:
-            found[name] = BUILDERS[name](setting)
+            engines[name] = BUILDERS[name](setting)
         except (ImportError, RuntimeError, ValueError) as error:
             absent[name] = " ".join(str(error).split())
-    return found, absent, folder
+    return engines, absent, folder
 
 
 class LinearLayers:
-    """Replays nothing but the matrix products of a run of ours: the time that no engine can be faster than.
+    """Replays only the matrix products of a run of our sampler: a lower bound on its time.
 
-    Within `record()` every forward pass notes its number of tokens; `replay()` then does, for each, the four
-    products of every layer, with packed weights as the sampler does, and the output embedding's for the rows.
+    `record()` notes the number of tokens of every forward pass. For each pass `replay()` computes the four
+    products of every layer, with packed weights like the sampler, and the output embedding's for the rows.
     """
 
     def __init__(self, model: Decoder) -> None:

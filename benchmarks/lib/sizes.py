@@ -1,4 +1,4 @@
-"""The spelling of a size on the command line: MxHxV, selected tokens, hidden size, vocabulary."""
+"""A size on the command line: MxHxV, which is selected tokens, hidden size, vocabulary."""
 
 import argparse
 

@@ -1,7 +1,7 @@
-"""The two trainers of benchmarks/step.py, each as a function from its options to figures.
+"""The two trainers of benchmarks/step.py, each as a function from arguments to measurements.
 
-Same prompts, lengths, rewards and settings for both. Options are those of step.py: folder (of the weights),
-device, dtype, prompts, generations, prompt, completion, beta, micro_batch, stop_check_steps, steps.
+Prompts, lengths, rewards and settings are the same for both. Arguments are those of step.py: folder (of the
+weights), device, dtype, prompts, generations, prompt, completion, beta, micro_batch, stop_check_steps, steps.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ LEARNING_RATE = 1e-6
 
 
 def prompt_texts(tokenizer: Any, count: int, length: int, seed: int) -> list[str]:
-    """Different texts of exactly `length` tokens."""
+    """`count` different texts of exactly `length` tokens."""
     rng, texts = random.Random(seed), []
     while len(texts) < count:
         text = ""
         while len(tokenizer(text)["input_ids"]) < length:
             text += f" {rng.choice(WORDS)}" if text else rng.choice(WORDS)
-        if len(tokenizer(text)["input_ids"]) == length:  # one word more may be two tokens more
+        if len(tokenizer(text)["input_ids"]) == length:  # a word may be two tokens
             texts.append(text)
     return texts
 
 
 def reward_of(ids: list[int]) -> float:
-    """Anything that differs within a group and needs no text."""
+    """Some reward that differs within a group and needs no text."""
     return (sum(ids) % 97) / 96
 
 
 def peak_gb(device: str) -> float:
-    """Peak memory, as in `grpo.run.build.peak_memory_gb`, which TRL's environment need not have."""
+    """The same as `grpo.run.build.peak_memory_gb`, which TRL's environment may lack."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def gemm_rate(dtype: torch.dtype, device: str, rounds: int = 7) -> float:
-    """FLOP/s of a square matrix product of random numbers, the best of some rounds."""
+    """FLOP/s of a square matrix product of random numbers, the best of `rounds`."""
     size = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = seconds({"mm": lambda: torch.mm(a, b)}, device, rounds=rounds)["mm"]
@@ -54,9 +54,9 @@ def gemm_rate(dtype: torch.dtype, device: str, rounds: int = 7) -> float:
 
 
 class Ours:
-    """Sampler and learner around one model, and the two halves of a step."""
+    """A sampler and a learner that share a model, and the two halves of a step."""
 
-    def __init__(self, own: argparse.Namespace) -> None:
+    def __init__(self, arguments: argparse.Namespace) -> None:
         import grpo_kernels
 
         from grpo import config as configuration
@@ -66,34 +66,34 @@ class Ours:
         from grpo.sampler.engine import Sampler
 
         build.keep_freed_memory()
-        dtype = getattr(torch, own.dtype)
-        model, tokenizer = weights.load(own.folder, dtype, own.device)
+        dtype = getattr(torch, arguments.dtype)
+        model, tokenizer = weights.load(arguments.folder, dtype, arguments.device)
         config = configuration.Config(
-            beta=own.beta,
+            beta=arguments.beta,
             learning_rate=LEARNING_RATE,
             train_on="attempt",
             temperature=1.0,
             lr_scheduler_type="constant",
-            max_completion_length=own.completion,
+            max_completion_length=arguments.completion,
             warmup_steps=0,
         )
-        if own.micro_batch:
-            config.max_tokens_per_micro_batch = own.micro_batch
-        kernels = grpo_kernels.backend(own.device)
-        self.own = own
+        if arguments.micro_batch:
+            config.max_tokens_per_micro_batch = arguments.micro_batch
+        kernels = grpo_kernels.backend(arguments.device)
+        self.arguments = arguments
         self.learner = Learner(
             model,
             config,
-            total_steps=own.steps + 1,
-            reference=weights.load(own.folder, dtype, own.device)[0] if own.beta else None,
+            total_steps=arguments.steps + 1,
+            reference=weights.load(arguments.folder, dtype, arguments.device)[0] if arguments.beta else None,
             kernels=kernels,
         )
-        never = model.config.vocab_size  # a stop token that cannot come
-        rows = max(64, own.prompts * own.generations) if own.device == "cuda" else 64
+        never = model.config.vocab_size  # a stop token that cannot be sampled
+        rows = max(64, arguments.prompts * arguments.generations) if arguments.device == "cuda" else 64
         self.sampler = Sampler(
-            model, stop_token_ids=[never], max_rows=rows, stop_check_steps=own.stop_check_steps
+            model, stop_token_ids=[never], max_rows=rows, stop_check_steps=arguments.stop_check_steps
         )
-        texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
+        texts = prompt_texts(tokenizer, arguments.prompts, arguments.prompt, seed=0)
         self.prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
 
     def rollout(self, step: int) -> list[Any]:
@@ -102,9 +102,13 @@ class Ours:
         from grpo.sampler.engine import Row, Sample
 
         rows = [
-            Row(prompt, [Sample(self.own.completion, key=(step, index, generation))], (index, generation))
+            Row(
+                prompt,
+                [Sample(self.arguments.completion, key=(step, index, generation))],
+                (index, generation),
+            )
             for index, prompt in enumerate(self.prompts)
-            for generation in range(self.own.generations)
+            for generation in range(self.arguments.generations)
         ]
         episodes = []
         for finished in self.sampler.run(rows):
@@ -128,10 +132,10 @@ class Ours:
         self.learner.step(episodes)
 
 
-def run_ours(own: argparse.Namespace) -> dict[str, Any]:
-    ours = Ours(own)
+def run_ours(arguments: argparse.Namespace) -> dict[str, Any]:
+    ours = Ours(arguments)
     times: dict[str, list[float]] = {"rollout": [], "update": []}
-    for step in range(own.steps + 1):
+    for step in range(arguments.steps + 1):
         start = time.perf_counter()
         episodes = ours.rollout(step)
         middle = time.perf_counter()
@@ -140,13 +144,13 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
         if step:
             times["rollout"].append(middle - start)
             times["update"].append(end - middle)
-    peak = peak_gb(own.device)
-    ours.sampler.cuda_graphs = False  # the counter does not see what a graph does
+    peak = peak_gb(arguments.device)
+    ours.sampler.cuda_graphs = False  # the counter does not see operations inside a graph
     done = {
-        "rollout": sum(flops(lambda: ours.rollout(own.steps + 1)).values()),
+        "rollout": sum(flops(lambda: ours.rollout(arguments.steps + 1)).values()),
         "update": sum(flops(lambda: ours.update(episodes)).values()),
     }
-    rate = gemm_rate(getattr(torch, own.dtype), own.device)
+    rate = gemm_rate(getattr(torch, arguments.dtype), arguments.device)
     return {
         "seconds": [a + b for a, b in zip(times["rollout"], times["update"], strict=True)],
         "parts": times,
@@ -157,12 +161,12 @@ def run_ours(own: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def profile(own: argparse.Namespace, rows: int = 20) -> str:
-    """Where the time of a step goes, by operation, the second of two steps: two of the profiler's tables.
+def profile(arguments: argparse.Namespace, rows: int = 20) -> str:
+    """Where the time goes, by operation: the profiler's tables for rollout and update of a second step.
 
-    Under each the share of the wall-clock that is in none of torch's operations: Python's and the profiler's.
+    Below each is the share of the wall-clock outside torch's operations: Python and the profiler itself.
     """
-    ours = Ours(own)
+    ours = Ours(arguments)
     ours.update(ours.rollout(0))
     tables = []
     episodes: list[Any] = []
@@ -181,7 +185,7 @@ def profile(own: argparse.Namespace, rows: int = 20) -> str:
     return "\n".join(tables)
 
 
-def run_trl(own: argparse.Namespace) -> dict[str, Any]:
+def run_trl(arguments: argparse.Namespace) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -193,43 +197,43 @@ def run_trl(own: argparse.Namespace) -> dict[str, Any]:
         def on_step_end(self, *args: Any, **options: Any) -> None:
             self.marks.append(time.perf_counter())
 
-    tokenizer = AutoTokenizer.from_pretrained(own.folder)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    texts = prompt_texts(tokenizer, own.prompts, own.prompt, seed=0)
-    sequences = own.prompts * own.generations
+    texts = prompt_texts(tokenizer, arguments.prompts, arguments.prompt, seed=0)
+    sequences = arguments.prompts * arguments.generations
     config = GRPOConfig(
         output_dir=tempfile.mkdtemp(prefix="trl-"),
-        use_cpu=own.device == "cpu",
+        use_cpu=arguments.device == "cpu",
         bf16=False,
         fp16=False,
         gradient_checkpointing=False,
-        model_init_kwargs={"dtype": own.dtype},
+        model_init_kwargs={"dtype": arguments.dtype},
         per_device_train_batch_size=sequences,
-        num_generations=own.generations,
-        max_completion_length=own.completion,
-        generation_kwargs={"min_new_tokens": own.completion},
-        beta=own.beta,
+        num_generations=arguments.generations,
+        max_completion_length=arguments.completion,
+        generation_kwargs={"min_new_tokens": arguments.completion},
+        beta=arguments.beta,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
-        max_steps=own.steps + 1,
+        max_steps=arguments.steps + 1,
         shuffle_dataset=False,
         save_strategy="no",
         logging_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        use_transformers_continuous_batching=own.engine == "trl-continuous",
+        use_transformers_continuous_batching=arguments.engine == "trl-continuous",
     )
     clock = Clock()
     trainer = GRPOTrainer(
-        model=str(own.folder),
+        model=str(arguments.folder),
         reward_funcs=lambda completion_ids, **_: [reward_of(ids) for ids in completion_ids],
         args=config,
-        train_dataset=Dataset.from_dict({"prompt": texts * (own.steps + 1)}),
+        train_dataset=Dataset.from_dict({"prompt": texts * (arguments.steps + 1)}),
         processing_class=tokenizer,
         callbacks=[clock],
     )
     trainer.train()
     return {
         "seconds": [b - a for a, b in zip(clock.marks, clock.marks[1:], strict=False)],
-        "peak_gb": peak_gb(own.device),
+        "peak_gb": peak_gb(arguments.device),
     }

@@ -33,8 +33,8 @@ def test_a_run_is_counted(run, capsys):
     assert [line[:10].strip() for line in lines[1:]] == ["warm start", "RL, 4 step"]
     prefixes = defaultdict(set)
     for record in tiny_run.records(run, "episodes.jsonl"):
-        own = sum(role == "reflection" for role in record["roles"])
-        ids = tuple(record["prompt_ids"] + record["completion_ids"][: max(0, own - 1)])
+        trained = sum(role == "reflection" for role in record["roles"])
+        ids = tuple(record["prompt_ids"] + record["completion_ids"][: max(0, trained - 1)])
         prefixes[record["step"]] |= {ids[:end] for end in range(1, len(ids) + 1)}
     mean = sum(map(len, prefixes.values())) / len(prefixes)
     assert lines[2].split()[-2] == f"{mean:.0f}"

@@ -16,10 +16,7 @@ import operations  # noqa: E402
 import rollout  # noqa: E402
 import scaling  # noqa: E402
 import step  # noqa: E402
-from lib import (
-    rollouts,  # noqa: E402
-    steps,  # noqa: E402
-)
+from lib import rollouts, steps  # noqa: E402
 
 from grpo.model import weights  # noqa: E402
 
@@ -117,7 +114,7 @@ def test_the_profile_names_the_operations(model, capsys):
 
 
 def test_an_engine_without_its_package_is_absent(monkeypatch, model):
-    own = argparse.Namespace(engines=["ours", "trl"], rounds=1, trl_python=Path("/nowhere/python"))
+    arguments = argparse.Namespace(engines=["ours", "trl"], rounds=1, trl_python=Path("/nowhere/python"))
 
     def run(command, **options):
         if command[0] == "/nowhere/python":
@@ -128,7 +125,7 @@ def test_an_engine_without_its_package_is_absent(monkeypatch, model):
         return argparse.Namespace(returncode=0, stdout=f"noise\n{json.dumps(figures)}\n", stderr="")
 
     monkeypatch.setattr(step.subprocess, "run", run)
-    results, absent = step.measure(own, [], "folder")
+    results, absent = step.measure(arguments, [], "folder")
     assert results["ours"]["median"] == 2 and absent == {"trl": "ModuleNotFoundError: No module named 'trl'"}
     assert "absent: trl (GRPOTrainer): ModuleNotFoundError" in step.report(results, absent)
 
