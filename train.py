@@ -29,7 +29,7 @@ from pathlib import Path
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
-if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # which imports this file first
+if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # the installed command imports it
     set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
@@ -51,29 +51,29 @@ from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
-MEMORY_BLOCK = 8  # supervised steps after which unused memory is returned; an RL step takes as long
+MEMORY_BLOCK = 8  # supervised steps between returns of unused memory; about as long as one RL step
 
 
 # --- before RL ----------------------------------------------------------------------------------------------
 
 
 def warm_start(run: RunState) -> None:
-    """Supervised steps on the task's transcripts; then `start/`, the weights that RL starts from."""
+    """Trains on the task's transcripts (supervised), then saves `start/`, the weights that RL starts from."""
     unfinished = run.folder / "warm_start"
     if not run.has_start():
         if run.config.warm_start_steps:
             supervised_steps(run, unfinished)
         run.save_start()
     files.delete(unfinished)
-    build.load_into(run.parts, str(run.start))  # as it is stored, rounding included
+    build.load_into(run.parts, str(run.start))  # the stored weights, rounding included
 
 
 def supervised_steps(run: RunState, folder: Path) -> None:
-    """The steps of the warm start, with checkpoints in `folder`."""
+    """Runs the steps of the warm start; checkpoints go to `folder`."""
     config, parts = run.config, run.parts
     learner = run.learner(replace(config, beta=0.0))
     transcripts = warmstart.by_step(
-        parts.task,  # type: ignore[arg-type]  # build.check_run: the task writes transcripts
+        parts.task,  # type: ignore[arg-type]  # build.check_run has checked that it writes transcripts
         parts.chat,
         config,
     )
@@ -93,7 +93,7 @@ def supervised_steps(run: RunState, folder: Path) -> None:
                 if done % MEMORY_BLOCK == 0:
                     build.return_unused_memory()
                 if done % WARM_START_BLOCK == 0:
-                    saved = done  # first: a save that fails is not tried again below
+                    saved = done  # set first, so that a failed save is not retried below
                     run.save(learner, folder, done)
     except (Exception, Interrupted):
         if done > saved and learner.optimizer.num_updates == done:
@@ -126,7 +126,10 @@ def collect_failures(run: RunState) -> list[Attempt]:
 
 
 def sample_episodes(run: RunState, groups: Sequence[Attempt], step: int) -> list[Episode]:
-    """The episodes of one step: for each failed attempt `num_generations` reflections and retries."""
+    """The episodes of one step: `num_generations` reflections and retries for each failed attempt.
+
+    With `train_on: attempt` they are as many new attempts at its example instead.
+    """
     config, rollout, check = run.config, run.parts.rollout, run.interrupts.check
     if config.train_on == "attempt":
         examples = [failure.example for failure in groups]
@@ -148,7 +151,7 @@ Sample = Callable[[RunState, Sequence[Attempt], int], list[Episode]]
 
 
 def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episodes) -> None:
-    """The RL loop: `max_steps` times episodes and an update; validation and checkpoints when due."""
+    """The RL loop: samples and updates `max_steps` times; validates and saves when due."""
     config, parts = run.config, run.parts
     learner = run.learner(config)
     done = saved = run.restore(learner, run.folder, LOGS)
@@ -158,7 +161,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
         config.tensorboard,
         dtype=config.dtype,
         max_steps=config.max_steps,
-        console=AboveBar(),  # type: ignore[arg-type]  # as far as `print` is concerned it is a file
+        console=AboveBar(),  # type: ignore[arg-type]  # it has the two methods that `print` uses
     )
     steps = tqdm(
         range(done + 1, config.max_steps + 1),
@@ -177,13 +180,15 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             sampled = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
             update = learner.step(episodes)
-            # The sampler gets the new weights; free where it shares the learner's tensors.
+            # Copies the new weights to the sampler; free if both share the same tensors.
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
             for episode in episodes:
                 files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **vars(episode)})
-            figures = step_metrics(update, episodes, train_on=config.train_on, task=parts.task, groups=groups)
-            metrics.log(step, figures)
+            all_metrics = step_metrics(
+                update, episodes, train_on=config.train_on, task=parts.task, groups=groups
+            )
+            metrics.log(step, all_metrics)
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
@@ -199,10 +204,10 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
             if due or step in (run.best_step(), config.max_steps):
-                saved = step  # first: a save that fails is not tried again below
+                saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
     except (Exception, Interrupted):
-        # Not in the middle of a step, nor after an update that the logs lack: no run continues from there.
+        # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         if done > saved and learner.num_steps == done and learner.between_steps:
             save_before_leaving(run, learner, run.folder, done)
         raise
@@ -212,7 +217,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
 
 
 def validate(run: RunState, step: int, metrics: Metrics) -> None:
-    """First, second and blind try on validation problems, always with the same noise; once per step."""
+    """Measures first, second and blind tries on validation problems when due, always with the same noise."""
     config, parts = run.config, run.parts
     if not config.eval_steps or step % config.eval_steps or step in run.second_tries:
         return
@@ -231,11 +236,11 @@ def validate(run: RunState, step: int, metrics: Metrics) -> None:
 
 
 def save_before_leaving(run: RunState, learner: Learner, folder: Path, step: int) -> None:
-    """Saves what is done while an exception leaves; a failure to save does not hide that exception."""
+    """Saves the finished steps while an exception propagates; a failed save does not hide that exception."""
     try:
         run.save(learner, folder, step)
     except NonFiniteError:
-        pass  # the exception on its way says so, or comes from it
+        pass  # the propagating exception reports the same problem, or follows from it
     except files.RunDirError as error:
         print(f"step {step} was not saved: {error}", file=sys.stderr)
 
@@ -244,15 +249,15 @@ def save_before_leaving(run: RunState, learner: Learner, folder: Path, step: int
 
 
 def compared_models(run: RunState) -> dict[str, str]:
-    """The models of the final table: label, and where the weights are."""
+    """The models of the final table: label -> where the weights are."""
     models = {"before_rl": str(run.start), "trained": str(checkpoint.latest(run.folder))}
-    if run.config.warm_start_steps:  # else the model before RL is the untouched one
+    if run.config.warm_start_steps:  # without a warm start, before_rl is the untouched model
         models = {"untouched": run.config.model_name_or_path, **models}
     return models
 
 
 def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
-    """The four-column table on held-out problems, of `models` (default: those of `compared_models`)."""
+    """Measures `models` (default: `compared_models`) on held-out problems; prints the four-column table."""
     config, parts = run.config, run.parts
     if not config.num_eval:
         return
@@ -273,17 +278,17 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
                 identity=label,
                 progress=run.progress(bar),
             )
-    figures = report(results)
+    comparison = report(results)
     with files.written_whole(run.folder / "evaluation.json") as path:
-        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    print(table(figures))
+        path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+    print(table(comparison))
 
 
 # --- the command --------------------------------------------------------------------------------------------
 
 
 def all_stages(run: RunState) -> None:
-    """A whole run."""
+    """Runs the four stages in order."""
     with run.timed("warm start"):
         warm_start(run)
     with run.timed("failures"):
@@ -308,14 +313,14 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
-    return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # a module
+    return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # kernels is a module
 
 
 def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:
     """Runs the command. A wrong argument ends in one line on stderr, a bug in its traceback.
 
     Args:
-        stages: what to do with the run once it is open.
+        stages: what to do with the opened run.
     Returns:
         the exit status.
     """
@@ -352,7 +357,7 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
             traceback.print_exc()
             message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
             if folder is not None and (folder / "config.yaml").exists():
-                message += f"; once it is mended, `python train.py --resume {folder}` continues"
+                message += f"; once it is fixed, `python train.py --resume {folder}` continues"
     finally:
         if folder is not None:
             files.remove_if_empty(folder)

@@ -2,9 +2,9 @@
 
     A_i = (r_i - mean of its group) / (std + eps)        (GRPO, arXiv 2402.03300, equation in section 4.1.2)
 
-The mean is the group's. The standard deviation is the group's (`group`), that of all rewards of the batch
-(`batch`), or left out (`none`, for which Dr. GRPO, arXiv 2503.20783, argues). Left out: value functions,
-leave-one-out means.
+The mean is always the group's. `scale` chooses the standard deviation: the group's (`group`), that of all
+rewards of the batch (`batch`), or no division at all (`none`, as Dr. GRPO, arXiv 2503.20783, recommends).
+Left out: value functions, leave-one-out means.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def group_advantage(
         return r.new_zeros(num_groups).index_add_(0, group, values)[group]
 
     centred = r - group_sum(r) / size[group]
-    # The mean of equal rewards can be off by a rounding, which a tiny std would blow up: make them exactly 0.
+    # The mean of equal rewards can have a rounding error, which a tiny std would magnify: set exact zeros.
     lowest, highest = (
         r.new_zeros(num_groups).scatter_reduce_(0, group, r, reduce, include_self=False)
         for reduce in ("amin", "amax")

@@ -9,8 +9,8 @@ the selected token t and the whole distribution give, in nats,
     logprob = d_t - log s            d logprob / d z_j = [j = t] - p_j
     entropy = log s - c              d entropy / d z_j = -p_j (d_j - c)
 
-The forward pass keeps only m, s and c of each row. The backward pass computes the logits again: one more
-matrix product, for a small part of the memory. A tile has many rows and few vocabulary columns, so that W
+The forward pass keeps only m, s and c of each row. The backward pass recomputes the logits: one more matrix
+product, for a fraction of the memory. A tile has many rows and few vocabulary columns, so that W
 and dW, the largest matrices, are touched once per block of rows. Left out: kernels (grpo_kernels has them),
 second derivatives.
 
@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Measured by benchmarks/tiles.py (docs/LOG.md): fewer rows or elements are 5 to 30% slower, and four times
-# the elements (now 4 MiB of float32) no longer stay in the cache between the passes over them.
+# Measured by benchmarks/tiles.py (docs/LOG.md): fewer rows or elements are 5 to 30% slower. A tile is 4 MiB
+# of float32; one of four times that size does not stay in the cache from one pass to the next.
 TILE_ROWS = 2048
 TILE_ELEMENTS = 1 << 20
 NEGLIGIBLE = -1e4  # exp of it is 0 in every dtype, and unlike -inf it can be multiplied by 0
 
 
 def plain_logprob(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float = 1.0) -> Tensor:
-    """(M,) log-probs of `ids`: what `linear_logprob` computes in tiles, here with the (M, V) logits."""
+    """(M,) log-probs of `ids`, as `linear_logprob` computes them, but with the (M, V) logits in memory."""
     logits = hidden @ weight.T / temperature
     logprobs = logits.log_softmax(-1)
     return logprobs.gather(-1, ids[:, None])[:, 0]
@@ -57,12 +57,12 @@ def linear_logprob(
         hidden: (M, H) final hidden states.
         weight: (V, H) output embedding, same dtype.
         ids: (M,) int64, in [0, V).
-        mask: (M,) bool; rows where it is False give 0 and take no gradient, whatever they hold.
+        mask: (M,) bool; rows where it is False return 0 and receive no gradient, even if they contain NaN.
         softcap: logits become softcap * tanh(logits / softcap), before the division by temperature.
     Returns:
         (M,) float32 log-probs and, if asked for, (M,) float32 entropies; both differentiable, once.
     Raises:
-        ValueError: shapes, dtypes or values do not fit; the message gives what came.
+        ValueError: shapes, dtypes or values do not fit; the message shows the value received.
     """
     check_product(hidden, weight)
     rows = _counted_rows(ids, mask, hidden.shape[0], weight.shape[0], temperature, softcap)
@@ -78,7 +78,7 @@ def selected_logprob(
     softcap: float | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`linear_logprob` from (M, V) logits, which may hold -inf. Makes no such tensor but their gradient."""
+    """As `linear_logprob`, from (M, V) logits, which may contain -inf. Allocates only their gradient anew."""
     if logits.ndim != 2:
         raise ValueError(f"logits must be (M, V), got {tuple(logits.shape)}")
     rows = _counted_rows(ids, mask, logits.shape[0], logits.shape[1], temperature, softcap)
@@ -86,7 +86,7 @@ def selected_logprob(
 
 
 class _Logprob(torch.autograd.Function):
-    """x is hidden (M, H) with weight (V, H), or logits (M, V) with weight None. Only its `rows` are read."""
+    """x is hidden (M, H) with weight (V, H), or logits (M, V) with weight None. Reads only `rows` of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, rows: Tensor, ids: Tensor, *options: Any) -> Any:
@@ -125,7 +125,7 @@ class _Logprob(torch.autograd.Function):
         x, weight, rows, ids, peak, total, center = ctx.saved_tensors
         temperature, softcap, _ = ctx.options
         g, g_entropy = (torch.zeros_like(peak) if g is None else g for g in (grad_logprob, grad_entropy))
-        rows = rows[(g[rows] != 0) | (g_entropy[rows] != 0)]  # skips those of groups without a signal
+        rows = rows[(g[rows] != 0) | (g_entropy[rows] != 0)]  # skips groups without a signal
         blocks = _row_blocks(rows, x, weight)
         grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         grad_weight = None
@@ -136,7 +136,7 @@ class _Logprob(torch.autograd.Function):
         for r in blocks:
             block, label, m, s, c = x[r], ids[r, None], peak[r, None], total[r, None], center[r, None]
             up, up_entropy = g[r, None] / temperature, g_entropy[r, None] / temperature
-            # -up p - up_entropy p (d - c) is exp(d) (intercept + slope d), so that no tile is divided by s
+            # -up p - up_entropy p (d - c) equals exp(d) (intercept + slope d): no tile is divided by s
             slope = -up_entropy / s
             intercept = -up / s - slope * c
             grad_block = torch.zeros_like(block, dtype=peak.dtype)
@@ -155,7 +155,7 @@ class _Logprob(torch.autograd.Function):
                 if weight is None:
                     grad_block = grad
                     continue
-                grad = grad.to(weight.dtype)  # not before [j = t] - p is formed: rounding p would lose it
+                grad = grad.to(weight.dtype)  # only after [j = t] - p: rounding p first would lose digits
                 if grad_x is not None:
                     _add_product(grad_block, grad, weight[columns])
                 if grad_weight is not None:
@@ -167,7 +167,7 @@ class _Logprob(torch.autograd.Function):
 
 def _row_blocks(rows: Tensor, x: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
     size = TILE_ROWS if weight is not None else max(1, TILE_ELEMENTS // x.shape[1])
-    return rows.split(size) if len(rows) else ()  # split gives one empty block for no rows
+    return rows.split(size) if len(rows) else ()  # split returns one empty block for no rows
 
 
 def _tiles(
@@ -211,18 +211,18 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 def _counted_rows(
     ids: Tensor, mask: Tensor | None, m: int, v: int, temperature: float, softcap: float | None
 ) -> Tensor:
-    """Indices of the rows where the mask is True, after checking what both functions share."""
+    """Checks the arguments that both functions share; returns the indices of the rows in the mask."""
     check_rows(ids, mask, m, temperature, softcap)
     rows = torch.arange(m, device=ids.device) if mask is None else mask.nonzero()[:, 0]
     check_range(ids[rows], v)
     return rows
 
 
-# --- arguments, checked here for the kernels too ------------------------------------------------------------
+# --- checks of the arguments, which the kernels call too ----------------------------------------------------
 
 
 def check_product(hidden: Tensor, weight: Tensor) -> None:
-    """ValueError: shapes or dtypes of the two factors do not fit."""
+    """Raises ValueError unless the shapes and dtypes of the two factors fit."""
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         raise ValueError(f"hidden must be (M, H) and weight (V, H), got {shapes}")
@@ -238,7 +238,7 @@ def check_rows(
     softcap: float | None,
     id_dtypes: tuple[torch.dtype, ...] = (torch.int64,),
 ) -> None:
-    """ValueError: what belongs to the m rows, or a factor of the logits, does not fit. Looks at no value."""
+    """Raises ValueError unless the arguments fit m rows. Reads no tensor's values: no synchronisation."""
     if ids.shape != (m,) or ids.dtype not in id_dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in id_dtypes)
         raise ValueError(f"ids must be ({m},) {names}, got {tuple(ids.shape)} {ids.dtype}")
@@ -251,7 +251,7 @@ def check_rows(
 
 
 def check_range(counted: Tensor, v: int) -> None:
-    """ValueError: an id outside [0, v) among those that count. Waits for the device."""
+    """Raises ValueError if an id of an unmasked row is outside [0, v). Waits for the device."""
     if ((counted < 0) | (counted >= v)).any():
-        came = f"{counted.min()} to {counted.max()}"
-        raise ValueError(f"ids must be in [0, {v}) where mask is True, got {came}")
+        received = f"{counted.min()} to {counted.max()}"
+        raise ValueError(f"ids must be in [0, {v}) where mask is True, got {received}")

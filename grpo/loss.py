@@ -10,16 +10,17 @@ it and f under the reference:
     KL           k = exp(x) - x - 1 with x = f - l  (k3), times r with use_bias_correction_kl
     token loss   surrogate + beta k
 
-On-policy the expected gradient of r k is that of KL(policy || reference), that of k alone the one of
-KL(reference || policy). Token losses are added up by `loss_type`:
+On-policy, r k has the expected gradient of KL(policy || reference); k alone has that of
+KL(reference || policy). `loss_type` says how token losses are added up:
 
     grpo           mean over completions of the mean over their tokens           arXiv 2402.03300
     dapo, cispo    sum / tokens of the optimiser step                            arXiv 2503.14476
     bnpo           the same as dapo here
     dr_grpo        sum / (completions * max_completion_length)                   arXiv 2503.20783
 
-The denominators are those of the whole optimiser step, so the losses of its micro-batches add up however it
-is split, as long as a completion's tokens stay together. Left out: entropy bonus, value loss.
+The denominators are counted over the whole optimiser step. So the losses of its micro-batches have the same
+sum however the step is split, as long as a completion's tokens stay together. Left out: entropy bonus, value
+loss.
 
 M tokens, B completions of the optimiser step.
 """
@@ -55,12 +56,14 @@ def grpo_loss(
     """The loss of one micro-batch, and its metrics.
 
     Args:
-        logprobs, old_logprobs, ref_logprobs: (M,) float32, nats. None: logprobs.detach(); no reference.
+        logprobs, old_logprobs, ref_logprobs: (M,) float32, nats. `old_logprobs` None: logprobs.detach();
+            `ref_logprobs` None: no reference.
         advantages: (B,) float32.
         sequence_ids: (M,) int64, the index into `advantages` of each token's completion.
-        mask: (M,) bool; tokens where it is False count nowhere, whatever their entries hold.
-        epsilon, epsilon_high: the clip range; None: epsilon. With cispo epsilon_high is the bound itself.
-        delta: bound of the unclipped ratio, which keeps a large ratio with A < 0 finite; None: no bound.
+        mask: (M,) bool; tokens where it is False are ignored, even if their entries are NaN.
+        epsilon, epsilon_high: the clip range; `epsilon_high` None: epsilon. With cispo, `epsilon_high` is the
+            bound itself.
+        delta: upper bound of the unclipped ratio, which limits the loss when A < 0; None: no bound.
         num_loss_tokens, num_sequences: of the whole step, over all ranks. None: `mask.sum()` and B.
         max_completion_length: tokens, for dr_grpo.
     Returns:
@@ -78,7 +81,7 @@ def grpo_loss(
     if mask is not None:  # selected, not multiplied by 0: so a masked NaN reaches no loss or gradient
         logprobs, old, ref, sequence_ids = (x[mask] for x in (logprobs, old, ref, sequence_ids))
     A = advantages[sequence_ids]  # (M,)
-    length = sequence_ids.bincount(minlength=len(advantages))[sequence_ids]  # (M,) of the token's completion
+    length = sequence_ids.bincount(minlength=len(advantages))[sequence_ids]  # (M,)
 
     log_ratio = logprobs - old.detach()
     if importance_sampling_level == "sequence":
@@ -117,7 +120,7 @@ def grpo_loss(
 
 
 def _k3(x: Tensor) -> Tensor:
-    """exp(x) - x - 1; near 0, where float32 would be left with rounding only, by its series."""
+    """exp(x) - x - 1. Near 0, where cancellation would leave only rounding error, by its series."""
     series = x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x / 120)))
     return torch.where(x.abs() < 0.03, series, x.expm1() - x)
 

@@ -11,7 +11,7 @@ For a completion i of a group, with reward r_i and tokens t (GRPO, arXiv 2402.03
 `masks` say which tokens are trained. In "Reflect, Retry, Reward" (arXiv 2505.24726) these are the tokens of
 the reflection, and the reward is 1 if the retry after it is right.
 
-Left out, and found in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits,
+Left out, but implemented in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits,
 micro-batches, bfloat16 weights with float32 masters. The other losses are in grpo/loss.py.
 
 B completions, T tokens of the longest row, H hidden size.
@@ -53,7 +53,7 @@ def step_loss(
     epsilon: float = 0.2,
     beta: float = 0.001,
 ) -> Tensor:
-    """() loss of all completions; each list has one entry per completion, each entry one value per token."""
+    """() loss over all completions. Lists have one entry per completion, entries one value per token."""
     total, count = torch.zeros((), dtype=logprobs[0].dtype), 0
     for new, old, ref, trained, A in zip(
         logprobs, old_logprobs, ref_logprobs, masks, advantages, strict=True
