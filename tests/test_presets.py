@@ -68,7 +68,7 @@ def test_two_steps_of_the_function_calling_demo(qwen2, tmp_path):
     done = tiny_run.run([text for name, value in settings.items() for text in (f"--{name}", str(value))])
     assert done.status == 0, done.err
     figures = json.loads((done.folder / "evaluation.json").read_text())
-    assert list(figures["models"]) == ["untouched", "vanilla", "trained"]
+    assert list(figures["models"]) == ["untouched", "before_rl", "trained"]
 
 
 def test_the_function_calling_demo_uses_no_example_twice():
