@@ -1,11 +1,12 @@
-"""Conversations to token ids, through the model's own chat template, never re-tokenising what was sampled.
+"""Conversations as token ids, by the model's chat template. Sampled ids are never tokenised again.
 
-A conversation is a prompt to which pieces are only appended: sampled ids, then *glue* (the end of that
-turn, the next user message, the header of the next answer). The glue is found by difference: a dummy
-conversation with a marker as the answer is rendered, and what follows the marker is the glue. So the ids of
-turn n are a prefix of those of turn n + 1 whatever the template does to history (strips `<think>`, trims
-white space), and a tokenizer with encode(decode(ids)) != ids does no harm. Tools go to the template, where
-it takes them, with the prompt alone. Left out: tool results as messages, and images.
+A conversation is a prompt to which pieces are appended: sampled ids, then *glue* (the end of that turn, the
+next user message, the header of the next answer). To find the glue, a dummy conversation is rendered with a
+marker as its answer; what follows the marker is the glue. So the ids of turn n are always a prefix of those
+of turn n + 1, even if the template strips `<think>` or white space from history, or if encode(decode(ids))
+differs from ids. Tools go to the template with the prompt, if it takes them.
+
+Left out: tool results as messages, and images.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-_DATE = "26 Jul 2024"  # Llama 3 templates print today unless given a date; no run may change at midnight
+_DATE = "26 Jul 2024"  # Llama 3 templates print today's date unless given one; runs must be repeatable
 _QUESTION = "DUMMY-QUESTION"
 _ANSWER = "DUMMY-ANSWER"
 _TOOL = "dummy_tool"
@@ -29,11 +30,11 @@ class Chat:
 
     Args:
         tokenizer: a transformers tokenizer.
-        stop_token_ids: ids that end a turn. The template's own end-of-turn token is added where missing,
-            since there are checkpoints whose configuration names only the end-of-text token.
+        stop_token_ids: ids that end a turn. The template's end-of-turn token is added if it is missing: some
+            checkpoints name only the end-of-text token.
         chat_template: Jinja text; None for the tokenizer's own.
     Raises:
-        ValueError: no template, a template that cannot hold a conversation, or no stop token.
+        ValueError: no template, a template that cannot render a conversation, or no stop token.
     """
 
     def __init__(
@@ -57,21 +58,21 @@ class Chat:
         self._closing = self._end_of_turn(self._encode(closing, after=_ANSWER), stop_token_ids)
         self.stop_token_ids = tuple(dict.fromkeys([*stop_token_ids, *self._closing[-1:]]))
         if not self.stop_token_ids:
-            raise ValueError("stop_token_ids must hold at least one id, got none, nor does the template")
+            raise ValueError("stop_token_ids must hold at least one id, got none, and the template has none")
         pad = tokenizer.pad_token_id
         self.pad_token_id: int = self.stop_token_ids[0] if pad is None else pad
 
     def prompt(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> list[int]:
         """Ids of a conversation and of the header of the next answer.
 
-        Where the template knows no system role, the system text becomes the beginning of the user message.
+        If the template has no system role, the system message becomes the beginning of the user message.
 
         Args:
-            messages: role and content each.
-            tools: JSON schemas of the functions that the model may call; only where `takes_tools`.
+            messages: each with role and content.
+            tools: JSON schemas of the functions that the model may call; requires `takes_tools`.
         Raises:
-            ValueError: the first message is a system message and no user message follows it, or tools for a
-                template that would drop them.
+            ValueError: a system message without a user message after it, or tools for a template that would
+                drop them.
         """
         if tools is not None and not self.takes_tools:
             raise ValueError("tools must be None with this chat template, which takes none")
@@ -83,13 +84,13 @@ class Chat:
         return self._encode(self._render(messages, tools))
 
     def glue(self, completion_ids: Sequence[int], finish_reason: str, user: str) -> list[int]:
-        """Ids to append after a sampled turn so that the model may answer `user`.
+        """Ids to append after a sampled turn so that the model can answer `user`.
 
-        A turn that ended with a stop token, any of them, is closed already. One cut at the length limit
-        gets the template's whole end of turn.
+        A turn that ends with a stop token is closed already. A turn cut at its limit gets the template's
+        whole end of turn.
 
         Args:
-            completion_ids: the sampled ids; they stay as they are.
+            completion_ids: the sampled ids; not changed.
             finish_reason: "stop" or "length".
             user: the next user message.
         Raises:
@@ -107,12 +108,12 @@ class Chat:
         return glue[len(self._closing) :]
 
     def encode_turn(self, text: str) -> list[int]:
-        """Ids of an answer that was written, not sampled, with the stop token that ends it."""
+        """Ids of an answer that was written instead of sampled, with the stop token that ends it."""
         closing = self._closing or [self.stop_token_ids[0]]
         return self._encode(text, after=self._answer_header) + closing
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of sampled ids, without stop tokens and other special tokens, otherwise to the letter."""
+        """Text of sampled ids, exactly, but without stop tokens and other special tokens."""
         kept = [token for token in ids if token not in self.stop_token_ids]
         text = self.tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(text, str)
@@ -120,19 +121,19 @@ class Chat:
 
     @cached_property
     def template_sha256(self) -> str:
-        """Names the chat template in use: prompts, and so answers, depend on it."""
+        """Identifies the chat template in use, on which prompts and so answers depend."""
         template = self._template or self.tokenizer.chat_template
         text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @cached_property
     def takes_tools(self) -> bool:
-        """Whether the template writes out the tools that it is given. Others ignore them, or raise."""
+        """Whether the template renders the tools that it is given. Other templates ignore them or raise."""
         function = {"name": _TOOL, "description": "", "parameters": {"type": "object", "properties": {}}}
         messages = [{"role": "user", "content": _QUESTION}]
         try:
             return _TOOL in self._render(messages, [{"type": "function", "function": function}])
-        except Exception:  # as in _probe_system_role: the way out is to write the tools as text
+        except Exception:  # as in _probe_system_role; the tools are then written into the prompt
             return False
 
     def _render(self, messages: list[dict[str, str]], tools: list[dict[str, Any]] | None = None) -> str:
@@ -160,18 +161,17 @@ class Chat:
         return tail
 
     def _probe_system_role(self) -> bool:
-        """Templates without a system role raise an error, or drop the message without a word."""
+        """Whether there is a system role. Templates without one raise, or silently drop the message."""
         messages = [{"role": "system", "content": _ANSWER}, {"role": "user", "content": _QUESTION}]
         try:
             return _ANSWER in self._render(messages)
-        except Exception:  # a template may raise anything; whatever it is, folding is the way out
+        except Exception:  # a template may raise anything; the system message then joins the user's
             return False
 
     def _end_of_turn(self, ids: list[int], stop_token_ids: Sequence[int]) -> list[int]:
-        """Of the ids between an answer and the next question, those that end the answer: up to a stop
-        token.
+        """The leading ids that end an answer, of those between it and the next question: up to a stop token.
 
-        With no known stop token there, a special token at the very beginning is taken for one.
+        Without a known stop token, a special token at the very beginning counts as one.
         """
         for i, token in enumerate(ids):
             if token in stop_token_ids:
@@ -180,12 +180,12 @@ class Chat:
         return ids[:1] if ids and ids[0] in added and added[ids[0]].special else []
 
     def _encode(self, text: str, after: str = "") -> list[int]:
-        """Ids of a text as they come after another one: some tokenizers prefix a space at the start."""
+        """Ids of `text` as a continuation of `after`: some tokenizers put a space before the first word."""
         before = self._ids(after)
         together = self._ids(after + text)
-        # Where the two texts merge into one token there is no such difference.
+        # If a token spans both, `before` is no prefix of `together`.
         return together[len(before) :] if together[: len(before)] == before else self._ids(text)
 
     def _ids(self, text: str) -> list[int]:
-        # The template has written the special tokens already, beginning of text included.
+        # The template has already written all special tokens, even the beginning of text.
         return list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []

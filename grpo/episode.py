@@ -1,8 +1,9 @@
 """One sampled conversation, as plain lists: what the rollout hands to the learner.
 
-An episode is the prompt, the completion after it, and for every completion token the role it plays, so that
-roles and never token values decide which tokens carry gradient (the paper, arXiv 2505.24726, trains the
-reflection only). Left out: tensors. They are made late, in packing.py, when all lengths are known.
+An episode is a prompt, the completion after it, and a role for each completion token. Roles, never token
+values, decide which tokens carry gradient; the paper (arXiv 2505.24726) trains the reflection only.
+
+Left out: tensors. packing.py makes them, when all lengths are known.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-# train_on -> the roles whose tokens are in the loss. "context" (what the program fed in between) never is.
+# train_on -> the roles whose tokens are in the loss. "context", which the program fed in between, never is.
 ROLES_TRAINED: dict[str, frozenset[str]] = {
     "reflection": frozenset({"reflection"}),
     "all": frozenset({"reflection", "retry"}),
@@ -23,10 +24,10 @@ ROLES_TRAINED: dict[str, frozenset[str]] = {
 
 @dataclass
 class Episode:
-    """A prompt and one sampled completion, with verdicts, reward and (once the learner set it) advantage.
+    """A prompt and one sampled completion, with verdicts, reward and, once the learner sets it, advantage.
 
-    `completion_ids`, `roles` and `logprobs` have one entry per completion token. A token that was fed, not
-    sampled, has role "context" and log-prob 0.0.
+    `completion_ids`, `roles` and `logprobs` have one entry per completion token. A token that was fed instead
+    of sampled has the role "context" and the log-prob 0.0.
     """
 
     example_id: str
@@ -40,8 +41,8 @@ class Episode:
     reward: float
     advantage: float = 0.0
     retry_finish_reason: str = "stop"
-    reasons: list[str] = field(default_factory=list)  # the verdicts' reasons, in the order they were given
-    texts: dict[str, str] = field(default_factory=dict)  # decoded turns by role, for people
+    reasons: list[str] = field(default_factory=list)  # of the verdicts, in order
+    texts: dict[str, str] = field(default_factory=dict)  # decoded turns by role, for people to read
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -65,7 +66,7 @@ class Episode:
 
 
 def episode_metrics(episodes: Sequence[Episode], train_on: str) -> dict[str, float]:
-    """Rewards and lengths of one step; lengths in trained tokens, `reward_std` is the mean over groups."""
+    """Rewards and lengths of one step. Lengths count trained tokens; `reward_std` is the mean over groups."""
     groups = defaultdict(list)
     for episode in episodes:
         groups[episode.group_id].append(episode.reward)

@@ -1,12 +1,13 @@
 """The dataset of failures: what the starting policy gets wrong ("Reflect, Retry, Reward", section 4).
 
 Before training, every example is attempted `attempts_per_example` times with the weights that RL starts from;
-each wrong attempt becomes a pair (example, failed attempt) to reflect on. Examples that are right every time
-are dropped: they have nothing to teach. The file is JSON lines in fixed blocks of examples; each block ends
-in a summary line, so a build that is killed goes on after its last whole block and gives the same file as one
-that was not.
+each wrong attempt becomes a pair (example, failed attempt) to reflect on. Examples that are solved every time
+are dropped, because they have nothing to teach.
 
-Left out: refreshing the failures as the policy improves. The paper trains on one fixed set, and so does this.
+The file is JSON lines in fixed blocks of examples. Each block ends in a summary line. A build that was killed
+continues after its last whole block and gives the same file as an uninterrupted one.
+
+Left out: refreshing the failures as the policy improves. The paper also trains on one fixed set.
 """
 
 from __future__ import annotations
@@ -32,7 +33,6 @@ from grpo.tasks import Example, Verdict
 
 BLOCK = 64  # examples sampled together, and redone together after a kill
 
-
 NONE_RIGHT = (
     "\nwarning: no attempt was right. If retries are no better, nothing can be learned: try an easier task "
     "(task_options), a warm start (warm_start_steps), or a larger model."
@@ -54,20 +54,20 @@ def collect(
     weights: str = "",
     progress: Progress | None = None,
 ) -> list[Attempt]:
-    """Samples, verifies and stores the failures of `examples`; goes on with what `path` already holds.
+    """Samples, verifies and stores the failures of `examples`; continues an unfinished file.
 
     Args:
-        path: JSON lines file, created or continued.
+        path: JSON lines file to create or continue.
         rollout: the starting policy with its task.
         examples: in a fixed order; a continued build must be given the same ones.
         attempts_per_example: first answers sampled per example (the paper's k).
-        failures_per_example: wrong answers kept per example at the most, the first ones sampled.
-        keep_solved: keep the first answer to examples that were right every time too.
-        weights: says whose answers these are; a file of others is not continued.
-        progress: called with (examples in whole blocks, examples in all) after each block and, so that the
-            caller can stop between, while a block is sampled.
+        failures_per_example: most wrong answers kept per example; the first ones sampled are kept.
+        keep_solved: also keep the first answer to examples that were solved every time.
+        weights: name of the weights that answer; a file made with others is refused.
+        progress: called with (examples in whole blocks, examples in all) after each block. Also called while
+            a block is sampled, so that the caller can stop the build.
     Raises:
-        MismatchError: `path` holds blocks of other examples, settings or weights, or is damaged.
+        MismatchError: `path` was built with other examples, settings or weights, or is damaged.
     """
     path = Path(path)
     settings = {
@@ -103,14 +103,14 @@ def collect(
 
 
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
-    """The failures of a finished or unfinished build, in the order of their examples."""
+    """The failures in a file, finished or not, in the order of their examples."""
     return [_from_json(line) for line in files.records(Path(path))]
 
 
 def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[Attempt]:
-    """The `count` failures of a step of RL, from 1: the pool in a new order for each pass over it.
+    """The `count` failures of a step of RL; steps count from 1. Each pass over the pool has a new order.
 
-    A function of its arguments alone, so a step that is redone meets the same ones.
+    A function of its arguments alone, so a step that is redone gets the same failures.
     """
     chosen = []
     for position in range((step - 1) * count, step * count):
@@ -121,7 +121,7 @@ def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[A
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Counts over all blocks: examples tried, solved (right every time, hence dropped), failed; reasons."""
+    """Counts over all blocks: examples tried, solved (every time, hence dropped) and failed; reasons."""
     total: dict[str, Any] = {"examples": 0, "solved": 0, "failed": 0, "attempts": 0, "right": 0}
     reasons: Counter[str] = Counter()
     for line in files.read_jsonl(Path(path)):
@@ -144,7 +144,7 @@ def describe(counts: dict[str, Any]) -> str:
 
 
 def check_trainable(counts: dict[str, Any]) -> None:
-    """Raises `NoSignalError` when no example failed: there is nothing to reflect on."""
+    """Raises `NoSignalError` if no example failed, because then there is nothing to reflect on."""
     if counts["failed"] == 0:
         raise NoSignalError(
             f"no failures found in {counts['examples']} examples: the task is too easy for this model. "
@@ -226,13 +226,11 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(
         prog="python -m grpo.failures",
-        description="Samples first answers of a model, verifies them, and stores the wrong ones. Takes every "
-        "option of train.py (see `python train.py --help`); num_examples, attempts_per_example and "
-        "failures_per_example matter here.",
+        description="Samples a model's first answers, verifies them, and stores the wrong ones. Takes every "
+        "option of train.py (see `python train.py --help`), such as num_examples, attempts_per_example and "
+        "failures_per_example.",
     )
-    parser.add_argument(
-        "--output", required=True, help="JSON lines file to create, or to continue after a kill"
-    )
+    parser.add_argument("--output", required=True, help="JSON lines file to create or to continue")
     options, rest = parser.parse_known_args(argv)
     try:
         with Interrupts():
@@ -248,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
             except (
                 ValueError,
                 FileNotFoundError,
-            ) as error:  # later ones are bugs, perhaps in the user's task
+            ) as error:  # one raised later is a bug, perhaps in the task
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             with tqdm(total=len(examples), desc="failures", unit="example") as bar:

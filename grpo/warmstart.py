@@ -1,17 +1,17 @@
 """Warm start: a short supervised stage for models below the task's threshold.
 
-A model that never gets a retry right gives every group the reward 0, and GRPO learns nothing (the paper's
-models were capable enough; a 135M one is not). The task writes transcripts (`Task.transcript`): an attempt, a
-reflection that leaves room to learn, a retry. The loss is the mean negative log-likelihood of the assistant
-tokens worth imitating:
+If no retry of a model is ever right, every reward is 0 and GRPO learns nothing. The paper's models are
+capable enough; a 135M model is not. So the task writes transcripts (`Task.transcript`): an attempt, a
+reflection that leaves room to learn, a retry. The loss is the mean negative log-likelihood of the tokens that
+are imitated:
 
-- of a transcript whose attempt is right, the attempt;
-- of those that share a wrong attempt, the reflections, and the retry of the first whose retry is right. The
-  others' would say the same, and cost the task's text again. Wrong answers are never imitated;
-- on request (`warm_start_answers`) such a retry as a first answer too. The prompt goes through the model
-  anyway (packing.py), so a model that lacks the skill itself learns it for the price of the answer.
+- the attempt, if it is right;
+- after a wrong attempt, all its reflections, and the first right retry. Further right retries would say the
+  same and repeat the task's text. Wrong answers are never imitated;
+- with `warm_start_answers`, that retry also as a first answer. The prompt goes through the model anyway
+  (packing.py), so this teaches the task itself for the price of the answer.
 
-Left out: mixing in general chat data. The stage is a few dozen steps; grpo.evaluate says what it gave.
+Left out: general chat data. The stage is short; grpo.evaluate measures its effect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TrainingSequence = tuple[list[int], list[Completion]]  # prompt, completions: pa
 
 
 def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> float:
-    """Linear warm-up, then a cosine down to a tenth of the peak. `step` counts from 0."""
+    """Linear warm-up, then a cosine to a tenth of the peak. `step` counts from 0."""
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total - warmup)
@@ -38,12 +38,12 @@ def learning_rate_at(step: int, total: int, peak: float, warmup: int = 3) -> flo
 
 
 def by_step(task: WarmStartTask, chat: Chat, config: Any) -> Callable[..., list[TrainingSequence]]:
-    """`sequences(step=...)` with a run's settings: any object with the fields of `grpo.config.Config`."""
+    """`sequences` with the settings of a run (`grpo.config.Config`); takes `step`."""
     return partial(
         sequences,
         task,
         chat,
-        # After the examples of RL: other ones, though in a small space maybe the same problems reordered.
+        # Not the examples of RL, though a small task may repeat a problem with its numbers reordered.
         task.examples("train", config.warm_start_examples, offset=config.num_examples),
         batch_size=config.warm_start_batch_size,
         reflections=config.warm_start_reflections,
@@ -63,16 +63,16 @@ def sequences(
     answers: bool = False,
     seed: int,
 ) -> list[TrainingSequence]:
-    """The transcripts of one step: a function of (seed, step) alone, so a redone step sees the same.
+    """The transcripts of one step, a function of (seed, step), so a step that is redone gets the same.
 
     Args:
-        examples: each step takes the next `batch_size` of them, round and round.
+        examples: each step takes the next `batch_size`, in a cycle.
         step: counts from 0.
-        reflections: how many follow a wrong attempt. They share its cost: the prompt goes through the model
-            once (packing.py).
-        answers: imitate a right retry as a first answer too.
+        reflections: how many follow a wrong attempt. They share its prompt, which goes through the model once
+            (packing.py).
+        answers: also imitate a right retry as a first answer.
     Returns:
-        pairs (prompt ids, [(completion ids, loss mask)]), one or, with `answers`, two for each example.
+        pairs (prompt ids, [(completion ids, loss mask)]): one per example, or two with `answers`.
     """
     rng = random.Random(f"warm start {seed} {step}")
     chosen = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]

@@ -152,7 +152,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
         ("learning_rate", [1e-5], "a number"),
         ("tensorboard", "yes", "true or false"),
         ("tensorboard", 1, "true or false"),
-        ("task", 3, "a text"),
+        ("task", 3, "a string"),
         ("task_options", [1], "a mapping"),
         ("task_options", "numbers", "a mapping"),
     ],
@@ -255,7 +255,7 @@ def test_missing_files_and_unknown_presets():
             "delta must be None with loss_type=cispo",
         ),
         ({"loss_type": "cispo"}, "epsilon_high must be given with loss_type=cispo"),
-        ({"delta": 1.1}, "delta must be above the clip range's end 1.2, got 1.1"),
+        ({"delta": 1.1}, "delta must be above the upper end of the clip range, 1.2, got 1.1"),
         ({"overlong_buffer": 120}, "overlong_buffer must be below max_reflection_length 120, got 120"),
     ],
 )

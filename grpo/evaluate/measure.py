@@ -1,12 +1,12 @@
 """Measures models on held-out problems: first try, reflection, second try, and what else could explain it.
 
-`measure` is the last stage of train.py (once per model), and `python -m grpo.evaluate CHECKPOINT...` compares
-any checkpoints. Every model answers the same problems, and the sampling noise does not depend on the model,
-so all comparisons are paired. Problems are done in fixed blocks, which an interrupted evaluation redoes whole
-or not at all.
+`measure` is the last stage of train.py, once per model. `python -m grpo.evaluate CHECKPOINT...` compares any
+checkpoints. All models answer the same problems with the same sampling noise, so comparisons are paired.
+Problems are sampled in fixed blocks. An interrupted evaluation continues after its last whole block.
 
-Left out: several samples per problem (pass@k), because the paper's table has one; figures are in
-comparison.py, their rendering in table.py, the command in __main__.py.
+comparison.py computes the metrics, table.py renders them, __main__.py is the command.
+
+Left out: several samples per problem (pass@k), because the paper's table has one.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def measure(
     identity: str = "",
     progress: Progress | None = None,
 ) -> ModelResult:
-    """Lets the model that `rollout` holds try each example, reflect on its failures and try again.
+    """Lets the model of `rollout` try each example, reflect on its failures and try again.
 
-    One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; and for failures
-    `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both None elsewhere),
-    `controls` {name: {text, reason}} (elsewhere empty). For a TolerantTask `first` and `retry` hold that
-    reason too, as `tolerant`.
+    One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; for failures also
+    `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both otherwise None)
+    and `controls` {name: {text, reason}} (otherwise empty). For a TolerantTask `first` and `retry` also have
+    `tolerant`, the reason of the lenient verdict.
 
     Args:
         rollout: policy and task; its sampler's decoding settings are used as they are.
         examples: in a fixed order.
         controls: which of blind, shuffled and blanked are tried on the same failures.
-        block: examples sampled together. A different size pairs other problems in the shuffled control.
-        stage: of the noise key: "evaluation", or "validation" during training.
-        store: JSON lines file for the records. What it already holds is not computed again.
-        identity: says whose weights these are; a store made with another one is refused.
-        progress: called with (examples done, about, and examples in all) while a block is sampled; the caller
-            may stop there.
+        block: examples sampled together. Another size pairs other problems in the shuffled control.
+        stage: of the noise: "evaluation", or "validation" during training.
+        store: JSON lines file for the records. Blocks that it already has are not sampled again.
+        identity: name of the weights; a store made with others is refused.
+        progress: called with (examples done, roughly; examples in all) while a block is sampled, so that the
+            caller can stop the evaluation.
     Raises:
         ValueError: an unknown control.
-        MismatchError: `store` was made for other examples, settings or weights, or is damaged.
+        MismatchError: `store` was made with other examples, settings or weights, or is damaged.
     """
     controls = tuple(controls)
     if unknown := set(controls) - set(CONTROLS):
@@ -85,7 +85,7 @@ def measure(
 
 
 def records_file(output: Path, label: str) -> Path:
-    """Where the records of the model `label` are, beside the figures in `output`."""
+    """The file of the model's records, next to the metrics in `output`."""
     return output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.jsonl")
 
 
@@ -93,9 +93,9 @@ def records_file(output: Path, label: str) -> Path:
 
 
 def _phases(report: Callable[[float], None], size: float) -> list[Progress]:
-    """For each of a block's sampler runs, a `progress` that reports the share of the block behind it.
+    """A `progress` for each of a block's three sampler runs, which reports the share of the block done.
 
-    The reflections take most of the time.
+    The second run, the reflections, takes most of the time.
     """
 
     def phase(begin: float, end: float) -> Progress:
@@ -130,14 +130,14 @@ def _control_verdicts(
     stage: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Per failure {control: {text, reason}}; None for shuffled where the block has but one failure.
+    """Per failure {control: {text, reason}}; None for shuffled if the block has only one failure.
 
-    All controls of a failure are neighbours in one call, since they share most of their context.
+    The controls of a failure are neighbours in one call, because they share most of their context.
     """
     closed = [_closed_reflection(rollout, episode) for episode in episodes]
     reflections: dict[str, Sequence[list[int] | None]] = {
         "blind": [None] * len(failures),
-        "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # nobody keeps their own
+        "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # no failure gets its own
         "blanked": [rollout.chat.encode_turn("")] * len(failures),
     }
     tried = [control for control in controls if reflections[control]]
@@ -158,9 +158,9 @@ def _control_verdicts(
 
 
 def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:
-    """The sampled ids, with the end of turn that a reflection cut at its limit has not sampled.
+    """The sampled ids; a reflection cut at its limit also gets the end of turn that it lacks.
 
-    In the model's own retry the chat's glue closes such a turn; in another conversation it must come closed.
+    In the model's own retry the chat's glue closes such a turn. `retry_after` expects closed turns.
     """
     ids = _ids(episode, "reflection")
     return ids if episode.finish_reason == "stop" else [*ids, *rollout.chat.encode_turn("")]
@@ -198,7 +198,7 @@ def _record(
 
 
 def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
-    """The reason of the milder judgement, for tasks that have one."""
+    """The reason of the lenient verdict, for tasks that have one."""
     task = rollout.task
     return {"tolerant": task.tolerant(example, text).reason} if isinstance(task, TolerantTask) else {}
 
@@ -228,7 +228,7 @@ def _end_line(number: int, part: Sequence[Example], settings: dict[str, Any]) ->
 
 
 def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> list[ProblemRecord]:
-    """Records of the whole blocks in `path`, after a check that they belong to this evaluation."""
+    """The records of the whole blocks in `path`, once it is checked that they belong to this evaluation."""
     if not files.keep_whole_blocks(path):
         return []
     lines = list(files.read_jsonl(path))

@@ -1,8 +1,8 @@
 """Builds what a run needs from its configuration: device, dtype, model, tokenizer, task, sampler, rollout.
 
-Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that all of them mean the same
-thing by the same settings. On a CPU `dtype: auto` is measured and not guessed: of machines that look alike
-some run bfloat16 matrix products ten times faster than float32, others seven times slower (docs/LOG.md).
+Shared by train.py and the commands (`grpo.failures`, `grpo.evaluate`), so that a setting means the same to
+all of them. On a CPU `dtype: auto` is measured instead of guessed: similar machines run bfloat16 matrix
+products ten times faster than float32 or seven times slower (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass
 class Parts:
-    """What the stages of a run share. The sampler generates with `model` itself: one copy of the weights."""
+    """What the stages of a run share. The sampler uses `model` itself: there is one copy of the weights."""
 
     config: Config
     device: str
@@ -54,9 +54,9 @@ class Parts:
 
 
 def parts(config: Config, *, model_source: str | None = None) -> Parts:
-    """Loads the model (from `model_source` if given, not the configured one) and puts the parts together.
+    """Loads the model (from `model_source`, if given) and builds the parts around it.
 
-    `config.device` and `config.dtype` are resolved in place, so that config.yaml names what was really used.
+    Resolves `config.device` and `config.dtype` in place, so that config.yaml names what was used.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -99,7 +99,7 @@ def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> R
 
 
 def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
-    """Raises ValueError: a template that is missing, cannot be read, or is not right."""
+    """Raises ValueError if the template is missing, unreadable or invalid."""
     template = None
     if config.chat_template is not None:
         try:
@@ -115,14 +115,14 @@ def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
 
 
 def load_into(parts: Parts, name_or_path: str) -> None:
-    """Replaces the weights of `parts.model` by those of another folder or file of the same architecture."""
+    """Replaces the weights of `parts.model` by other weights of the same architecture."""
     other, _ = weights.load(name_or_path, dtype=parts.dtype, device=parts.device)
     parts.sampler.load_weights(other.state_dict())
 
 
 @contextmanager
 def evaluation_sampling(parts: Parts) -> Iterator[None]:
-    """Samples at `eval_temperature` (0: greedy) for a while instead of the training temperature."""
+    """A context in which sampling uses `eval_temperature` (0: greedy) instead of the training temperature."""
     sampler, temperature = parts.sampler, parts.config.eval_temperature
     before = sampler.temperature, sampler.greedy
     sampler.temperature, sampler.greedy = temperature or 1.0, temperature == 0
@@ -133,13 +133,13 @@ def evaluation_sampling(parts: Parts) -> Iterator[None]:
 
 
 def choose_device(name: str) -> str:
-    """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError: this machine has no such device."""
+    """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError if this machine lacks the device."""
     if name != "auto":
         if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
             raise ValueError(f"device must be one that this machine has, got {name!r} (not cpu, cuda or mps)")
         try:
             torch.empty(0, device=name)
-        except (RuntimeError, AssertionError) as error:  # each backend says it in its own way
+        except (RuntimeError, AssertionError) as error:  # each backend raises its own type
             reason = str(error).splitlines()[0]
             raise ValueError(f"device must be one that this machine has, got {name!r} ({reason})") from error
         return name
@@ -152,7 +152,7 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> L
     """`auto`: bfloat16 on a GPU; on a CPU the dtype whose matrix products are faster here.
 
     The measurement is made once per processor model, PyTorch version and number of threads, and kept in a
-    file: were it repeated, a busy machine could change what a seed gives.
+    file. Otherwise a busy machine could change what a seed gives.
     """
     if name != "auto":
         return name
@@ -166,8 +166,8 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> L
         origin = _keep_speedups(path, {**measurements, machine: speedup})
     else:
         origin = f"measured earlier; kept in {path}"
-    # In doubt float32: its log-probs agree between sampler and learner to 1e-5, those of bfloat16 only to a
-    # few hundredths.
+    # float32 unless bfloat16 is clearly faster: the log-probs of sampler and learner then agree to 1e-5, in
+    # bfloat16 only to a few hundredths.
     if speedup > 1.25:
         print(f"dtype: bfloat16, {speedup:.1f} times as fast as float32 here ({origin})")
         return "bfloat16"
@@ -200,7 +200,7 @@ def _speedup_file() -> Path:
 
 
 def _read_speedups(path: Path) -> dict[str, float]:
-    """What is known, by machine; nothing where the file is missing or damaged."""
+    """Measurements by machine; none if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return {str(machine): float(speedup) for machine, speedup in content.items()}
@@ -209,7 +209,7 @@ def _read_speedups(path: Path) -> dict[str, float]:
 
 
 def _keep_speedups(path: Path, measurements: dict[str, float]) -> str:
-    """Writes the file; says how that went."""
+    """Writes the file and returns the outcome in words."""
     try:
         with files.written_whole(path) as partial:
             partial.write_text(json.dumps(measurements, indent=1) + "\n", encoding="utf-8")
@@ -219,10 +219,10 @@ def _keep_speedups(path: Path, measurements: dict[str, float]) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: else each step faults its activations in again.
+    """Tells glibc to keep freed memory; otherwise each step faults its activations in again.
 
-    mallopt: no mmap for large blocks (M_MMAP_MAX = -4), never trim the heap (M_TRIM_THRESHOLD = -1).
-    Elsewhere a no-op.
+    mallopt: no mmap for large blocks (M_MMAP_MAX = -4), never trim the heap (M_TRIM_THRESHOLD = -1). A no-op
+    without glibc.
     """
     if (libc := _glibc()) is not None:
         libc.mallopt(-4, 0)
@@ -230,10 +230,10 @@ def keep_freed_memory() -> None:
 
 
 def return_unused_memory() -> None:
-    """Gives the system what lies free in glibc's heap; between steps, and not after each.
+    """Returns the free memory of glibc's heap to the system. For the time between steps.
 
-    Micro-batches of many lengths leave a heap of many holes, which grows for hundreds of steps. Returning the
-    holes costs some hundredths of a step, since the next one faults in again what it needs (docs/LOG.md).
+    Micro-batches of many lengths leave holes in the heap, which grows for hundreds of steps. Returning the
+    holes costs a few hundredths of a step, because the next step faults memory in again (docs/LOG.md).
     """
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
@@ -253,17 +253,15 @@ def peak_memory_gb(device: str) -> float:
 
 # --- checks before a run ---------------------------------------------------------------------------------
 #
-# What would go wrong late is said early: checks of a whole run, made before its first token is sampled.
-#
-# Settings by themselves are checked in config.py. Here they meet the task and the model: enough examples
-# in each split, transcripts for the warm start, room for the longest conversation. Left out: the size of
-# the disk and of the memory, which are not this program's alone.
+# config.py checks settings alone. `check_run` checks them against the task and the model before the first
+# token is sampled: enough examples in each split, transcripts for the warm start, room for the longest
+# conversation. Left out: disk and memory, which other programs use too.
 
-LONGEST = 32  # prompts with the most characters; the one with the most tokens is looked for among them
+LONGEST = 32  # prompts with the most characters, among which the one with the most tokens is looked for
 
 
 def check_run(config: Config, parts: Parts) -> None:
-    """Raises ValueError naming the setting that does not fit."""
+    """Checks a run before it starts. Raises ValueError naming the setting that does not fit."""
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "tensorboard must be false, or its extra installed: pip install 'reflect-grpo[tensorboard]'"
@@ -299,12 +297,12 @@ def _examples(config: Config, parts: Parts) -> list[Example]:
 
 
 def _characters(parts: Parts, example: Example) -> int:
-    """Roughly, the length of the prompt. Tools and earlier turns are most of it where there are any."""
+    """Rough length of the prompt, with its tools and earlier turns."""
     return sum(len(str(part)) for part in opening(parts.task, example, parts.chat).values())
 
 
 def _check_room(config: Config, parts: Parts, example: Example) -> None:
-    """The conversation about `example`, with every turn at its limit, against positions and cache."""
+    """Checks the conversation about `example`, every turn at its limit, against positions and cache."""
     rollout, model = parts.rollout, parts.model.config
     answer, reflection = config.max_completion_length, config.max_reflection_length
     total = len(rollout.prompt_ids(example)) + answer

@@ -1,8 +1,9 @@
-"""How such runs fail, as rules on the metrics so far: the warnings of a run.
+"""The warnings of a run: rules on its metrics so far, one for each way in which such runs fail.
 
-They are the failure signatures of "Reflect, Retry, Reward" (arXiv 2505.24726) and of GRPO trainers at large.
-Each rule is a pure function of the history and gives advice, or None. Left out: rules about single steps; one
-step is some groups, too few to judge.
+They are the failure signatures of "Reflect, Retry, Reward" (arXiv 2505.24726) and of GRPO in general.
+Each rule is a pure function of the history. It returns advice or None.
+
+Left out: rules about single steps. One step has too few groups to judge.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 Record = dict[str, Any]  # one line of metrics.jsonl: "step" and the metrics logged then
-Rule = Callable[[Sequence[Record]], str | None]  # what the metrics so far give cause to say
+Rule = Callable[[Sequence[Record]], str | None]  # advice, if the metrics so far give cause for it
 
 WINDOW = 5  # steps over which a rule averages
 
 
 class Warnings:
-    """Applies the rules to the metrics so far; a rule that has spoken stays silent for the rest of the run.
+    """Applies the rules to the metrics so far. Each rule warns once per run.
 
     Args:
-        records: lines of metrics.jsonl, warnings among them: what a continued run has behind it.
+        records: earlier lines of metrics.jsonl, including warnings; for a continued run.
         dtype: compute dtype of the run.
     """
 
@@ -31,7 +32,7 @@ class Warnings:
         self.rules: dict[str, Rule] = {**RULES, "sampling_difference": sampling_difference(dtype)}
 
     def update(self, record: Record) -> dict[str, str]:
-        """Takes the newest metrics and returns what is to be said now for the first time: name -> advice."""
+        """Adds the newest metrics. Returns the warnings that are new: name -> advice."""
         self.history.append(record)
         advices = {name: rule(self.history) for name, rule in self.rules.items() if name not in self.given}
         new = {name: advice for name, advice in advices.items() if advice is not None}
@@ -57,7 +58,7 @@ def _growth(history: Sequence[Record], name: str) -> float | None:
 
 
 def few_signals(history: Sequence[Record]) -> str | None:
-    """Fewer than 5% of the groups have rewards that differ: there is nothing to learn from."""
+    """Fewer than 5% of the groups have rewards that differ, so there is little to learn from."""
     without = _recent(history, "frac_reward_zero_std")
     if without is None or without <= 0.95:
         return None
@@ -69,29 +70,29 @@ def few_signals(history: Sequence[Record]) -> str | None:
 
 
 def no_success(history: Sequence[Record]) -> str | None:
-    """Not one retry of the starting policy was right: if that stays so, all rewards are 0."""
+    """No retry of the starting policy was right. If that does not change, all rewards are 0."""
     if _values(history, "validation/retry") != [0]:
         return None
     return (
-        "no retry of the starting model was right: as long as that is so there is nothing to learn from. Try "
+        "no retry of the starting model was right: until one is, there is nothing to learn from. Try "
         "an easier task, a warm start (warm_start_steps), or a larger model."
     )
 
 
 def nothing_right(history: Sequence[Record]) -> str | None:
-    """No answer in the first WINDOW steps was right. All rewards are equal then, and so it will stay."""
+    """No answer in the first WINDOW steps was right: all rewards are equal, and will stay equal."""
     shares = _values(history, "verdicts/ok")[:WINDOW]
     if len(shares) < WINDOW or any(shares):
         return None
     return (
         f"not one answer was right in {WINDOW} steps: the task is too hard for this model, and without a "
-        "right one there is nothing to learn from. Try an easier task (task_options), a warm start "
+        "right answer there is nothing to learn from. Try an easier task (task_options), a warm start "
         "(warm_start_steps), or a larger model"
     )
 
 
 def growing_length(history: Sequence[Record]) -> str | None:
-    """Completions run into their limit: 30% of them, or 10% while they have become half as long again."""
+    """30% of the completions hit their limit, or 10% do and the mean length has grown by half."""
     truncated = _recent(history, "completions/clipped_ratio")
     if truncated is None or truncated < 0.1:
         return None
@@ -105,7 +106,7 @@ def growing_length(history: Sequence[Record]) -> str | None:
 
 
 def entropy_collapse(history: Sequence[Record]) -> str | None:
-    """Entropy below a quarter of what it was: the members of a group become copies of each other."""
+    """Entropy is below a quarter of its first value: completions of a group become copies of each other."""
     growth = _growth(history, "entropy")
     if growth is None or growth >= 0.25:
         return None
@@ -116,7 +117,7 @@ def entropy_collapse(history: Sequence[Record]) -> str | None:
 
 
 def idle_reflection(history: Sequence[Record]) -> str | None:
-    """Retries after a reflection improved no more than retries without one: the reflection does nothing."""
+    """Retries after a reflection improved no more than blind ones, so the reflection does nothing."""
     retry, blind = _values(history, "validation/retry"), _values(history, "validation/retry_blind")
     if len(retry) < 2 or len(blind) < 2:
         return None
@@ -125,7 +126,7 @@ def idle_reflection(history: Sequence[Record]) -> str | None:
         return None
     return (
         f"retries gained {gain:.1%} with a reflection and {blind_gain:.1%} without one: the model learned "
-        "the task and not to reflect. That is a result too; compare the controls that the evaluation prints."
+        "the task, not to reflect. Compare the controls that the evaluation prints."
     )
 
 
@@ -135,13 +136,13 @@ def answer_leakage(history: Sequence[Record]) -> str | None:
     if share is None or share <= 0.5:
         return None
     return (
-        f"{share:.0%} of the reflections state an accepted answer: the retry only copies it. Where finding "
-        "the answer is what a reflection is for, this is expected; else change reflection_instruction."
+        f"{share:.0%} of the reflections state an accepted answer: the retry only copies it. This is "
+        "expected if reflections should find the answer; otherwise change the task's reflection_instruction."
     )
 
 
 def large_kl(history: Sequence[Record]) -> str | None:
-    """The policy is more than half a nat per token away from the reference."""
+    """The policy is more than half a nat per token from the reference."""
     kl = _recent(history, "kl")
     if kl is None or kl <= 0.5:
         return None
@@ -152,7 +153,7 @@ def large_kl(history: Sequence[Record]) -> str | None:
 
 
 def format_errors(history: Sequence[Record]) -> str | None:
-    """Most verdicts say that the answer could not be read."""
+    """More than half of the answers could not be read."""
     share = _recent(history, "verdicts/format")
     if share is None or share <= 0.5:
         return None
@@ -163,7 +164,7 @@ def format_errors(history: Sequence[Record]) -> str | None:
 
 
 def sampling_difference(dtype: str) -> Rule:
-    """The rule for `dtype`: rounding gives about 0.04 nats in bfloat16 on a CPU, below 1e-5 in float32."""
+    """The rule for `dtype`. Rounding gives about 0.04 nats in bfloat16 on a CPU, below 1e-5 in float32."""
     bound = 1e-3 if dtype == "float32" else 0.12
 
     def rule(history: Sequence[Record]) -> str | None:

@@ -1,9 +1,10 @@
-"""Run directories: numbered, never reused, held by one process at a time, and never left with half a file.
+"""Run directories: numbered, never reused, locked by one process at a time, without half-written files.
 
-What must be complete or absent is written under another name, flushed to the disk and renamed
-(`written_whole`). Logs grow line by line instead; on resume they are cut back to the size that they had at
-the last checkpoint, so that steps which are redone appear once. Left out: remote file systems, which may know
-neither locks nor atomic renames.
+A file or folder that must be complete or absent is written under another name, flushed to the disk and
+renamed (`written_whole`). Logs grow line by line. On resume they are cut back to their size at the last
+checkpoint, so that steps which are redone appear once.
+
+Left out: remote file systems, which may lack locks and atomic renames.
 """
 
 from __future__ import annotations
@@ -61,17 +62,15 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
 
 # --- JSON lines in whole blocks --------------------------------------------------------------------------
 #
-# JSON lines files that grow in whole blocks, so that long work goes on after a kill where its last block
-# ended.
+# Files that grow in whole blocks, so that long work continues after a kill where its last block ended.
 #
-# A block is any number of lines and then one *end line*, `{"block": number, ...}`. All of it is appended
-# in one write and synced; whatever follows the last end line was left by a kill, and is cut away and
-# redone. Because work inside a block is deterministic, the file of an interrupted run equals the file of
-# one that was not.
+# A block is any number of lines and then one *end line*, `{"block": number, ...}`. It is appended in one
+# write and synced. What follows the last end line was left by a kill; it is cut off and redone. Work inside a
+# block is deterministic, so an interrupted run gives the same file as an uninterrupted one.
 
 
 def keep_whole_blocks(path: Path) -> int:
-    """Cuts the file after its last end line; returns the number of blocks kept, 0 when there is no file."""
+    """Cuts the file after its last end line. Returns the number of blocks kept; 0 if there is no file."""
     if not path.exists():
         return 0
     blocks, end, position = 0, 0, 0
@@ -111,7 +110,7 @@ class RunLockedError(RunDirError):
 
 
 class MismatchError(RunDirError, ValueError):
-    """A stored file does not belong to what is asked for now, or is damaged: the user has to decide."""
+    """A stored file was made with other settings or inputs, or is damaged, so it cannot be continued."""
 
 
 # --- directories
@@ -121,7 +120,7 @@ def new_run_dir(output_dir: str | Path, name: str) -> Path:
     """Makes `output_dir/NAME-001`, or the next free number: a run never overwrites another.
 
     Raises:
-        ValueError: `name` is empty or holds a path separator.
+        ValueError: `name` is empty or contains a path separator.
         RunDirError: the directory cannot be made (permission, disk).
     """
     if not name or Path(name).name != name or name in (".", ".."):
@@ -135,7 +134,7 @@ def new_run_dir(output_dir: str | Path, name: str) -> Path:
         while True:
             number += 1
             run_dir = parent / f"{name}-{number:03d}"
-            with contextlib.suppress(FileExistsError):  # another process was faster: take the next
+            with contextlib.suppress(FileExistsError):  # another process was faster
                 run_dir.mkdir()
                 return run_dir
     except OSError as error:
@@ -145,7 +144,7 @@ def new_run_dir(output_dir: str | Path, name: str) -> Path:
 
 
 def remove_if_empty(run_dir: str | Path) -> None:
-    """Takes back a directory in which nothing was begun; only its lock may be in it."""
+    """Removes a run directory that contains nothing but, possibly, its lock."""
     with contextlib.suppress(OSError):
         if os.listdir(run_dir) == [LOCK]:
             os.unlink(Path(run_dir) / LOCK)
@@ -154,7 +153,7 @@ def remove_if_empty(run_dir: str | Path) -> None:
 
 @contextlib.contextmanager
 def lock(run_dir: str | Path) -> Iterator[None]:
-    """Holds the run directory for this process and removes leftovers; the lock ends with the process.
+    """Locks the run directory for this process and removes leftovers. The lock ends with the process.
 
     Raises:
         RunLockedError: another process holds it; the message gives its id.
@@ -171,12 +170,12 @@ def lock(run_dir: str | Path) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         remove_leftovers(run_dir)
-        # Closing the file frees the lock; were it deleted, two processes could lock two files of its name.
+        # Closing the file frees the lock. If it were deleted, two processes could lock two files of its name.
         yield
 
 
 def remove_leftovers(run_dir: str | Path) -> None:
-    """Deletes what an interrupted write, prune or truncation left behind; only for the holder of the lock."""
+    """Deletes what an interrupted write or removal left behind. Requires the lock."""
     for entry in sorted(Path(run_dir).rglob(f"*{PARTIAL}*")):
         delete(entry)
 
@@ -186,17 +185,17 @@ def remove_leftovers(run_dir: str | Path) -> None:
 
 @contextlib.contextmanager
 def written_whole(final: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to. It becomes `final` when complete and on the disk, or vanishes.
+    """A path to write a file or a folder to. It becomes `final` when it is on the disk; an error removes it.
 
     Raises:
-        RunDirError: the disk is full or not writable; what was at `final` before is still there.
+        RunDirError: the disk is full or not writable. The old `final` is still there.
     """
     partial = final.with_name(f"{final.name}{PARTIAL}{os.getpid()}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         flush(partial)
-        if final.is_dir():  # a file is replaced by the renaming itself
+        if final.is_dir():  # a rename replaces a file, not a folder
             remove(final)
         os.rename(partial, final)
         flush_directory(final.parent)
@@ -209,7 +208,7 @@ def written_whole(final: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Renames before deleting: an interruption must not leave half a folder under its own name."""
+    """Deletes a folder. Renames it first, so that an interruption leaves no half folder under its name."""
     doomed = folder.with_name(f"{folder.name}{PARTIAL}removed")
     delete(doomed)
     os.rename(folder, doomed)
@@ -217,7 +216,7 @@ def remove(folder: Path) -> None:
 
 
 def delete(path: Path) -> None:
-    """A file or a folder, if it is there."""
+    """Deletes a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -225,7 +224,7 @@ def delete(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """A file, or every file and directory of a folder, onto the disk."""
+    """Flushes a file, or all files and directories of a folder, to the disk."""
     for directory, _, names in os.walk(path):
         for name in names:
             flush(Path(directory) / name)
@@ -260,7 +259,7 @@ def _write_failure(final: Path, error: Exception, written: int) -> str:
 
 
 def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:
-    """Bytes of each log, all of them on the disk; for a checkpoint, and for `cut_logs`."""
+    """Flushes the logs and returns the bytes of each: for a checkpoint, and later for `cut_logs`."""
     paths = [run_dir / name for name in names if (run_dir / name).exists()]
     for path in paths:
         flush(path)
@@ -268,7 +267,7 @@ def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:
 
 
 def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
-    """Cuts logs back to the size that they had at a checkpoint. One that is gone starts anew.
+    """Cuts logs back to their size at a checkpoint. A missing log starts empty.
 
     Raises:
         RunDirError: a log is shorter than it was.
@@ -279,7 +278,7 @@ def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
         if present < size:
             raise RunDirError(
                 f"{path} must have at least the {size} bytes that it had at the checkpoint, got {present}: "
-                "it was changed since; delete it to go on without its first part"
+                "it was changed since; delete it to continue without its first part"
             )
         if present > size:
             os.truncate(path, size)

@@ -1,11 +1,10 @@
-"""Where the figures of a run go: JSON lines, one console line per step, TensorBoard if asked for; warnings.
+"""The metrics of a run: assembled per step, written as JSON lines, console lines and TensorBoard; warnings.
 
-metrics.jsonl holds what the seed determines, timings.jsonl what the machine does, so that the first is byte
-for byte the same in a rerun. Warnings (grpo/run/diagnostics.py) are given once and kept in metrics.jsonl. A
-continued run reads that file, so nothing else has to be saved.
+metrics.jsonl contains what the seed determines, timings.jsonl what the machine determines, so a rerun gives
+the same metrics.jsonl byte for byte. Each warning (grpo/run/diagnostics.py) is given once and kept in
+metrics.jsonl. A continued run reads that file, so no other state has to be saved.
 
-Left out: averaging over steps (it hides the steps that went wrong, and a reader can do it) and remote
-trackers.
+Left out: averages over steps, which hide the steps that went wrong, and remote trackers.
 """
 
 import math
@@ -36,13 +35,13 @@ class Metrics:
     """Writes the metrics of one run.
 
     Args:
-        run_dir: the run's directory; must exist. Lines already there are history for the warnings.
+        run_dir: the run's directory; must exist. The warnings use the lines already there as history.
         tensorboard: also write TensorBoard files to `run_dir/tensorboard`.
-        dtype: compute dtype, which decides how far sampler and learner may differ.
+        dtype: compute dtype; decides how far sampler and learner may differ.
         max_steps: shown on the console, if given.
-        console: where the console lines go.
+        console: file for the console lines; default: standard output.
     Raises:
-        ValueError: TensorBoard is asked for and not installed.
+        ValueError: `tensorboard` without the package.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Metrics:
         self.warnings = Warnings(history, dtype=dtype)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line in metrics.jsonl and one on the console. NaN and infinity become null."""
+        """Writes one line to metrics.jsonl and one to the console. NaN and infinity become null."""
         record: Record = {"step": step} | {name: _number(metrics[name]) for name in sorted(metrics)}
         files.append_jsonl(self.run_dir / "metrics.jsonl", record)
         self._say(console_line(record, self.max_steps))
@@ -74,7 +73,7 @@ class Metrics:
             self._say(f"warning: {advice}")
 
     def timings(self, step: int, seconds: Mapping[str, float]) -> None:
-        """One line in timings.jsonl: seconds, token rates, whatever differs from run to run."""
+        """Writes one line to timings.jsonl: seconds, token rates, and what else differs between reruns."""
         record: Record = {"step": step} | {name: _number(seconds[name]) for name in sorted(seconds)}
         files.append_jsonl(self.run_dir / "timings.jsonl", record)
         self._scalars(record, prefix="timings/")
@@ -94,7 +93,7 @@ class Metrics:
 
 
 def console_line(record: Record, max_steps: int | None = None) -> str:
-    """`step 3/16  reward 0.412  length 57.3 ...`; a record without a reward (validation) shows all it has."""
+    """`step 3/16  reward 0.412  length 57.3 ...`. A record without a reward (validation) is shown in full."""
     parts = [f"step {record['step']}" + (f"/{max_steps}" if max_steps else "")]
     if "reward" in record:
         for name, (label, form) in _CONSOLE.items():
@@ -141,7 +140,7 @@ def verdict_metrics(reasons: Sequence[str], format_reasons: frozenset[str]) -> d
 
     Args:
         reasons: one per verdict.
-        format_reasons: those that say that the answer could not be read; see `grpo.tasks.Task`.
+        format_reasons: reasons that mean that the answer could not be read; see `grpo.tasks.Task`.
     """
     count = max(len(reasons), 1)
     return {

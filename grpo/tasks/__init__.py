@@ -241,7 +241,7 @@ def _check_options(spec: str, factory: Callable[..., Any], options: dict[str, An
             raise ValueError(f"task_options {option} must be {expected}, got {value!r}")
 
 
-_SIMPLE = {int: "an integer", float: "a number", str: "a text", bool: "true or false", type(None): "null"}
+_SIMPLE = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
 
 
 def _fits(value: Any, kind: type) -> bool:

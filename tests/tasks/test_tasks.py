@@ -53,7 +53,7 @@ def test_get_task_by_path() -> None:
         ("countdown", {"high": "ten"}, "task_options high must be an integer, got 'ten'"),
         ("countdown", {"high": 10.5}, "task_options high must be an integer, got 10.5"),
         ("countdown", {"low": None}, "task_options low must be an integer, got None"),
-        ("countdown", {"operators": 5}, "task_options operators must be a text, got 5"),
+        ("countdown", {"operators": 5}, "task_options operators must be a string, got 5"),
         ("countdown", {"max_target": "x"}, "task_options max_target must be an integer or null, got 'x'"),
         ("countdown", {"reflection_stop": True}, "task_options reflection_stop must be a number, got True"),
         ("countdown", {5: 1}, "must be among: .*; got 5"),
