@@ -29,7 +29,9 @@ from pathlib import Path
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
-if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # the installed command imports it
+INSTALLED = Path(sys.argv[0]).name == "reflect-grpo"  # the console script, which imports this file
+COMMAND = "reflect-grpo" if INSTALLED else "python train.py"
+if __name__ == "__main__" or INSTALLED:
     set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
@@ -337,7 +339,7 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
         return EXIT_OK
     except (Interrupted, KeyboardInterrupt):
         begun = folder is not None and (folder / "config.yaml").exists()
-        message = "stopped" + (f"; `python train.py --resume {folder}` goes on" if begun else "")
+        message = "stopped" + (f"; `{COMMAND} --resume {folder}` goes on" if begun else "")
         status = EXIT_INTERRUPTED
     except (NonFiniteError, FloatingPointError) as error:
         message = f"error: {error}. {state.saved_weights(folder)}"
@@ -357,7 +359,7 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
             traceback.print_exc()
             message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
             if folder is not None and (folder / "config.yaml").exists():
-                message += f"; once it is fixed, `python train.py --resume {folder}` continues"
+                message += f"; once it is fixed, `{COMMAND} --resume {folder}` continues"
     finally:
         if folder is not None:
             files.remove_if_empty(folder)

@@ -13,7 +13,7 @@ nothing differs but what is claimed. `seeds`, `longer` and the controls leave a 
 of train.py as well (`--KEY VALUE`). `table` writes evidence.json next to the first run.
 
 `curve` writes second_try.svg, or what `--svg` names. It needs runs with validation (`--eval_steps 2
---num_validation 128`) and matplotlib. The first run's second, first and blind second tries are drawn with 95%
+--num_validation 120`) and matplotlib. The first run's second, first and blind second tries are drawn with 95%
 intervals, and of each other run, such as a control, the second tries.
 """
 
@@ -128,8 +128,7 @@ def continue_run(run: Path, name: str, stages: Stages, *options: str) -> tuple[i
 
 
 def rl_seconds(run: Path) -> float:
-    lines = (run / "timings.jsonl").read_text(encoding="utf-8").splitlines()
-    return sum(json.loads(line)["step_time"] for line in lines)
+    return sum(line["step_time"] for line in files.read_jsonl(run / "timings.jsonl"))
 
 
 def row(run: Path) -> dict[str, Any]:
