@@ -29,9 +29,7 @@ from pathlib import Path
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
-INSTALLED = Path(sys.argv[0]).name == "reflect-grpo"  # the console script, which imports this file
-COMMAND = "reflect-grpo" if INSTALLED else "python train.py"
-if __name__ == "__main__" or INSTALLED:
+if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # the console script imports this file
     set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
@@ -52,6 +50,7 @@ from grpo.run.metrics import Metrics, step_metrics
 from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+COMMAND = "reflect-grpo" if Path(sys.argv[0]).name == "reflect-grpo" else "python train.py"
 WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
 MEMORY_BLOCK = 8  # supervised steps between returns of unused memory; about as long as one RL step
 
