@@ -19,16 +19,38 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from grpo.chat import Chat
 from grpo.episode import Episode
 from grpo.sampler.engine import Feed, Finished, Row, Sample, Sampler, Turn
 from grpo.tasks import Example, Task, Verdict, opening
 
-# The stage is part of the key of the sampling noise, so that no two stages of a run share a random number.
+# --- noise --------------------------------------------------------------------------------------------------
+
 STAGES = {"failures": 0, "rollout": 1, "validation": 2, "evaluation": 3}
-ATTEMPT, REFLECTION, RETRY = 0, 1, 2  # the turn, likewise
+ATTEMPT, REFLECTION, RETRY = 0, 1, 2
+
+
+class NoiseKey(NamedTuple):
+    """Names the sampling noise of one turn. Turns with different keys have independent noise.
+
+    The noise is a function of the key alone (grpo/sampler/sampling.py), so a step that is redone samples the
+    same tokens, whatever runs next to it.
+    """
+
+    seed: int  # the run's
+    stage: int  # see STAGES
+    step: int  # of RL; 0 elsewhere
+    example: int  # `Example.key`
+    repeat: int = 0  # how often the example, or this failed attempt at it, came earlier in the step
+    attempt: int = 0  # which first answer to the example; in later turns the failed one that they follow
+    member: int = 0  # which completion of the group
+    turn: int = ATTEMPT  # ATTEMPT, REFLECTION or RETRY
+    retry: int = 0  # which retry after the reflection
+
+
+# --- reward -------------------------------------------------------------------------------------------------
 
 
 Progress = Callable[[int, int], None]  # called with (done, in all); may raise to stop the work
@@ -86,9 +108,9 @@ class Tag:
     """What a row is for; the sampler gives it back with the row's turns."""
 
     example: Example
-    generation: int  # which answer to the example, or which member of the group
+    key: NoiseKey  # of the row's first turn
+    generation: int = 0  # which answer to the example, or which completion of the group
     group: int = 0  # index of the failure that the row reflects on
-    noise: int = 0  # which number stands for the row's group and member in the noise key
 
 
 class Rollout:
@@ -187,11 +209,12 @@ class Rollout:
         seen: Counter[str] = Counter()
         for example in examples:
             prompt = tuple(self.prompt_ids(example))
-            first = count * seen[example.id]
+            repeat = seen[example.id]
             seen[example.id] += 1
-            for generation in range(first, first + count):
-                key = self._key(stage, step, example, generation, ATTEMPT)
-                rows.append(Row(prompt, [Sample(self.max_completion_length, key)], Tag(example, generation)))
+            for attempt in range(count):
+                key = self._key(stage, step, example)._replace(repeat=repeat, attempt=attempt)
+                tag = Tag(example, key, generation=count * repeat + attempt)
+                rows.append(Row(prompt, [Sample(self.max_completion_length, key)], tag))
         return [self._verified(done) for done in self._run(rows, progress)]
 
     def reflect_and_retry(
@@ -212,20 +235,19 @@ class Rollout:
         seen: Counter[tuple[str, int]] = Counter()
         for group, failure in enumerate(failures):
             prompt = tuple(self.reflection_prompt_ids(failure))
-            # A step may hold two failed attempts of an example or, where the pool is small, one of them
-            # twice: both tell the noise of one group from that of another.
+            # A step may hold two failed attempts at an example or, if the pool is small, one of them twice.
             name = (failure.example.id, failure.generation)
-            base = (1009 * seen[name] + failure.generation) * 1_000_003
+            repeat = seen[name]
             seen[name] += 1
             for member in range(num_generations):
-                tag = Tag(failure.example, member, group, base + member)
-                rows.append(self._reflect_row(prompt, tag, stage, step))
+                key = self._key(stage, step, failure.example)._replace(
+                    repeat=repeat, attempt=failure.generation, member=member, turn=REFLECTION
+                )
+                rows.append(self._reflect_row(prompt, Tag(failure.example, key, member, group)))
         finished = self._run(rows, progress)
         tries = [[self._verified(done)] for done in finished]
         if retries > 1:
-            more = [
-                self._retry_row(done, stage, step, retry) for done in finished for retry in range(1, retries)
-            ]
+            more = [self._retry_row(done, retry) for done in finished for retry in range(1, retries)]
             for index, done in enumerate(self._run(more, progress)):
                 tries[index // (retries - 1)].append(self._verified(done))
         return [
@@ -248,7 +270,7 @@ class Rollout:
 
         `reflections[i]` are the ids of a closed assistant turn; None leaves out instruction and reflection
         altogether, so that the task prompt follows the failed attempt (the blind retry). The noise is that of
-        the real retry, so that a control differs from it in nothing but its context.
+        the real retry, so a control differs from it in its context only.
         """
         rows = []
         for failure, reflection in zip(failures, reflections, strict=True):
@@ -258,33 +280,30 @@ class Rollout:
             else:
                 prefix = self.reflection_prompt_ids(failure)
                 fed = [*reflection, *self.chat.glue(reflection, "stop", failure.example.prompt)]
-            key = self._key(stage, step, failure.example, 0, RETRY)
+            key = self._key(stage, step, failure.example)._replace(attempt=failure.generation, turn=RETRY)
             script: list[Feed | Sample] = [Feed(fed), Sample(self.max_completion_length, key)]
-            rows.append(Row(tuple(prefix), script, Tag(failure.example, 0)))
+            rows.append(Row(tuple(prefix), script, Tag(failure.example, key)))
         return [self._verified(done) for done in self._run(rows, progress)]
 
     # --- rows and episodes ----------------------------------------------------------------------------------
 
-    def _key(
-        self, stage: str, step: int, example: Example, generation: int, turn: int, retry: int = 0
-    ) -> tuple[int, ...]:
-        return (self.seed, STAGES[stage], step, example.key, generation, turn, retry)
+    def _key(self, stage: str, step: int, example: Example) -> NoiseKey:
+        return NoiseKey(self.seed, STAGES[stage], step, example.key)
 
-    def _reflect_row(self, prompt: tuple[int, ...], tag: Tag, stage: str, step: int) -> Row:
+    def _reflect_row(self, prompt: tuple[int, ...], tag: Tag) -> Row:
         example = tag.example
-        reflect = Sample(self.max_reflection_length, self._key(stage, step, example, tag.noise, REFLECTION))
+        reflect = Sample(self.max_reflection_length, tag.key)
         # A turn that was cut must be closed too, so nothing longer than this can follow a reflection.
         longest = len(self.chat.glue([], "length", example.prompt))
         again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, example.prompt), limit=longest)
-        retry = Sample(self.max_completion_length, self._key(stage, step, example, tag.noise, RETRY))
+        retry = Sample(self.max_completion_length, tag.key._replace(turn=RETRY))
         return Row(prompt, [reflect, again, retry], tag)
 
-    def _retry_row(self, done: Finished, stage: str, step: int, retry: int) -> Row:
+    def _retry_row(self, done: Finished, retry: int) -> Row:
         """A further retry after the reflection of a finished row."""
-        tag = done.row.tag
-        key = self._key(stage, step, tag.example, tag.noise, RETRY, retry)
+        key = done.row.tag.key._replace(turn=RETRY, retry=retry)
         again = Feed([*done.turns[0].ids, *done.fed[0]])
-        return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], tag)
+        return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], done.row.tag)
 
     def _verified(self, done: Finished) -> Attempt:
         """The last turn of a row as an answer to its example."""

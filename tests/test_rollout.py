@@ -6,8 +6,9 @@ import pytest
 import tiny
 
 from grpo.learner.packing import pack_episodes
-from grpo.rollout import STAGES, attempt_episodes, reward
+from grpo.rollout import REFLECTION, RETRY, STAGES, NoiseKey, attempt_episodes, reward
 from grpo.sampler.engine import Feed, Sample
+from grpo.sampler.sampling import uniforms
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
@@ -185,22 +186,58 @@ def test_train_on_attempt(parts):
 
 
 def test_every_turn_has_noise_of_its_own(parts, pool, rows):
+    """No two turns share a key, not even those of two failures of an example, or of one that comes twice."""
     rollout, examples = parts.rollout, [failure.example for failure in pool]
     twin = replace(pool[0], generation=1)  # a second failure of one example, in the same step
 
     def everything():
         for stage in STAGES:
-            rollout.attempts(examples, stage=stage, count=2)
+            rollout.attempts([*examples, examples[0]], stage=stage, count=2)
         for stage, step in (("rollout", 1), ("rollout", 2), ("evaluation", 1)):
-            rollout.reflect_and_retry([*pool, twin], num_generations=2, stage=stage, step=step, retries=2)
+            failures = [*pool, twin, pool[0], twin]
+            rollout.reflect_and_retry(failures, num_generations=3, stage=stage, step=step, retries=3)
         keys = [item.key for call in rows for d in call for item in d.row.script if isinstance(item, Sample)]
         rows.clear()
         return keys
 
     keys = everything()
-    assert len(keys) == 4 * 4 * 2 + 3 * 5 * 2 * 3 and len(set(keys)) == len(keys)
+    assert len(keys) == 4 * 5 * 2 + 3 * 7 * 3 * 4 and len(set(keys)) == len(keys)
+    assert len({tuple(uniforms(key, 2)) for key in keys}) == len(keys)
     assert everything() == keys
-    assert all(key[0] == parts.config.seed for key in keys)
+    assert all(key.seed == parts.config.seed for key in keys)
+
+
+def test_a_noise_key_says_what_its_turn_is(parts, pool, rows):
+    twin = replace(pool[0], generation=2)
+    parts.rollout.reflect_and_retry(
+        [pool[0], twin, pool[0]], num_generations=2, stage="rollout", step=5, retries=2
+    )
+    first, more = rows
+    base = NoiseKey(parts.config.seed, STAGES["rollout"], step=5, example=pool[0].example.key)
+    groups = [{"repeat": 0, "attempt": 0}, {"repeat": 0, "attempt": 2}, {"repeat": 1, "attempt": 0}]
+    expected = [base._replace(member=member, **group) for group in groups for member in range(2)]
+    for key, done, further in zip(expected, first, more, strict=True):
+        reflect, _, retry = done.row.script
+        assert reflect.key == key._replace(turn=REFLECTION) and retry.key == key._replace(turn=RETRY)
+        assert further.row.script[1].key == key._replace(turn=RETRY, retry=1)
+
+
+def test_two_failed_attempts_at_one_example_get_other_reflections(parts, pool):
+    twin = replace(pool[0], generation=1)
+    groups = tiny.episodes(parts, [pool[0], twin])
+    size = parts.config.num_generations
+    mine, twins = ([tuple(e.completion_ids) for e in part] for part in (groups[:size], groups[size:]))
+    assert not set(mine) & set(twins)
+
+
+def test_a_control_has_the_noise_of_the_real_retry_of_any_attempt(parts, pool, rows):
+    """An example that comes twice in an evaluation has two first answers, with noise of their own."""
+    failures = [pool[0], replace(pool[0], generation=1)]
+    parts.rollout.reflect_and_retry(failures, num_generations=1, stage="evaluation")
+    parts.rollout.retry_after([*failures, *failures], [None] * 4, stage="evaluation")
+    real, controls = rows
+    keys = [done.row.script[2].key for done in real]
+    assert [done.row.script[1].key for done in controls] == keys * 2 and len(set(keys)) == 2
 
 
 def test_a_control_differs_from_the_real_retry_in_its_context_only(parts, pool, rows):

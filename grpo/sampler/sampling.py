@@ -11,6 +11,8 @@ alone, not of the batch, of the order in which rows are sampled, or of what ran 
 Left out: min-p, repetition penalties, beams. top-p and top-k serve evaluation and take a slow path (a sort).
 """
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -22,9 +24,12 @@ def uniforms(key: tuple[int, ...], count: int) -> list[float]:
     """The noise of one turn: `count` uniforms in [0, 1), a function of `key` only.
 
     Args:
-        key: non-negative integers of any size: (seed, stage, step, example, generation, turn, retry).
+        key: integers of any size, such as `grpo.rollout.NoiseKey`. Different keys, also of different length,
+            give independent noise.
     """
-    philox = np.random.Philox(key=np.random.SeedSequence(key).generate_state(2, np.uint64))
+    # np.random.SeedSequence joins the 32-bit words of the numbers: for it (2**32 + 5, 2) is (5, 2**33 + 1).
+    digest = hashlib.sha256(",".join(str(int(part)) for part in key).encode()).digest()
+    philox = np.random.Philox(key=int.from_bytes(digest[:16], "little"))
     return np.random.Generator(philox).random(count).tolist()
 
 

@@ -30,7 +30,7 @@ class Turn:
 class Sample:
     """Sample until a stop token, at most `limit` tokens.
 
-    key: the noise's key, (seed, stage, step, example, generation, turn, retry), non-negative integers.
+    key: names the turn's noise: integers, such as `grpo.rollout.NoiseKey`.
     """
 
     limit: int
