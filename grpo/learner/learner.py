@@ -6,14 +6,15 @@ groups. The formulas are in advantage.py, loss.py and logprob.py; grpo/reference
 rows, in plain PyTorch.
 
     advantages -> packing -> old and reference log-probs
-               -> of each micro-batch: log-probs, loss, backward -> clip, AdamW
+               -> for each micro-batch: log-probs, loss, backward -> clip, AdamW
 
 The denominators are counted over the whole step before the first backward, so neither the gradient nor a
 metric depends on how the step is cut into micro-batches.
 
 Left out: gradient scaling for float16, more than one device, replay of older episodes.
 
-B completions of the step. In a micro-batch: T tokens, H hidden size, U places that predict, M trained tokens.
+B completions of the step. In a micro-batch: T tokens, H hidden size, M trained tokens, U pairs of a place and
+the token to predict there (packing.py).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SUPERVISED_ADVICE = "try a lower warm_start_learning_rate, or dtype float32"
 
 
 class Kernels(Protocol):
-    """What may replace the mathematics: an object, such as a module of grpo_kernels, with these functions."""
+    """Replacements for the mathematics: any object with these functions, such as a module of grpo_kernels."""
 
     @staticmethod
     def group_advantage(rewards: Tensor, group_ids: Tensor, **options: Any) -> Tensor:
@@ -66,7 +67,7 @@ class Kernels(Protocol):
 
 
 class NonFiniteError(RuntimeError):
-    """Loss or gradient is NaN or infinite. The update was not taken: weights and moments are as before."""
+    """A loss, gradient or weight is NaN or infinite; the message says which, and what was done."""
 
 
 class Learner:
@@ -77,7 +78,7 @@ class Learner:
         config: any object with the fields of `grpo.config.Config` that are read here.
         total_steps: calls of `step` in the whole run; the schedule ends there.
         reference: the frozen starting policy, on the same device; required when config.beta > 0.
-        kernels: faster functions in the place of the three below.
+        kernels: replacements for the three functions below; None: plain PyTorch.
     Attributes:
         num_steps: calls of `step` so far, the clock of the learning-rate schedule.
         num_tokens: prompt and completion tokens of all episodes so far.
@@ -114,11 +115,11 @@ class Learner:
 
     @property
     def between_steps(self) -> bool:
-        """Whether weights and moments are those of a step's end, so that a run can continue from them."""
+        """Whether weights and moments are those at the end of a step, where a run can continue."""
         return self.optimizer.num_updates == self.num_steps * self.config.num_iterations
 
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """Learning rate of the next step."""
         return scheduled_learning_rate(
             self.num_steps,
             peak=self.config.learning_rate,
@@ -131,12 +132,12 @@ class Learner:
         """One step (`num_iterations` updates) on whole groups; sets each episode's `advantage`.
 
         Returns:
-            Metrics of the update by TRL's names, means over the step. Those of the loss, `entropy` and
-            `sampling/*` are over the tokens that went through the model, and absent if none did. Rewards and
-            lengths are those of the episodes (grpo/episode.py).
+            Metrics of the update under TRL's names, each a mean over the step. The metrics of the loss,
+            `entropy` and `sampling/*` cover the tokens that went through the model; they are absent if none
+            did. `episode_metrics` (grpo/episode.py) has the rewards and lengths.
         Raises:
-            NonFiniteError: the update was not taken; with num_iterations > 1 earlier ones of this step may
-                have been.
+            NonFiniteError: the update was not taken. With num_iterations > 1, earlier updates of this step
+                may have been.
         """
         if not episodes:
             raise ValueError("episodes must hold at least one episode, got none")
@@ -149,7 +150,7 @@ class Learner:
         for episode, advantage in zip(episodes, all_advantages.tolist(), strict=True):
             episode.advantage = advantage
 
-        # Packing: the completions that can move the weights; the denominators are those of all of them.
+        # Packing: only the completions that can move the weights. The denominators count all completions.
         kept, num_loss_tokens = with_gradient(episodes, config)
         packed = pack_episodes(kept, train_on=config.train_on, max_tokens=config.max_tokens_per_micro_batch)
         batches = [batch.to(device) for batch in packed]
@@ -157,7 +158,7 @@ class Learner:
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
         num_trained = max(1, sum(len(batch.sequence_ids) for batch in batches))
 
-        # Old log-probs: with a single update the policy is still the one that sampled, and None means that.
+        # Old log-probs: with a single update, the policy is still the one that sampled. None stands for it.
         old: list[Tensor | None] = [None] * len(batches)
         if config.num_iterations > 1:
             old = [self._frozen(self.model, *pair) for pair in zip(batches, attends, strict=True)]
@@ -172,7 +173,7 @@ class Learner:
             backwards: list[tuple[Tensor, Tensor]] = []
             totals: dict[str, Tensor] = {}
             for batch, attend, old_logprobs, ref_logprobs in zip(batches, attends, old, ref, strict=True):
-                first = iteration == 0  # later updates have moved away from the policy that sampled
+                first = iteration == 0  # after one update, the policy is no longer the one that sampled
                 logprobs, entropy = self._logprobs(
                     self.model, batch, attend, temperature=config.temperature, entropy=first
                 )
@@ -229,11 +230,11 @@ class Learner:
     def apply_gradients(
         self, backwards: Sequence[tuple[Tensor, Tensor]], learning_rate: float, *, where: str, advice: str
     ) -> dict[str, float]:
-        """Clips the gradients that were accumulated and takes one AdamW step.
+        """Clips the accumulated gradients and takes one AdamW step.
 
         Args:
-            backwards: of each micro-batch its loss, and the gradient norm after its backward.
-            where, advice: for the error.
+            backwards: for each micro-batch, its loss and the gradient norm after its backward.
+            where, advice: for the error message: the step, and what to try.
         Returns:
             loss (the sum over micro-batches) and grad_norm (before clipping).
         Raises:
@@ -244,20 +245,20 @@ class Learner:
             raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
         grad_norm = norms[-1] if norms else 0.0
         limit = self.config.max_grad_norm
-        # Taken also if no episode had a signal: the moments decay as they do in any other step.
+        # The step is taken even if no episode had a signal: the moments decay as in any other step.
         self.optimizer.step(learning_rate, scale=limit / (grad_norm + 1e-6) if grad_norm > limit else 1.0)
         return {"loss": sum(losses), "grad_norm": grad_norm}
 
     def check_weights(self) -> None:
-        """Raises NonFiniteError when an update has made NaN or infinite weights, which must not be saved."""
+        """Raises NonFiniteError if an update has made NaN or infinite weights, which must not be saved."""
         if (name := self.optimizer.first_non_finite_weight()) is not None:
             raise NonFiniteError(
-                f"the last update made weights that are NaN or infinite, first of them {name}; they were not "
-                f"saved: {ADVICE}"
+                f"the last update made NaN or infinite weights, the first of them in {name}. They were not "
+                f"saved; {ADVICE}"
             )
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """(tensors, counters) that continue the run exactly. The tensors are live: write them at once."""
+        """(tensors, counters) to continue the run exactly. The tensors are live: write them before a step."""
         counters = {
             "num_steps": self.num_steps,
             "num_tokens": self.num_tokens,
@@ -273,14 +274,14 @@ class Learner:
     def _logprobs(
         self, model: Decoder, batch: Batch, attend: Attend, *, temperature: float, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """(M,) log-probs of the trained tokens and, on demand, (M,) entropies, in nats."""
+        """(M,) log-probs of the trained tokens and, with `entropy`, (M,) entropies, in nats."""
         hidden = model(
             batch.input_ids,
             batch.position_ids,
             attend=attend,
             gradient_checkpointing=self.config.gradient_checkpointing and torch.is_grad_enabled(),
         )  # (1, T, H)
-        # Only the places that predict a trained token meet the vocabulary.
+        # Only the places that predict a trained token are multiplied with the output embedding.
         logprobs, entropies = self.linear_logprob(
             hidden[0][batch.select], model.output_weight, batch.ids, temperature=temperature, entropy=entropy
         )  # (U,)
@@ -292,13 +293,13 @@ class Learner:
         return self._logprobs(model, batch, attend, temperature=self.config.temperature)[0]
 
     def _backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds the gradients of a micro-batch; its loss, and the norm so far, which tells what broke."""
+        """Accumulates a micro-batch's gradients. Returns its loss and the norm of the gradients so far."""
         with self.optimizer.accumulation():
             loss.backward()
         return loss.detach(), self.optimizer.grad_norm()
 
     def _non_finite(self, losses: list[float], norms: list[float]) -> str | None:
-        """Which micro-batch broke, and what of it; None when all is finite."""
+        """Describes the first micro-batch with a non-finite loss or gradient; None if all are finite."""
         for index, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
             if math.isfinite(loss) and math.isfinite(norm):
                 continue
@@ -310,10 +311,11 @@ class Learner:
 
 
 def with_gradient(episodes: Sequence[Episode], config: Any) -> tuple[list[Episode], int]:
-    """The episodes that can move the weights, and the loss tokens of *all* of them: the denominator.
+    """The episodes that can move the weights, and the number of loss tokens of *all* episodes.
 
-    Without a KL penalty an advantage of exactly 0 makes every term and gradient of the completion exactly 0,
-    so the model need not see it. Its tokens still count, or a step with few signals would weigh more.
+    Without a KL penalty, an advantage of exactly 0 makes every term and gradient of the completion exactly 0,
+    so the model need not see it. Its tokens still count in the denominator; otherwise a step with few signals
+    would weigh more.
     """
     kept, num_loss_tokens = [], 0
     for episode in episodes:
@@ -340,7 +342,7 @@ def sampling_metrics(
 
 
 def add_up(totals: dict[str, Tensor], metrics: Mapping[str, Tensor]) -> None:
-    """Adds a micro-batch's metrics to those of the step; of `.../max` the larger one is kept."""
+    """Adds a micro-batch's metrics to the step's; a `.../max` metric keeps the larger value."""
     for name, value in metrics.items():
         combine = torch.maximum if name.endswith("/max") else torch.add
         totals[name] = combine(totals[name], value.detach()) if name in totals else value.detach()
@@ -353,6 +355,6 @@ def loss_options(config: Any) -> dict[str, Any]:
 
 
 def trained_token_limit(config: Any) -> int:
-    """Longest number of trained tokens a completion can have: dr_grpo's constant denominator."""
+    """The most trained tokens that a completion can have: dr_grpo's constant denominator."""
     reflection, answer = config.max_reflection_length, config.max_completion_length
     return {"reflection": reflection, "all": reflection + answer}.get(config.train_on, answer)

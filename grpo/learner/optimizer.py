@@ -19,16 +19,16 @@ from torch import Tensor, nn
 
 SCHEDULES = ("cosine", "linear", "constant")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ADD_BLOCK = 1 << 18  # elements: a block made float32 is still in the cache when it is added
+ADD_BLOCK = 1 << 18  # elements; a block converted to float32 is still in the cache when it is added
 
 
 def scheduled_learning_rate(
     step: int, *, peak: float, total_steps: int, warmup_steps: float, schedule: str
 ) -> float:
-    """Learning rate of one step: linear warmup to `peak`, then the schedule's way down to 0 at `total_steps`.
+    """Learning rate of one step: linear warmup to `peak`, then the schedule; all but constant end at 0.
 
-    The curves of transformers, but the warmup starts at peak / warmup instead of 0: the paper's 3% of a short
-    run is one step, and a step at learning rate 0 is a rollout thrown away.
+    The curves are those of transformers, except that the warmup starts at peak / warmup instead of 0. In a
+    short run the paper's 3% are one step, and a step at learning rate 0 would waste its rollout.
 
     Args:
         step: from 0.
@@ -83,11 +83,11 @@ class MasterAdamW:
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Inside it `backward()` adds to the float32 buffers, also the gradients of 16-bit parameters.
+        """A context in which `backward()` adds all gradients, 16-bit ones included, to the float32 buffers.
 
-        Summed in bfloat16 the micro-batches would lose digits. Each hook fires when its parameter's gradient
-        is complete, so few 16-bit gradients exist at a time; they are removed, or a later optimiser of the
-        model starves.
+        A sum of micro-batches in bfloat16 would lose digits. Each hook fires when its parameter's gradient is
+        complete, so few 16-bit gradients exist at a time. The hooks are removed on exit; otherwise a later
+        optimiser of the model would never see a gradient.
         """
         handles = [
             parameter.register_post_accumulate_grad_hook(_move_gradient_to(self.masters[name]))
@@ -111,7 +111,7 @@ class MasterAdamW:
         return next((name for name, g in self.gradients.items() if not torch.isfinite(g).all()), None)
 
     def first_non_finite_weight(self) -> str | None:
-        """Likewise of the weights, as the model computes with them: a large float32 may be inf in 16 bits."""
+        """Name of the first parameter with a NaN or an infinity: a large master may be inf in 16 bits."""
         return next((name for name, p in self.parameters.items() if not torch.isfinite(p).all()), None)
 
     @torch.no_grad()
@@ -122,7 +122,7 @@ class MasterAdamW:
                 gradient.mul_(scale)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
-        self.num_updates += 1  # first: an update that fails half-way must not pass for one that was not begun
+        self.num_updates += 1  # first: an update that fails half-way must not look like none
         self.adamw.step()
         self._publish()
 
@@ -142,17 +142,17 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Restores what `state()` gave, bit by bit.
+        """Restores what `state()` returned, bit for bit.
 
         Raises:
-            ValueError: a tensor is missing, unknown or has another shape; nothing was changed then.
+            ValueError: a tensor is missing, unknown or has another shape. Nothing is changed in that case.
         """
         expected = {f"master.{name}": m for name, m in self.masters.items()}
         if num_updates:
             expected |= {f"{moment}.{name}": m for moment in MOMENTS for name, m in self.masters.items()}
         if wrong := sorted(expected.keys() ^ tensors.keys()):
-            what = "misses" if wrong[0] in expected else "holds the unknown"
-            raise ValueError(f"the optimiser state {what} tensor {wrong[0]} ({len(wrong)} such names in all)")
+            what = "lacks the" if wrong[0] in expected else "has the unknown"
+            raise ValueError(f"the optimiser state {what} tensor {wrong[0]} ({len(wrong)} names differ)")
         for key, like in expected.items():
             if tensors[key].shape != like.shape:
                 shapes = f"{tuple(like.shape)}, got {tuple(tensors[key].shape)}"
@@ -164,7 +164,7 @@ class MasterAdamW:
                 state = {moment: torch.empty_like(master) for moment in MOMENTS}
                 for moment, tensor in state.items():
                     tensor.copy_(tensors[f"{moment}.{name}"])
-                # A float32 tensor, and on the device if fused, is how AdamW itself keeps its count.
+                # AdamW keeps its step count in a float32 tensor, which is on the device if fused.
                 state["step"] = torch.tensor(
                     float(num_updates), device=master.device if self.fused else "cpu"
                 )
@@ -190,7 +190,7 @@ def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
 
 
 def add(total: Tensor, part: Tensor) -> None:
-    """total += part, of another type. On a CPU in blocks, or torch writes all of `part` in float32 first."""
+    """total += part, in blocks where torch would first convert all of `part`: other dtypes, on a CPU."""
     if total.device.type != "cpu" or part.dtype == total.dtype:
         total.add_(part)
         return

@@ -1,4 +1,4 @@
-"""Packs a step's completions into micro-batches in which every shared prefix stands once (tree packing).
+"""Packs a step's completions into micro-batches in which every shared prefix appears once (tree packing).
 
 A micro-batch is one row without padding: the trie of its sequences, parents before children.
 
@@ -8,13 +8,13 @@ A micro-batch is one row without padding: the trie of its sequences, parents bef
     predicts         a0   a1 a2   b2
                           b1
 
-What completions begin with in common goes through the model once, and so does what prompts begin with in
-common (the system message, the rules). A token sees its ancestors and itself (tree_attention.py). A
-completion's last token predicts nothing and is left out, and so is all that follows its last trained token.
-Gradients equal those of one padded row per completion.
+Completions that begin alike share those tokens, and so do prompts (the system message, the rules): shared
+tokens go through the model once. A token sees its ancestors and itself (tree_attention.py). A completion is
+cut after its last trained token, since later tokens cannot reach the loss. That last token is only predicted,
+so the row does not contain it. Gradients equal those of one padded row per completion.
 
-T tokens of the micro-batch; U pairs of a place and a token to predict there; M trained tokens, of which
-several may be the same pair. Left out: sequences split over micro-batches.
+T tokens of the micro-batch; U pairs of a place in the row and a token to predict there; M trained tokens,
+several of which may share a pair. Left out: sequences split over micro-batches.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from grpo.learner.tree_attention import Tree, gather
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. `M` may be 0: the row then holds a prompt only, and its loss is 0 with gradients 0."""
+    """One micro-batch. M may be 0: then the row is a prompt only, and its loss and gradients are 0."""
 
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64
     trees: list[Tree]
     select: Tensor  # (U,) int64, places in the row that predict
     ids: Tensor  # (U,) int64, the tokens predicted there
-    pairs: Tensor  # (M,) int64, which of the U each trained token is
+    pairs: Tensor  # (M,) int64, the index of each trained token's pair, in [0, U)
     sampler_logprobs: Tensor  # (M,) float32, the sampler's (0 for supervised sequences)
-    sequence_ids: Tensor  # (M,) int64, into the sequences of the whole optimiser step
+    sequence_ids: Tensor  # (M,) int64, the index of its sequence in the whole optimiser step
 
     @property
     def num_tokens(self) -> int:
@@ -72,8 +72,8 @@ def pack_episodes(episodes: Sequence[Episode], *, train_on: str, max_tokens: int
     """Packs one optimiser step's episodes; `sequence_ids` are their indices in `episodes`.
 
     Args:
-        train_on: which roles are selected, a key of `episode.ROLES_TRAINED`.
-        max_tokens: the most tokens of a micro-batch. A single sequence that is longer makes one of its own.
+        train_on: which roles are trained, a key of `episode.ROLES_TRAINED`.
+        max_tokens: the most tokens of a micro-batch. A longer sequence gets a micro-batch to itself.
     """
     groups: dict[tuple[int, ...], list[_Branch]] = {}
     for index, episode in enumerate(episodes):
@@ -85,7 +85,7 @@ def pack_episodes(episodes: Sequence[Episode], *, train_on: str, max_tokens: int
 def pack_sequences(
     groups: Sequence[tuple[Sequence[int], Sequence[tuple[Sequence[int], Sequence[bool]]]]], *, max_tokens: int
 ) -> list[Batch]:
-    """Packs (prompt_ids, [(completion_ids, loss_mask), ...]) of supervised training, as `pack_episodes` does.
+    """Packs supervised data, (prompt_ids, [(completion_ids, loss_mask), ...]), as `pack_episodes` does.
 
     `sequence_ids` count the completions in the order given.
     """
@@ -122,20 +122,20 @@ def _pack(groups: Iterable[_Group], max_tokens: int) -> list[Batch]:
         for part in _first_fit(singles, max_tokens):
             planted.append((prompt, [branch for _, (branch,) in part]))
     if not planted and prompts:
-        # Nothing is trained, yet the caller's loop of forward and backward still finds a micro-batch.
+        # Nothing is trained. The shortest prompt makes a micro-batch for the caller's forward and backward.
         planted = [(min(prompts, key=len), [])]
     return [_build(forest) for forest in _first_fit(planted, max_tokens)]
 
 
 class _Trie:
-    """Nodes in the order in which they came: the row of a micro-batch."""
+    """A trie of token ids. Its nodes, in the order of insertion, are the row of a micro-batch."""
 
     def __init__(self) -> None:
-        self.nodes: dict[tuple[int, int], int] = {}  # (parent's place, token) -> place; -1 is above the roots
+        self.nodes: dict[tuple[int, int], int] = {}  # (parent's place, or -1 at a root; token) -> place
         self.positions: list[int] = []
 
     def add(self, ids: Sequence[int], parent: int = -1) -> list[int]:
-        """The places of `ids`, which follow `parent`; those that are not there yet are appended."""
+        """The places of `ids`, which follow `parent`; missing nodes are appended."""
         places = []
         for token in ids:
             place = self.nodes.setdefault((parent, token), len(self.nodes))
@@ -151,7 +151,7 @@ class _Trie:
         return prompt, [self.add(branch.completion_ids[:-1], prompt[-1]) for branch in group[1]]
 
     def match(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` are there."""
+        """How many of the leading `ids` are in the trie."""
         place = -1
         for count, token in enumerate(ids):
             if (place, token) not in self.nodes:
@@ -161,7 +161,7 @@ class _Trie:
 
 
 def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
-    """Distributes groups over rows, the largest first, each into the first with place for what it adds."""
+    """Distributes groups over rows, the largest first, each to the first row with room for its new nodes."""
 
     def size(group: _Group) -> int:
         trie = _Trie()
@@ -172,7 +172,8 @@ def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
     sized = [(size(group), group) for group in groups]
     for needed, group in sorted(sized, key=lambda pair: pair[0], reverse=True):  # stable, hence reproducible
         prompt, branches = group
-        # All that another group can have in common with it, unless that is a part of the same one.
+        # The ids that a row may contain already. If the row has another part of the same split group, it may
+        # contain more; then the room is underestimated.
         common = [*prompt, *(branches[0].completion_ids[:-1] if len(branches) == 1 else ())]
         room = max_tokens - needed
         fitting = (row for row in bins if len(row[0].nodes) - row[0].match(common) <= room)
@@ -187,7 +188,7 @@ def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
 def _build(forest: list[_Group]) -> Batch:
     trie = _Trie()
     trees: list[Tree] = []
-    pairs: dict[tuple[int, int], int] = {}  # (place, token to predict there) -> which of the U
+    pairs: dict[tuple[int, int], int] = {}  # (place, token to predict there) -> index in [0, U)
     trained: list[tuple[int, float, int]] = []  # pair, log-prob, sequence
     for group in forest:
         prompt, branches = trie.plant(group)
@@ -198,8 +199,8 @@ def _build(forest: list[_Group]) -> Batch:
             rows = zip(
                 [prompt[-1], *places], branch.completion_ids, branch.loss_mask, branch.logprobs, strict=True
             )
-            for place, token, counts, logprob in rows:
-                if counts:
+            for place, token, is_trained, logprob in rows:
+                if is_trained:
                     pair = pairs.setdefault((place, token), len(pairs))
                     trained.append((pair, logprob, branch.sequence_id))
     places_and_ids = torch.tensor(list(pairs), dtype=torch.int64).reshape(-1, 2)

@@ -1,12 +1,12 @@
-"""Attention over a packed row: the trees of packing.py, exactly, without a (T, T) mask.
+"""Exact attention over a packed row (packing.py), without a (T, T) mask.
 
-A row holds each shared prefix once. Attention runs tree by tree: the prompt attends causally; the branches,
-in bundles of similar length padded to the longest, attend to the prompt and to themselves. What branches
-share is computed once for each of them here, and once in all other operations of the model.
+A row contains each shared prefix once. Attention runs tree by tree: the prompt attends causally; the
+branches, in bundles of similar length padded to the longest, attend to the prompt and to themselves. Tokens
+that several branches share are computed here once per branch, and only once in the rest of the model.
 
 T tokens of the row, N query heads, K key/value heads, D head size; P the prompt length of a tree, G the
-branches of a bundle, L the longest of them. Left out: kernels that skip masked blocks (flex attention has no
-backward on a CPU; its place would be here).
+branches of a bundle, L the longest of them. Left out: kernels that skip masked blocks (flex attention would
+belong here, but has no backward on a CPU).
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from grpo.model.attention import Attend, attention
 
-SIMILAR = 0.75  # of a bundle's longest branch: a third less attention on the demo's steps than in one bundle
+# The least length of a bundle's shortest branch over that of its longest. Attention in the demo's steps takes
+# a third less than with one bundle per tree.
+SIMILAR = 0.75
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Tree:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
-    """x[index], by `embedding`: its backward, unlike that of index_select, has a fixed order on CUDA too."""
+    """x[index], by `embedding`, whose backward (unlike index_select's) has a fixed order on CUDA too."""
     return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
@@ -54,7 +56,7 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
         if key not in plans:
             plans[key] = _Plan.of(trees, num_tokens, *key)
         plan = plans[key]
-        # One gather and one split: every single slice would cost a gradient of T tokens, filled with zeros.
+        # One gather and one split: each separate slice would cost a zero-filled gradient of T tokens.
         slots = [gather(x[0].transpose(0, 1), plan.tokens).split(plan.sizes) for x in (q, k, v)]
         pieces = zip(*slots, strict=True)  # of q, k and v, each (slots, heads, D): a prompt, its bundles, ...
         out = []
@@ -69,12 +71,13 @@ def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Indices and masks under one window. Attention has S slots: a prompt, its bundles, the next prompt."""
+    """Indices and masks for one window. Attention has S slots: a prompt, its bundles, the next prompt, ..."""
 
     tokens: Tensor  # (S,) int64, the place in the row that each slot reads
-    slots: Tensor  # (T,) int64, a slot of each place
+    slots: Tensor  # (T,) int64, the slot whose output each place takes
     sizes: list[int]  # slots of each piece
-    masks: list[tuple[Tensor | None, list[tuple[int, Tensor]]]]  # (P, P) or causal; of a bundle G, (L, P + L)
+    # For each tree, the prompt's (P, P) mask (None: causal), and G and the (L, P + L) mask of each bundle.
+    masks: list[tuple[Tensor | None, list[tuple[int, Tensor]]]]
 
     @staticmethod
     def of(trees: Sequence[Tree], num_tokens: int, window: int | None, device: torch.device) -> _Plan:
