@@ -1,7 +1,11 @@
-"""The attention of a forward pass without a cache: causal, with padding masks and sliding windows.
+"""Scaled dot-product attention, and the `attend` callable of a forward pass without a cache.
 
-This is the plain one among the `attend` callables that decoder.py takes; the sampler's reads its caches, the
-learner's a packed tree. Shapes as in decoder.py.
+`attention` is softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with grouped heads. `causal_attend` is
+the simplest `attend` that decoder.py takes: causal, with padding masks and sliding windows. The sampler's
+reads its caches (kv_cache.py), the learner's a packed tree (tree_attention.py).
+
+Shapes of `attention`: G sequences, N query heads, K key/value heads (N a multiple of K), L queries, S keys, D
+head size. Shapes of `causal_attend`: as in decoder.py.
 
 Left out: dropout, and attention sinks.
 """
@@ -15,15 +19,9 @@ from torch.nn import functional as F
 
 # --- scaled dot-product attention ------------------------------------------------------------------------
 #
-# Scaled dot-product attention with grouped heads, softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1).
-#
-# It is `torch.nn.functional.scaled_dot_product_attention`, except where torch is slow: bfloat16 on a CPU,
-# whose backward pass takes ten times as long as its forward. There the backward is five batched products
-# instead, twice as fast (docs/LOG.md). As in FlashAttention (arXiv 2205.14135), nothing of size L x S is
-# kept.
-#
-# Shapes: G sequences, N query heads, K key/value heads (N a multiple of K), L queries, S keys, D head
-# size.
+# This is torch's scaled_dot_product_attention, except in bfloat16 on a CPU, where torch's backward pass takes
+# ten times as long as its forward. There the backward is five batched products instead, twice as fast
+# (docs/LOG.md). As in FlashAttention (arXiv 2205.14135), nothing of size L x S is kept for it.
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -34,7 +32,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
             None: causal, with L = S.
     """
     if q.is_cuda and k.shape[1] != q.shape[1]:
-        # On CUDA most fused kernels take no grouped heads, and the one left keeps all (L, S) scores.
+        # On CUDA most fused kernels take no grouped heads, and the one that does keeps all (L, S) scores.
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     two_dimensional = mask is None or mask.ndim == 2
     if torch.is_grad_enabled() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and two_dimensional:
@@ -48,14 +46,14 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _ProductsBackward(torch.autograd.Function):
-    """`_fused`, and a backward that computes the weights p again.
+    """`_fused`, with a backward that recomputes the weights p.
 
     With p = softmax(q k^T / sqrt(D)) and out = p v:
 
         dv = p^T dout;  ds = p (dout v^T - rowsum(dout out)) / sqrt(D);  dq = ds k;  dk = ds^T q
 
-    Products and weights are rounded to bfloat16: dq and dk are up to two or three times as far from float64
-    as torch's, dv is nearer to it.
+    Products and weights are rounded to bfloat16. Against float64, the errors of dq and dk are up to two or
+    three times torch's; that of dv is smaller than torch's.
     """
 
     @staticmethod
@@ -87,13 +85,15 @@ class _ProductsBackward(torch.autograd.Function):
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
 
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# --- attention without a cache ---------------------------------------------------------------------------
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # (layer, q, k, v) -> out, see Decoder.forward
 
 
 def causal_attend(
     windows: tuple[int | None, ...], position_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Attend:
-    """The attention of a forward pass without cache: causal, with padding and sliding windows."""
+    """The `attend` of one forward pass: causal, with padding and sliding windows."""
     length = position_ids.shape[-1]
     base = None if attention_mask is None else _base_mask(attention_mask, length)
     masks: dict[int | None, Tensor | None] = {None: _seen(base)}
@@ -123,7 +123,7 @@ def check_mask(attention_mask: Tensor, length: int) -> None:
 
 
 def _base_mask(attention_mask: Tensor, length: int) -> Tensor:
-    """(R, T) or (R, 1, T, T) -> (R, 1, T, T): who sees whom before any window."""
+    """(R, T) or (R, 1, T, T) -> (R, 1, T, T): which keys each query sees, before any window."""
     if attention_mask.ndim == 4:
         return attention_mask
     return attention_mask[:, None, None, :] & _causal(length, attention_mask.device)
@@ -134,5 +134,5 @@ def _causal(length: int, device: torch.device) -> Tensor:
 
 
 def _seen(mask: Tensor | None) -> Tensor | None:
-    """Lets a query that sees nothing (padding) see everything: a softmax over nothing is NaN."""
+    """Lets a query that sees no key (padding) see all of them: a softmax over no keys is NaN."""
     return None if mask is None else mask | ~mask.any(-1, keepdim=True)

@@ -7,15 +7,15 @@ A layer is
 
 and the five families differ only in biases, query/key norms, sliding windows and RoPE, all of which
 `ModelConfig` reads from an HF config. The projections are fused, so that a layer has four matrix products and
-few small operations between them; `weights.py` fuses on load and splits on save.
+few small operations between them; `weights.py` fuses them on load and splits them on save.
 
-Attention is a callable, `attend(layer, q, k, v) -> out`, so that the sampler's caches, the learner's tree
-packing and a plain forward pass (attention.py) share this file.
+Attention is a callable, `attend(layer, q, k, v) -> out`. So one decoder serves the sampler with its caches,
+the learner with its packed trees, and a plain forward pass (attention.py).
 
 Shapes: R rows, T tokens, H hidden, N query heads, K key/value heads, D head size, V vocabulary, r rotated
 dimensions of a head (r = D except in some Phi-3 models).
 
-Left out: dropout (the published configs have none), mixture of experts, KV cache (see engine.py).
+Left out: dropout (the published configs have none), mixture of experts, KV cache (see sampler/kv_cache.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -34,21 +34,20 @@ from grpo.model.rope import Rope, rotate
 
 # --- linear layers ---------------------------------------------------------------------------------------
 #
-# Linear layers whose weights can be packed for a while, as oneDNN's kernels on a CPU read them.
+# On a CPU, a product with few rows spends its time on reading the weights, and torch reorders them for
+# oneDNN's kernels in every call. With weights reordered ("packed") in advance, products of 1 to 8 rows take a
+# third to a half of the time and those of 16 rows two thirds; in float32, products of any size gain
+# (docs/LOG.md).
 #
-# A product with few rows is bound by reading the weights, and torch reorders them for every product.
-# Reordered beforehand, products of 1 to 8 rows take a third to a half of the time and those of 16 rows two
-# thirds; in float32 all of them gain (docs/LOG.md). A packed weight is a copy, so it is right only as long
-# as the weight stays as it is: the sampler packs at the start of a run and drops the copies at its end.
-#
-# Left out: packing in the learner, whose weights change with every step, and epilogues fused into the
-# product. The operations are those that torch.compile emits, which have no public name.
+# A packed weight is a copy, so it is valid only while the weight does not change. The sampler packs at the
+# start of a run and drops the copies at its end. The learner does not pack: its weights change at every step.
+# The operations used here have no public names; torch.compile emits them too.
 
-TYPICAL_ROWS = 64  # oneDNN chooses the layout for so many; it serves any number
+TYPICAL_ROWS = 64  # number of rows for which oneDNN chooses the layout, which works for any number
 
 
 class Linear(nn.Linear):
-    """x @ weight.T + bias; with the packed weight while there is one."""
+    """x @ weight.T + bias, computed with the packed weight while there is one."""
 
     packed: Tensor | None = None
 
@@ -60,7 +59,7 @@ class Linear(nn.Linear):
 
 @contextmanager
 def packed_weights(model: nn.Module) -> Iterator[None]:
-    """Packs the weights of all `Linear` in `model` for as long as this is entered; they must not change."""
+    """A context in which all `Linear` of `model` use packed weights; the weights must not change in it."""
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     try:
         for layer in layers:
@@ -72,25 +71,25 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
 
 
 def pack_weight(weight: Tensor) -> Tensor | None:
-    """A copy of (out, in) for `packed_product`; None where this machine or this build has no such kernels."""
+    """A copy of the (out, in) weight for `packed_product`; None if this machine or build has no kernels."""
     if weight.device.type != "cpu" or not _available(weight.dtype):
         return None
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TYPICAL_ROWS)
 
 
 def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight.T + bias, for the weight that was packed. Without a gradient."""
+    """x (..., in) @ weight.T + bias, where `packed` is the packed weight. Not differentiable."""
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 @cache
 def _available(dtype: torch.dtype) -> bool:
-    """Whether a small product comes out right."""
+    """Whether packing works for `dtype` on this machine, by a small product."""
     x, weight = torch.ones(2, 32, dtype=dtype), torch.eye(32, dtype=dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
         return torch.equal(packed_product(x, packed), x)
-    except (AttributeError, RuntimeError):  # no such operation, or none for this type on this machine
+    except (AttributeError, RuntimeError):  # no such operation, or not for this dtype on this machine
         return False
 
 
@@ -98,10 +97,10 @@ def _available(dtype: torch.dtype) -> bool:
 #
 # Root mean square normalisation, arXiv 1910.07467: y = x / sqrt(mean(x^2) + eps) * weight.
 #
-# Torch has a fused kernel for it on GPUs. On a CPU it runs a dozen elementwise operations forward and
-# twice as many backward, each of them over memory; here it is about half of them (docs/LOG.md). The
-# rounding is that of transformers: normalised in float32 (float64 for float64), rounded to the type of x,
-# then multiplied.
+# On GPUs this is torch's fused kernel. On a CPU, torch runs a dozen elementwise operations forward and twice
+# as many backward, each a pass over memory; the code below needs about half as many (docs/LOG.md). The
+# rounding is that of transformers: normalise in float32 (float64 for float64), round to the dtype of x, then
+# multiply.
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -142,6 +141,8 @@ class _RMSNorm(torch.autograd.Function):
         return dx.to(normalised.dtype), dweight, None
 
 
+# --- configuration ---------------------------------------------------------------------------------------
+
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
 _NEEDED = (
     "vocab_size",
@@ -156,7 +157,7 @@ _NEEDED = (
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the decoder needs to know, in transformers' names except where this file has its own."""
+    """The architecture. Most names are transformers'; the others are explained in this file."""
 
     model_type: str
     vocab_size: int
@@ -181,7 +182,7 @@ class ModelConfig:
         """From an HF config dict, of transformers 4 or 5.
 
         Raises:
-            ValueError: a model type, activation or RoPE that this decoder does not have, or a missing key.
+            ValueError: a model type, activation or RoPE that this decoder does not support, or a missing key.
         """
         cls.check_type(config)
         model_type = config["model_type"]
@@ -228,7 +229,7 @@ class ModelConfig:
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """Mistral, Phi-3: a window in every layer; Qwen: by `layer_types`, or from `max_window_layers` on."""
+    """Each layer's window. Mistral, Phi-3: in every layer; Qwen: by `layer_types` or `max_window_layers`."""
     count, window = config["num_hidden_layers"], config.get("sliding_window")
     if config["model_type"] == "llama":
         return (None,) * count
@@ -252,8 +253,11 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
+# --- the decoder -----------------------------------------------------------------------------------------
+
+
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, arXiv 1910.07467."""
+    """`rms_norm` over the last dimension, with its weight."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -292,7 +296,7 @@ class Layer(nn.Module):
             q_weight = self.q_norm.weight.expand(config.num_heads, -1)
             k_weight = self.k_norm.weight.expand(config.num_kv_heads, -1)
             qk = rms_norm(qk, torch.cat((q_weight, k_weight)), config.rms_norm_eps)
-        # q and k lie side by side, so one rotation serves both.
+        # The heads of q and k are adjacent, so one rotation serves both.
         q, k = rotate(qk, cos, signed_sin).split((config.num_heads, config.num_kv_heads), dim=2)
         out = attend(self.index, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x = x + self.o_proj(out.transpose(1, 2).flatten(2))
@@ -301,7 +305,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Token ids to final hidden states. weights.py sets `source`: what only saving needs."""
+    """Token ids to final hidden states. weights.py sets `source`, metadata needed only to save."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -318,7 +322,7 @@ class Decoder(nn.Module):
 
     @property
     def output_weight(self) -> Tensor:
-        """(V, H): the output embedding, which is the input's when tied."""
+        """(V, H) output embedding; the input embedding if the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
@@ -336,10 +340,10 @@ class Decoder(nn.Module):
             input_ids: (R, T) int64.
             position_ids: (R, T) or (1, T) int64; default: 0, 1, 2, ... counted over the unmasked tokens.
             attention_mask: bool, True = may be attended. (R, T): padding, on top of the causal mask.
-                (R, 1, T, T): exactly who sees whom; a layer's sliding window is still applied.
+                (R, 1, T, T): which keys each query sees; a layer's sliding window is still applied.
             attend: `attend(layer, q, k, v) -> out` with q, out (R, N, T, D) and k, v (R, K, T, D). q and k
-                are rotated, q is not scaled, key/value heads are not repeated. It applies 1/sqrt(D), decides
-                who sees whom, and honours `config.windows[layer]`. Default: `causal_attend`.
+                are rotated, q is not scaled, key/value heads are not repeated. `attend` scales by 1/sqrt(D),
+                masks, and honours `config.windows[layer]`. Default: `causal_attend`.
             gradient_checkpointing: recompute each layer in the backward pass instead of keeping activations.
         Returns:
             (R, T, H), in the parameters' dtype.
@@ -373,6 +377,6 @@ class Decoder(nn.Module):
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is not None and attention_mask.ndim == 2:
-        # Counted over real tokens, so that left padding moves nothing.
+        # Counted over the real tokens, so that left padding shifts no position.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None]

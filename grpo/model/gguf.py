@@ -5,7 +5,7 @@ things need undoing: the names; the order of the rows of the query and key proje
 architecture, which llama.cpp permutes because its RoPE pairs neighbouring dimensions; and the RoPE scaling,
 which Llama 3.1 and Phi-3 files keep as a tensor of divisors.
 
-Left out: mixture of experts, other architectures than the decoder's, and split files.
+Left out: mixture of experts, architectures that decoder.py lacks, and split files.
 """
 
 import re
@@ -41,8 +41,8 @@ _TENSORS = {
 }
 _ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
-# How each `tokenizer.ggml.pre` cuts a text before byte-pair merges, as in the models' own tokenizer.json.
-# None: as GPT-2.
+# For each `tokenizer.ggml.pre`, the pattern that splits a string before byte-pair merges, as in the models'
+# tokenizer.json. None: GPT-2's.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -52,11 +52,11 @@ _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 
 
 class GGUFFile:
-    """One open GGUF file. `config`: HF config dict.
+    """One open GGUF file. `config` is its HF config dict.
 
     Raises:
-        ValueError: damaged; an architecture, RoPE scaling or tokenizer that is not supported; or the package
-            `gguf` is not installed.
+        ValueError: the file is damaged; its architecture, RoPE scaling or tokenizer is not supported; or the
+            package `gguf` is not installed.
     """
 
     def __init__(self, path: Path):
@@ -68,9 +68,9 @@ class GGUFFile:
             ) from error
         self.path = path
         try:
-            # Memory-mapped: only what is looked at is read.
+            # Memory-mapped: only the parts that are used are read.
             reader = GGUFReader(path)
-        except Exception as error:  # the reader checks little: a short file shows as any NumPy error
+        except Exception as error:  # the reader checks little: a short file can raise any NumPy error
             raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -108,7 +108,7 @@ class GGUFFile:
             "num_key_value_heads": self._of_model("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": "silu",
-            # The file holds a float32, 9.9999997e-06: give back the decimal that was meant.
+            # The file stores a float32 such as 9.9999997e-06: recover the decimal it was made from.
             "rms_norm_eps": float(f"{self._of_model('attention.layer_norm_rms_epsilon'):.6g}"),
             "max_position_embeddings": self._of_model("context_length"),
             "tie_word_embeddings": "output.weight" not in self._tensors,
@@ -151,7 +151,7 @@ class GGUFFile:
         return rope
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
-        """Llama 3.1's scaling is stored as divisors only; find the published parameters that give them."""
+        """The published parameters of Llama 3.1's scaling, of which the file stores only the divisors."""
         from grpo.model.rope import Rope, frequencies
 
         divisors = self._read("rope_freqs.weight")
@@ -176,12 +176,11 @@ class GGUFFile:
     def _shape(self, name: str) -> tuple[int, ...]:
         if name not in self._tensors:
             raise ValueError(f"{self.path} has no tensor {name}; it is not a complete model file")
-        return tuple(
-            int(size) for size in reversed(self._tensors[name].shape)
-        )  # GGUF counts from the inside out
+        # GGUF lists the innermost dimension first.
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))
 
     def _read(self, name: str) -> Tensor:
-        """One tensor, dequantised: float32."""
+        """One tensor, dequantised to float32."""
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
@@ -189,7 +188,7 @@ class GGUFFile:
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
-            raise ValueError(f"{self.path}: {name} is quantised as {kind}, which gguf cannot undo") from error
+            raise ValueError(f"{self.path}: {name} is quantised as {kind}, which gguf cannot read") from error
         return torch.tensor(values, dtype=torch.float32).reshape(self._shape(name))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -212,7 +211,7 @@ class GGUFFile:
         return (f"model.layers.{match[1]}." if match[1] else "") + f"{part}.{match[3]}"
 
     def tokenizer(self) -> Any:
-        """The tokenizer in the file, chat template and special tokens included, as transformers has it."""
+        """The file's tokenizer, with chat template and special tokens, as a transformers tokenizer."""
         if self._get("tokenizer.ggml.model") == "gpt2":
             return self._byte_level_tokenizer()
         from transformers import AutoTokenizer
@@ -223,7 +222,7 @@ class GGUFFile:
         return tokenizer
 
     def _byte_level_tokenizer(self) -> Any:
-        # Built here: transformers' reading ignores `tokenizer.ggml.pre`, and reads the file a second time.
+        # Built here: transformers' reader ignores `tokenizer.ggml.pre`, and reads the file a second time.
         from tokenizers import AddedToken, Tokenizer, models, processors
         from transformers import PreTrainedTokenizerFast
 

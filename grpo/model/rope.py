@@ -1,17 +1,17 @@
 """Rotary position embedding, in every variant that the configs of the supported models name.
 
-RoPE (arXiv 2104.09864) turns the pair (x_i, x_{i + r/2}) of a head by the angle `position * inv_freq_i`, with
-inv_freq_i = theta ** (-2 i / r) and r <= D the rotated part of the head. The variants stretch these
-frequencies so that a model reads further than it was pretrained:
+RoPE (arXiv 2104.09864) rotates the pair (x_i, x_{i + r/2}) of a head by the angle `position * inv_freq_i`,
+with inv_freq_i = theta ** (-2 i / r) and r <= D the rotated part of the head. The variants lower these
+frequencies so that a model can read sequences longer than those it was pretrained on:
 
     linear    all divided by one factor                                  arXiv 2306.15595
-    dynamic   theta grows once the text is longer than the pretraining   (NTK-aware scaling)
+    dynamic   theta grows with the length beyond the pretraining length  (NTK-aware scaling)
     yarn      high frequencies kept, low ones divided, a ramp between    arXiv 2309.00071
-    longrope  a divisor for each frequency, other ones for long texts    arXiv 2402.13753, Phi-3
+    longrope  one divisor per frequency; a second set for long input     arXiv 2402.13753, Phi-3
     llama3    as yarn, the ramp given in wavelengths                     Llama 3.1
 
-`dynamic` and `longrope` depend on the length: as in transformers, the largest position of the forward pass
-plus one. Unlike transformers' `dynamic`, nothing is remembered from one forward pass to the next.
+`dynamic` and `longrope` depend on the length, which is, as in transformers, the largest position of the
+forward pass plus one. Unlike transformers' `dynamic`, ours remembers nothing from earlier forward passes.
 
 Left out: multimodal and per-layer-type RoPE. Formulas follow transformers' `modeling_rope_utils.py`.
 """
@@ -49,13 +49,13 @@ _DEPENDS_ON_LENGTH = ("dynamic", "longrope")
 
 @dataclass(frozen=True)
 class Rope:
-    """RoPE parameters of one model; hashable, so that the frequencies can be cached by it."""
+    """RoPE parameters of one model; hashable, because they are a key of the cache of `frequencies`."""
 
     rope_type: str
     theta: float
     rotary_dim: int  # r, even: how many of the head's D dimensions are rotated
     max_position_embeddings: int
-    original_max_position_embeddings: int  # length of the pretraining texts, in tokens
+    original_max_position_embeddings: int  # the pretraining length, in tokens
     factor: float = 0.0  # what frequencies are divided by; 0: max / original max_position_embeddings
     attention_factor: float | None = None  # multiplies cos and sin (yarn, longrope); None: from `factor`
     beta_fast: float = 32.0  # yarn: rotations over the pretraining length above which a frequency is kept ...
@@ -93,7 +93,7 @@ class Rope:
 
         partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
         maximum = config["max_position_embeddings"]
-        # Phi-3 keeps the pretraining length beside the rope parameters, and there it has priority.
+        # Phi-3 stores the pretraining length outside the rope parameters; that value has priority.
         original = "original_max_position_embeddings"
         rope = cls(
             rope_type=rope_type,
@@ -128,7 +128,7 @@ class Rope:
             cos, signed_sin: (R, T, 1, r), ready for heads at dimension 2. The first half of `signed_sin` is
             negated, so that `rotate` is `x * cos + roll(x, r/2) * signed_sin`: few passes over x.
         """
-        # Only these two types wait for the device to tell the length.
+        # Reading the length waits for the device; only `dynamic` and `longrope` need it.
         length = int(position_ids.max()) + 1 if self.depends_on_length else 0
         inv_freq, scale = frequencies(self, length, position_ids.device)
         angles = position_ids[..., None, None].float() * inv_freq  # (R, T, 1, r/2)
@@ -137,22 +137,23 @@ class Rope:
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
-    """Rotates the first r dimensions of each head of x (R, T, heads, D); the others pass through."""
+    """Rotates the first r dimensions of each head of x (R, T, heads, D); the others stay unchanged."""
     rotary_dim = cos.shape[-1]
     if rotary_dim < x.shape[-1]:
-        turned, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
-        return torch.cat((rotate(turned, cos, signed_sin), rest), dim=-1)
+        rotated, rest = x.split((rotary_dim, x.shape[-1] - rotary_dim), dim=-1)
+        return torch.cat((rotate(rotated, cos, signed_sin), rest), dim=-1)
     return torch.addcmul(x * cos, x.roll(rotary_dim // 2, dims=-1), signed_sin)
 
 
 @lru_cache(maxsize=32)
 def frequencies(rope: Rope, length: int, device: torch.device | str = "cpu") -> tuple[Tensor, float]:
-    """Inverse frequencies for a text of `length` tokens.
+    """Inverse frequencies for a sequence of `length` tokens.
 
     Returns:
-        inv_freq: (r/2,) float32, radians per position.  scale: what multiplies cos and sin.
+        inv_freq: (r/2,) float32, radians per position.
+        scale: the factor of cos and sin.
     """
-    # Computed on the CPU whatever the device, so that all devices have the same frequencies to the bit.
+    # Always computed on the CPU, so that the frequencies are the same bits on every device.
     base = rope.theta
     if rope.rope_type == "dynamic":
         stretch = max(length, rope.max_position_embeddings) / rope.max_position_embeddings
@@ -175,7 +176,7 @@ def _yarn(rope: Rope, inv_freq: Tensor) -> tuple[Tensor, float]:
     factor = rope.factor or rope.max_position_embeddings / rope.original_max_position_embeddings
 
     def dimension_of(rotations: float) -> float:
-        """The dimension whose frequency turns `rotations` times over the pretraining length."""
+        """The dimension that rotates `rotations` times over the pretraining length."""
         wavelength = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
         return rope.rotary_dim * math.log(wavelength) / (2 * math.log(rope.theta))
 
@@ -210,7 +211,7 @@ def _longrope(rope: Rope, inv_freq: Tensor, length: int) -> tuple[Tensor, float]
 
 
 def _llama3(rope: Rope, inv_freq: Tensor) -> Tensor:
-    """Frequencies that turn often over the pretraining length are kept, rare ones divided, a ramp between."""
+    """Keeps frequencies that rotate often over the pretraining length, divides others, ramps between."""
     turns = rope.original_max_position_embeddings * inv_freq / (2 * math.pi)  # over the pretraining length
     kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
     kept = kept.clamp(0, 1)

@@ -1,9 +1,9 @@
-"""Loads a model and its tokenizer, and saves them as a Hugging Face folder that any other program reads.
+"""Loads a model and its tokenizer, and saves them as a Hugging Face folder that other programs can read.
 
 `load` takes a folder, a Hub id, a GGUF file, or `package:NAME/FILE` for a file inside an installed package.
-Tensors are copied one by one into the decoder's fused parameters, so loading needs the model plus one tensor.
-`layout` is the one table between the two namings: each HF tensor is a range of rows of one of our parameters.
-Loading fills the ranges and saving cuts them out.
+Tensors are copied one by one into the decoder's fused parameters, so loading needs memory for the model plus
+one tensor. `layout` maps each HF tensor to a range of rows of one of our parameters. Loading fills these
+ranges; saving cuts them out.
 
 Left out: pickled checkpoints (*.bin), which can run code when read, and quantised HF checkpoints.
 """
@@ -25,10 +25,7 @@ from grpo.model.decoder import Decoder, ModelConfig
 
 # --- finding a model's files -----------------------------------------------------------------------------
 #
-# Finds the files of a model: a local folder or GGUF file, a file inside an installed package, or a Hub id.
-#
-# Left out: revisions and mirrors of the Hub; huggingface_hub reads mirrors from its own environment
-# variables.
+# Left out: revisions of the Hub, and its mirrors, which huggingface_hub takes from environment variables.
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "model*.safetensors"]
@@ -51,7 +48,7 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
-    # find_spec of a top-level name runs none of the package's code, which may want compiled dependencies.
+    # find_spec of a top-level name runs none of the package's code, which may need compiled dependencies.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
@@ -74,13 +71,13 @@ def _from_hub(repo_id: str) -> Path:
     except Exception as error:  # network, authorisation and cache errors have no common base class
         reason = (str(error).strip().splitlines() or [""])[0]
         raise FileNotFoundError(
-            f"{repo_id} is no folder here, and the Hub did not give it ({type(error).__name__}: {reason}). "
+            f"{repo_id} is no local folder, and the Hub download failed ({type(error).__name__}: {reason}). "
             "Offline: download it elsewhere and pass the folder. Gated: log in with `hf auth login`."
         ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object; a damaged or missing file is an error that names it."""
+    """Reads one JSON object. The error for a missing or damaged file names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -92,12 +89,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-SHARD_BYTES = 5 * 10**9  # the Hub's usual shard size
+# --- loading ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Source:
-    """What saving needs and computing does not."""
+    """Metadata needed only to save."""
 
     config: dict[str, Any]  # HF config as it was read
     generation_config: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +118,7 @@ def load(
         name_or_path: HF folder, Hub id, `file.gguf`, or `package:NAME/FILE`.
         dtype: of the parameters, whatever the files hold.
     Raises:
-        FileNotFoundError: nothing there, or a part is missing.
+        FileNotFoundError: no such folder, file or Hub id, or a file of the model is missing.
         ValueError: a damaged file, an unsupported model, or tensors that do not fit the config.
     """
     path = resolve(name_or_path)
@@ -150,7 +147,7 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise FileNotFoundError(
-            f"{folder} has no tokenizer: put the model's tokenizer.json beside config.json"
+            f"{folder} has no tokenizer: put the model's tokenizer.json next to config.json"
         )
     try:
         return AutoTokenizer.from_pretrained(folder)
@@ -167,7 +164,7 @@ def build(
     device: str | torch.device,
     path: Path,
 ) -> Decoder:
-    """A decoder filled from (HF name, tensor) pairs, one at a time."""
+    """A decoder whose weights are copied from (HF name, tensor) pairs, one at a time."""
     config = model_config(source.config, path)
     with torch.device("meta"):
         model = Decoder(config)
@@ -178,11 +175,11 @@ def build(
 
 
 def model_config(hf_config: dict[str, Any], path: Path) -> ModelConfig:
-    """`ModelConfig` with the defaults that config.json leaves out filled in by transformers."""
+    """`ModelConfig` from a config.json, with transformers' defaults for the keys that it leaves out."""
     from transformers import AutoConfig
 
     try:
-        ModelConfig.check_type(hf_config)  # before transformers, which knows many more
+        ModelConfig.check_type(hf_config)  # first: transformers knows many more types
         given = {key: value for key, value in hf_config.items() if key != "model_type"}
         complete = AutoConfig.for_model(hf_config["model_type"], **given).to_dict()
         return ModelConfig.from_hf(complete)
@@ -191,7 +188,7 @@ def model_config(hf_config: dict[str, Any], path: Path) -> ModelConfig:
 
 
 def layout(config: ModelConfig) -> dict[str, Rows]:
-    """Every tensor of the HF checkpoint and the rows of ours that hold it."""
+    """Name of each tensor in the HF checkpoint -> the rows of our parameter that hold it."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     hidden, intermediate = config.hidden_size, config.intermediate_size
     fused = config.model_type == "phi3"  # Phi-3 is published fused, in our order
@@ -257,7 +254,7 @@ def _shorten(names: list[str]) -> str:
     )
 
 
-# Reading safetensors
+# --- reading safetensors ---------------------------------------------------------------------------------
 
 
 def _safetensors_files(folder: Path) -> list[Path]:
@@ -296,7 +293,9 @@ def _stored_dtype(files: list[Path]) -> torch.dtype:
         return handle.get_tensor(names[0]).dtype if names else torch.float32
 
 
-# Saving
+# --- saving ----------------------------------------------------------------------------------------------
+
+SHARD_BYTES = 5 * 10**9  # the Hub's usual shard size
 
 
 def save(model: Decoder, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -329,7 +328,7 @@ def save(model: Decoder, tokenizer: Any, folder: str | Path, dtype: torch.dtype 
 
 
 def stop_token_ids(model: Decoder, tokenizer: Any) -> tuple[int, ...]:
-    """Each id that ends a turn, once: the generation config's, the tokenizer's, the config's."""
+    """The ids that end a turn, each once: those of the generation config, the tokenizer and the config."""
     source = model.source or Source({})
     stop_ids: list[int] = []
     for value in (
@@ -359,14 +358,14 @@ def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype) -> None
     files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
     if len(shards) == 1:
         files = ["model.safetensors"]
-    # A reader takes every *.safetensors that it finds: none of an earlier save may stay.
+    # Other programs load every *.safetensors they find, so those of an earlier save must go.
     for old in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"]:
         old.unlink(missing_ok=True)
     for file, names in zip(files, shards, strict=True):
         # Copied, one shard at a time: safetensors refuses tensors that share memory, as q, k and v do here.
         shard = {name: views[name].to("cpu", dtype, copy=True) for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors makes its files private to the user; a model folder should be readable as a whole.
+        # safetensors makes files that only the user can read: give them the mode of the other files.
         (folder / file).chmod((folder / "config.json").stat().st_mode)
     if len(files) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
