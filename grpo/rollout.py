@@ -4,13 +4,12 @@ One conversation is
 
     task prompt | failed attempt | reflection instruction | reflection | task prompt again | retry
 
-Everything up to the instruction is the *prompt* of a group: its G reflections share one prefix cache. Each
-row then runs a script (sample the reflection, feed the next user turn, sample the retry), so a row that has
-finished reflecting retries at once, on the cache that it already holds. Sampled ids are never decoded and
-encoded again: text exists only for the verifier and for people.
+Everything up to the instruction is the *prompt* of a group; its G reflections share one prefix cache. Each
+row runs a script: sample the reflection, feed the next user turn, sample the retry. So a row that has
+finished its reflection retries at once, on its own cache. Sampled ids are never decoded and encoded again.
+Text is only for the verifier and for people.
 
-Left out on purpose: any notion of advantage or gradient (grpo/learner/learner.py) and any reward model: the
-verdict is the reward.
+Left out: advantages and gradients (grpo/learner/learner.py), and reward models. The verdict is the reward.
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def reward(
 
 @dataclass(frozen=True)
 class Attempt:
-    """One verified answer to an example, with the ids that the model really saw and sampled."""
+    """One verified answer to an example, with the ids that the model saw and sampled."""
 
     example: Example
     prompt_ids: list[int]
@@ -105,7 +104,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Tag:
-    """What a row is for; the sampler gives it back with the row's turns."""
+    """What a row is for. The sampler returns it with the row's turns."""
 
     example: Example
     key: NoiseKey  # of the row's first turn
@@ -117,15 +116,15 @@ class Rollout:
     """Runs the turns of a task on a sampler.
 
     Args:
-        sampler: holds the policy's weights and its decoding settings (temperature, greedy, ...).
+        sampler: has the policy's weights and the decoding settings (temperature, greedy, ...).
         task: prompts and verifier.
         chat: messages to ids and back.
-        seed: first part of the key of every random number.
-        max_completion_length: limit of an attempt and of a retry, in tokens, its stop token included.
-        max_reflection_length: limit of a reflection, likewise.
+        seed: of the sampling noise.
+        max_completion_length: limit of an attempt and of a retry, in tokens, including the stop token.
+        max_reflection_length: limit of a reflection, in tokens, including the stop token.
         overlong_buffer, soft_overlong_penalty, length_cost: of the reward; see `reward`.
-        task_options: what the task was built with.
-        dtype: of the sampler's model. Both are only recorded, in `settings`.
+        task_options: options that the task was built with; only recorded, in `settings`.
+        dtype: of the sampler's model; only recorded, in `settings`.
     """
 
     def __init__(
@@ -150,14 +149,14 @@ class Rollout:
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
         self.length_cost = length_cost
-        # As JSON gives them back, since they are compared with what a file holds.
+        # As JSON returns them, because they are compared with those in a file.
         self.task_options = json.loads(json.dumps(task_options or {}))
         self.dtype = dtype
-        self.sampled_tokens = 0  # so far
+        self.sampled_tokens = 0  # since this rollout was built
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a first answer depends on, besides weights and example; stored with answers that are kept."""
+        """What a first answer depends on, besides weights and example. Stored with answers that are kept."""
         sampler = self.sampler
         return {
             "task": self.task.name,
@@ -180,7 +179,7 @@ class Rollout:
     # --- ids of the contexts --------------------------------------------------------------------------------
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """Ids of what the task opens with (system message or tools, if any), user message, answer header."""
+        """Ids of the task's opening (system message or tools, if any), user message and answer header."""
         return self.chat.prompt(**opening(self.task, example, self.chat))
 
     def reflection_prompt_ids(self, failure: Attempt) -> list[int]:
@@ -203,7 +202,7 @@ class Rollout:
     ) -> list[Attempt]:
         """`count` first answers to each example, example by example; they share its prompt's cache.
 
-        An example that comes again gets other answers: its generations go on counting.
+        An example that comes again gets other answers, and its generations continue to count.
         """
         rows = []
         seen: Counter[str] = Counter()
@@ -229,7 +228,7 @@ class Rollout:
     ) -> list[Episode]:
         """Groups of `num_generations` reflections, each with `retries` retries, group by group.
 
-        The first retry continues on the reflection's own cache; further ones are a second run.
+        The first retry continues on the reflection's cache. Further retries are a second run of the sampler.
         """
         rows = []
         seen: Counter[tuple[str, int]] = Counter()

@@ -74,7 +74,7 @@ def no_success(history: Sequence[Record]) -> str | None:
     if _values(history, "validation/retry") != [0]:
         return None
     return (
-        "no retry of the starting model was right: as long as that is so there is nothing to learn from. Try "
+        "no retry of the starting model was right: until one is, there is nothing to learn from. Try "
         "an easier task, a warm start (warm_start_steps), or a larger model."
     )
 
@@ -126,7 +126,7 @@ def idle_reflection(history: Sequence[Record]) -> str | None:
         return None
     return (
         f"retries gained {gain:.1%} with a reflection and {blind_gain:.1%} without one: the model learned "
-        "the task and not to reflect. That is a result too; compare the controls that the evaluation prints."
+        "the task, not to reflect. Compare the controls that the evaluation prints."
     )
 
 
@@ -136,8 +136,8 @@ def answer_leakage(history: Sequence[Record]) -> str | None:
     if share is None or share <= 0.5:
         return None
     return (
-        f"{share:.0%} of the reflections state an accepted answer: the retry only copies it. Where finding "
-        "the answer is what a reflection is for, this is expected; else change reflection_instruction."
+        f"{share:.0%} of the reflections state an accepted answer: the retry only copies it. This is "
+        "expected if reflections should find the answer; otherwise change the task's reflection_instruction."
     )
 
 

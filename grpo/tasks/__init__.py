@@ -1,9 +1,9 @@
 """What a task is, and where tasks are found by name.
 
-A task gives examples, says whether an answer is right and, for models that need a warm start, writes a
-worked conversation. It knows nothing of tokens, models or training: so a new one fits in one file
-(docs/tasks.md). Left out on purpose: partial rewards. The reward of the paper (arXiv 2505.24726) is 1 or 0,
-and so is ours.
+A task gives examples, judges answers and, for models that need a warm start, writes worked conversations. It
+knows nothing about tokens, models or training, so a new task fits in one file (docs/tasks.md).
+
+Left out: partial rewards. The reward of the paper (arXiv 2505.24726) is 1 or 0, and so is ours.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class Transcript:
 class Task(Protocol):
     """What the trainer asks of a task. `system` is None if there is no system message.
 
-    A task may also have `format_reasons: frozenset[str]`, those of its reason codes that say that an answer
-    could not be read. Other wrong answers were read.
+    A task may also have `format_reasons: frozenset[str]`: the reason codes which mean that an answer could
+    not be read.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Task(Protocol):
         ...
 
     def leaks(self, example: Example, reflection: str) -> bool:
-        """Whether the reflection already holds an accepted answer."""
+        """Whether the reflection already contains an accepted answer."""
         ...
 
 
@@ -103,7 +103,7 @@ class WarmStartTask(Task, Protocol):
 
 @runtime_checkable
 class TolerantTask(Task, Protocol):
-    """A task with a second, milder judgement, which evaluation reports beside the reward's."""
+    """A task with a second, more lenient verdict, which evaluation reports alongside the reward's."""
 
     def tolerant(self, example: Example, text: str) -> Verdict: ...
 

@@ -113,8 +113,8 @@ class Countdown:
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         """Examples `offset` to `offset + count` of train, validation or heldout.
 
-        No problem (the numbers in any order, and the target) is in two splits, and none comes twice, with
-        one exception: train goes on, where the space is small, with its problems in other orders of the
+        A problem is a target and numbers in any order. No problem is in two splits, and none comes twice,
+        with one exception: in a small space, train continues with its problems in other orders of the
         numbers.
 
         Raises:
@@ -125,7 +125,7 @@ class Countdown:
             raise ValueError(f"count and offset must be at least 0, got {count} and {offset}")
         ready = self._splits[split]
         while len(ready) < offset + count:
-            # All splits fill from one stream, so what a split holds does not depend on who asked first.
+            # All splits fill from one stream, so their content does not depend on the order of the requests.
             produced = next(self._source, None)
             if produced is None:
                 raise ValueError(
@@ -146,16 +146,17 @@ class Countdown:
         """A conversation whose reflection tries other combinations and checks each: "3 + 8 - 1 = 11 - 1 = 10,
         not 12."
 
-        It computes one operation at a time, because a small model cannot add three numbers in one go. Some
-        (reflection_stop) give up early, the others go on, without repeating themselves, until one works or
-        max_tries are made: reinforcement learning finds both, the choice and what to do after it. The retry
-        is the last combination tried, right or wrong: were it a guess, reflections that found nothing would
-        be rewarded by luck.
-        `attempt`: the wrong one to start from.
+        It computes one operation at a time, because a small model cannot add three numbers at once. A share
+        of the reflections (reflection_stop) give up early. The others continue, without repetition, until a
+        combination works or max_tries are made. So RL starts with both behaviours and can choose. The retry
+        is the last combination tried, right or wrong. If it were a guess, luck would reward reflections that
+        found nothing.
+
+        `attempt`: the wrong answer to start from.
         """
         target: int = example.data["target"]
         terms = reachable(tuple(example.data["numbers"]), self.operators)
-        # With * almost all values are far off the target, and nobody would try them.
+        # With * almost all values are far from the target; no one would try them.
         near = sorted((value for value in terms if value != target), key=lambda value: abs(value - target))
         near = near[: 4 * self.max_tries]
         if attempt is None and (not near or rng.random() < RIGHT_ATTEMPTS):

@@ -1,7 +1,7 @@
 """Arithmetic expressions over + - * / and parentheses: reading them, and finding those that numbers allow.
 
 The reader (`parse`, `evaluate`) judges model output, so it is an operator-precedence parser with its own
-stack: no `eval`, no recursion that a text could deepen, exact fractions. The finder (`reachable`) makes
+stack: no `eval`, no recursion that depends on the text, exact fractions. The finder (`reachable`) makes
 problems and worked solutions; it stays within the natural numbers, the arithmetic that a small model can
 follow.
 """
@@ -148,8 +148,8 @@ def reachable(numbers: tuple[int, ...], operators: str) -> dict[int, Term]:
 
     Every intermediate value is a natural number: no negative ones, and divisions come out even. With + and
     - alone this loses no positive value (add first, then subtract). Expressions keep to the order of
-    `numbers` and avoid parentheses where they can: a later split does not replace what an earlier one
-    found.
+    `numbers` and avoid parentheses where they can: a later split does not replace the term of an earlier
+    one.
     """
     if len(numbers) == 1:
         return {numbers[0]: Term(str(numbers[0]), 3)}

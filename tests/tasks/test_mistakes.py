@@ -102,7 +102,7 @@ def test_an_unreadable_schema_is_no_error():
 
 
 def test_reflection_stop_must_be_a_share():
-    with pytest.raises(ValueError, match="reflection_stop must lie between 0 and 1, got 2"):
+    with pytest.raises(ValueError, match="reflection_stop must be between 0 and 1, got 2"):
         FunctionCalling(reflection_stop=2.0)
 
 

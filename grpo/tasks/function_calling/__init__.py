@@ -82,7 +82,7 @@ class FunctionCalling:
     Args:
         data_path: xLAM / APIGen file (JSON array or JSON lines); None for the Berkeley files.
         categories: of the Berkeley files, joined by "+", or a list; "live" and "all" name several.
-        python_syntax: accept calls in Python's syntax beside JSON.
+        python_syntax: accept calls in Python's syntax as well as JSON.
         max_tools: leave out examples with more tools.
         max_characters: leave out examples whose messages and tools have more characters.
         seed: order of the examples within each split. Which split an example is in never depends on it.
@@ -95,7 +95,7 @@ class FunctionCalling:
     format_reasons = frozenset(
         "too_long multi_block empty no_call parse dup_key nonfinite shape positional non_literal".split()
     )
-    system: str | None = None  # the tools stand in the first messages, see `opening`
+    system: str | None = None  # the tools are in the first messages, see `opening`
     reflection_instruction = (
         "You tried performing the task, but failed in generating the correct tool call. Reflect on what went "
         "wrong and write a short explanation that will help you do better next time."
@@ -112,7 +112,7 @@ class FunctionCalling:
         reflection_stop: float = 0.5,
     ) -> None:
         if not 0 <= reflection_stop <= 1:
-            raise ValueError(f"reflection_stop must lie between 0 and 1, got {reflection_stop}")
+            raise ValueError(f"reflection_stop must be between 0 and 1, got {reflection_stop}")
         for option, limit in (("max_tools", max_tools), ("max_characters", max_characters)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{option} must be at least 1 or None, got {limit}")
@@ -171,12 +171,12 @@ class FunctionCalling:
         return verify(text, example.data["gold"], self.python_syntax, self.accepted)
 
     def tolerant(self, example: Example, text: str) -> Verdict:
-        """`verify` with the schemas' defaults filled in: what evaluate reports beside the reward."""
+        """`verify` with the schemas' defaults filled in: evaluation reports it alongside the reward."""
         gold, tools = example.data["gold"], example.data["tools"]
         return tolerant_verify(text, gold, tools, self.python_syntax, self.accepted)
 
     def leaks(self, example: Example, reflection: str) -> bool:
-        """Whether the reflection holds all the right calls, anywhere in its text.
+        """Whether the reflection contains all the right calls, anywhere in its text.
 
         Where the right answer is no call there is nothing to look for: False.
         """

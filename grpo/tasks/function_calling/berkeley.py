@@ -1,8 +1,8 @@
 """The Berkeley Function-Calling Leaderboard's single-turn files, from the installed package `bfcl-eval`.
 
-Nothing of the package is imported: its files are read where they lie. Its answers list the accepted values of
-each argument. Left out: Java and JavaScript, several turns with tool results, and `live_relevance`, whose
-right calls nobody has written down.
+The package is not imported; only its data files are read. Their answers list the accepted values of each
+argument. Left out: Java and JavaScript, several turns with tool results, and `live_relevance`, which has no
+gold calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TESTED = "the version of bfcl-eval that this was tested with is in constraints.t
 
 
 class Berkeley:
-    """All categories, whichever are chosen: so the splits do not depend on the choice.
+    """Records of all categories, chosen or not, so that the splits do not depend on the choice.
 
     What cannot be used is reported for the chosen ones only.
     """
@@ -62,7 +62,7 @@ class Berkeley:
         return Record(entry["id"], _messages(entry["question"][0]), tools, gold)
 
     def _pairs(self, category: str) -> Iterator[tuple[bytes, bytes]]:
-        """Questions with their answers; where no tool fits, no answer is written down."""
+        """Questions with their answers. If no tool fits, the files have no answer."""
         questions = self._by_id(_file(category))
         no_calls = dict.fromkeys(questions, b'{"ground_truth": []}')
         answers = no_calls if "irrelevance" in category else self._by_id(f"possible_answer/{_file(category)}")
@@ -99,7 +99,7 @@ def _folder() -> Path:
 
 
 def _messages(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Neighbours of one role as one message: many templates insist that roles take turns."""
+    """Joins neighbouring messages of one role: many templates require that roles alternate."""
     merged: list[dict[str, str]] = []
     for message in messages:
         if merged and merged[-1]["role"] == message["role"]:

@@ -1,8 +1,8 @@
-"""Finds the function calls in a model's answer, or says why it holds none that can be read.
+"""Finds the function calls in a model's answer, or the reason why none can be read.
 
-Calls stand in `<tool_call>` tags, or in one code fence, or they are the whole answer; as JSON (json_calls.py)
-or, on request, in Python's syntax (python_calls.py). Model output is parsed and never evaluated, and the work
-is linear in the text. Left out: calls in the middle of prose.
+Calls are in `<tool_call>` tags, in one code fence, or the whole answer. They are JSON (json_calls.py) or, on
+request, Python's syntax (python_calls.py). Model output is parsed, never evaluated. The work is linear in the
+text. Left out: calls in the middle of prose.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def holds_prose_only(text: str, python_syntax: bool = False) -> bool:
 
 
 def _tagged(text: str) -> list[str]:
-    """What stands between the tags; a `<tool_call>` that is never closed is `parse`."""
+    """The text between the tags; a `<tool_call>` that is never closed is `parse`."""
     parts = []
     end = 0
     while (start := text.find(OPEN, end)) >= 0:
@@ -75,7 +75,7 @@ def _tagged(text: str) -> list[str]:
 
 
 def _fenced(text: str, strict: bool = True) -> list[str]:
-    """What stands in the code fences, without a fence's info string such as `json`.
+    """The text in the code fences, without a fence's info string such as `json`.
 
     Backticks count wherever they stand, since models close fences in mid-line. But where two lines open and
     close a fence, those inside belong to its strings; and so they do in a text that is a call itself, unless

@@ -1,10 +1,10 @@
 """Function-calling records, their tools as JSON schemas, and splits that share no tool.
 
-A held-out example must offer only tools that training has never seen. So records that share a tool name, over
-any number of steps, are one component, and a hash of its first name decides the split of all of it. A
-component too large to be held out goes to train, if the others leave enough to hold out. If they do not, it
-is cut: each of its tools has a split, and records that offer tools of several splits are left out. None of
-this depends on the options. Left out: noticing that two names mean the same tool.
+A held-out example must offer only tools that training has never seen. So records that share a tool name,
+directly or through other records, form a component, and a hash of its first name decides the split of the
+whole component. A component too large to be held out goes to train, if the others leave enough to hold out.
+If they do not, it is cut: each of its tools gets a split, and records with tools of several splits are left
+out. None of this depends on the options. Left out: detecting that two names mean the same tool.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 from grpo.tasks import SPLITS
 from grpo.tasks.function_calling.json_calls import Call
 
-# Shares of the components. Small sources hold out more: 500 examples are what tells 40% from 48%.
+# Shares of the components. Small sources hold out more, because telling 40% from 48% takes 500 examples.
 HELDOUT_SHARE, SMALL_HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.4, 0.1
 SMALL = 10_000  # records
 MAX_COMPONENT = 0.2  # of the records; a larger component goes to train, or is cut
@@ -112,7 +112,7 @@ class Splits:
             numbers.append(number)
             kept.append(keep(record))
         if not numbers:
-            raise ValueError(f"{source} holds no usable record: {self.skipped}")
+            raise ValueError(f"{source} has no usable record: {self.skipped}")
         if self.skipped.count:
             seen = self.skipped.count + len(numbers)
             _warn(f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}")
@@ -206,7 +206,7 @@ def _assign(tools: _Tools, rows: _Rows) -> array[int]:
             for root, (low, high) in zip(roots, ends, strict=True)
         ),
     )
-    # Where one tool is in every record a cut leaves nothing to train on, or nothing to hold out.
+    # If one tool is in every record, a cut leaves nothing to train on, or nothing to hold out.
     better = whole.count(_HELDOUT) < cut.count(_HELDOUT) <= cut.count(_TRAIN)
     return cut if better else whole
 
@@ -260,7 +260,7 @@ def _is_optional(entry: dict[str, Any]) -> bool:
 
 
 def _schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with JSON Schema's type names. What is no type of JSON ("any") says nothing, and goes."""
+    """The schema with JSON Schema's type names. A type that JSON lacks ("any") is dropped."""
     result = dict(schema)
     kind = result.get("type")
     if isinstance(kind, str):

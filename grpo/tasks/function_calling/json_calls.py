@@ -1,8 +1,8 @@
-"""Function calls from JSON that nobody vouches for.
+"""Function calls from untrusted JSON.
 
-Nothing that a text holds makes it raise anything but Unreadable. What JSON allows beyond reason (nesting,
-integers, NaN, a key twice) has limits of its own here, so that a verdict does not depend on the
-interpreter's. Left out: repairing broken JSON. A program that receives such a call could not run it either.
+No text can raise anything but Unreadable. Nesting, integers, NaN and duplicate keys have limits here, so that
+a verdict does not depend on the interpreter's limits. Left out: repairing broken JSON, which a program that
+receives such a call could not run either.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Unreadable(Exception):
 
 
 def json_calls(text: str) -> list[Call]:
-    """The calls of a text that is the JSON of one call or of a list of calls.
+    """The calls in a text, which is JSON of one call or of a list of calls.
 
     Raises:
         Unreadable: parse, dup_key, nonfinite, shape.
@@ -36,13 +36,13 @@ def json_calls(text: str) -> list[Call]:
 
 
 def read_json(text: str) -> Any:
-    """`json.loads` for text that nobody vouches for.
+    """`json.loads` for untrusted text.
 
     Raises:
         Unreadable: parse (no JSON, deeper than MAX_DEPTH, an integer over MAX_DIGITS), dup_key (a key twice
             in one object), nonfinite (NaN, infinity, a number that overflows to it).
     """
-    faults: set[str] = set()  # noted and not raised, since text that is no JSON is `parse` first
+    faults: set[str] = set()  # noted instead of raised, because invalid JSON is `parse` first
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(items)
@@ -76,7 +76,7 @@ def read_json(text: str) -> Any:
 
 
 def _call(item: Any) -> Call:
-    """One call from its JSON, in any of the accepted shapes; another one, or any key beside them: `shape`."""
+    """One call from its JSON in any of the accepted shapes. Another shape or a further key is `shape`."""
     if isinstance(item, dict) and "function" in item:
         if item.get("type") != "function" or item.keys() - {"type", "function", "id"}:
             raise Unreadable("shape")

@@ -40,7 +40,7 @@ def compare(
 
 
 def includes(calls: list[Call], gold: list[Call], accepted: bool = False) -> bool:
-    """Whether every right call is among `calls`, each with one of its own."""
+    """Whether every right call is among `calls`, each paired with a different one."""
     edges = [[i for i, call in enumerate(calls) if _fits(call, right, accepted, {}, True)] for right in gold]
     return _all_paired(edges)
 
@@ -48,7 +48,7 @@ def includes(calls: list[Call], gold: list[Call], accepted: bool = False) -> boo
 def equal(a: Any, b: Any) -> bool:
     """Equality of JSON values: 1 is 1.0, a bool is no number, lists have an order and objects none.
 
-    With a stack of its own, since a value may be nested deeper than Python calls go.
+    It uses an explicit stack, because a value may be nested deeper than Python can recurse.
     """
     waiting = [(a, b)]
     while waiting:
@@ -84,7 +84,7 @@ def _kind(value: Any) -> str | None:
 
 
 def _fits(call: Call, right: Call, accepted: bool, defaults: Defaults, values: bool) -> bool:
-    """Whether the call can be this gold one: its name, its argument names and, with `values`, its values."""
+    """Whether the call fits the gold call: name, argument names and, with `values`, values."""
     if call["name"] != right["name"]:
         return False
     given, wanted, known = call["arguments"], right["arguments"], defaults.get(call["name"], {})
@@ -107,7 +107,7 @@ def _argument_fits(value: Any, wanted: Any, accepted: bool) -> bool:
         return equal(value, wanted)
     alternatives = wanted if isinstance(wanted, list) else [wanted]
     if value == "" and isinstance(value, str):
-        # "" stands for "left out". As a value it is right only where strings are.
+        # "" means "left out". As a value it is right only if strings are accepted.
         return "" in alternatives and all(other is None or isinstance(other, str) for other in alternatives)
     return any(_is_accepted(value, wanted_value) for wanted_value in alternatives)
 
@@ -139,9 +139,9 @@ def _may_be_left_out(wanted: Any) -> bool:
 
 
 def _all_paired(edges: list[list[int]]) -> bool:
-    """Whether each left node can have a right one of its own; `edges[i]` are the right ones that fit node i.
+    """Whether all left nodes can be paired with different right nodes; `edges[i]` fit left node i.
 
-    Augmenting paths, found breadth first: a node that finds its right ones taken makes the others move on.
+    Augmenting paths, breadth first: a left node whose right nodes are all taken makes their owners move.
     """
     owner: dict[int, int] = {}  # right -> left
     place: dict[int, int] = {}  # left -> right
@@ -165,5 +165,5 @@ def _all_paired(edges: list[list[int]]) -> bool:
         while free is not None:
             left = came_from[free]
             owner[free] = left
-            place[left], free = free, place.get(left)  # who gives up a place takes the one that was found
+            place[left], free = free, place.get(left)  # the node that gives up its place takes the free one
     return True

@@ -1,9 +1,9 @@
 """Worked conversations about function calls: a wrong answer, what is wrong with it, a better one.
 
-The mistake is made here, one or two in an answer that is right, so what the reflection says of it is true. It
-goes through the arguments one by one, as Countdown's reflections go through combinations. Some stop early,
-whatever they have found: reinforcement learning then finds both, giving up and going on. The retry mends what
-the reflection has found by then, and nothing else. Left out: why a value is right; that takes understanding.
+One or two mistakes are put into a right answer, so everything that the reflection says about it is true. The
+reflection checks the arguments one by one, as Countdown's reflections check combinations. Some stop early, so
+RL starts with both behaviours, stopping and continuing. The retry corrects exactly the mistakes that the
+reflection found. Left out: why a value is right, which takes understanding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def right_calls(gold: list[Call], accepted: bool) -> list[Call]:
 
 
 def concrete(accepted: Any) -> Any:
-    """An accepted value as it would be written: objects hold lists of accepted values in their turn."""
+    """An accepted value as it would be written. Inside objects, values are lists of accepted values again."""
     if isinstance(accepted, dict):
         chosen = {key: alternatives(values) for key, values in accepted.items()}
         return {key: concrete(values[0]) for key, values in chosen.items() if values}
@@ -49,12 +49,12 @@ def concrete(accepted: Any) -> Any:
 
 
 def alternatives(values: Any) -> list[Any]:
-    """The accepted values without "", which stands for leaving the argument out."""
+    """The accepted values without "", which means that the argument may be left out."""
     return [value for value in values if value != ""] if isinstance(values, list) else [values]
 
 
 def text_of(calls: list[Call]) -> str:
-    """As an answer is asked for: a JSON list, or prose where there is nothing to call."""
+    """The calls in the form that the prompt asks for: a JSON list, or prose if there is nothing to call."""
     return json.dumps(calls, ensure_ascii=False) if calls else NO_CALL
 
 
@@ -88,7 +88,7 @@ def _spoil(call: Call, schemas: dict[str, dict[str, Any]], question: str, rng: r
     if args:
         key = rng.choice(sorted(args))
         value = _other(args[key], properties.get(key, {}), question, rng)
-        # a wrong value is the commonest mistake by far, so it is three times in the hat
+        # a wrong value is by far the most common mistake, so it has three chances
         kinds += 3 * [lambda: args.update({key: value})] + [lambda: args.pop(key)]
     if more:
         extra = rng.choice(more)
@@ -100,7 +100,7 @@ def _spoil(call: Call, schemas: dict[str, dict[str, Any]], question: str, rng: r
 
 
 def _other(value: Any, schema: dict[str, Any], question: str, rng: random.Random) -> Any:
-    """A value that someone could write instead."""
+    """A plausible wrong value."""
     choices = [choice for choice in schema.get("enum", []) if not equal(choice, value)]
     if choices:
         return rng.choice(choices)
@@ -128,7 +128,7 @@ def _properties(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _example(schema: dict[str, Any]) -> Any:
-    """A value of the schema's type that says nothing."""
+    """A neutral value of the schema's type."""
     if "default" in schema:
         return schema["default"]
     if schema.get("enum"):
@@ -144,7 +144,7 @@ def _example(schema: dict[str, Any]) -> Any:
 def reflection(
     calls: list[Call], gold: list[Call], accepted: bool, checks: int | None
 ) -> tuple[str, list[Call]]:
-    """What a reader finds going through the answer, and the answer mended as far as that.
+    """The findings of a reader of the answer, and the answer with these mistakes corrected.
 
     Args:
         calls: the wrong answer, in the order of `gold`.
@@ -158,7 +158,7 @@ def reflection(
 
 
 def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[str]:
-    """What is said of each part, in order. A part that is wrong is mended, in place, before it is said."""
+    """One sentence for each part, in order. A wrong part is corrected in place first."""
     for place, wanted in enumerate(right_calls(gold, accepted)):
         if place == len(calls):
             calls.append(copy.deepcopy(wanted))

@@ -1,9 +1,9 @@
 """xLAM / APIGen files: query, tools and answers, as published, read in a stream.
 
-A file is a JSON array of records or JSON lines. It is read once from end to end and again record by record
-where examples are asked for, so a file of gigabytes takes no more memory than its longest record, plus about
-a hundred bytes per record. What cannot be used is counted and named; what leaves the rest of the file
-unreadable is an error. Left out: compressed files and Parquet.
+A file is a JSON array of records or JSON lines. It is read once as a whole, and then record by record as
+examples are asked for. So a file of gigabytes takes only the memory of its longest record and about a hundred
+bytes per record. Unusable records are counted and named. Damage that makes the rest of the file unreadable is
+an error. Left out: compressed files and Parquet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from grpo.tasks.function_calling.data import Record, Skipped, is_schema, tool
 from grpo.tasks.function_calling.json_calls import Call, Unreadable, read_json
 
 CHUNK = 1 << 20  # bytes read at a time
-MAX_RECORD = 1 << 22  # characters; a longer "record" is a file that is something else
+MAX_RECORD = 1 << 22  # characters; with a longer "record" the file has another format
 _BOUNDS = json.JSONDecoder(parse_int=len, parse_float=len)  # finds where a value ends; numbers do not matter
 _WHY = {
     "parse": "is no JSON",
@@ -99,7 +99,7 @@ def _record(raw: bytes, offset: int) -> Record:
     if unknown := [call["name"] for call in gold if call["name"] not in known]:
         raise Malformed(f"answers call {unknown[0]!r}, which is not among the tools")
     record = Record(f"xlam:{identifier}", [{"role": "user", "content": query}], tools, gold)
-    if b"\\u" in raw:  # half of a surrogate pair: JSON can say it, but no tokenizer can read it
+    if b"\\u" in raw:  # half of a surrogate pair: valid JSON, but no tokenizer can read it
         try:
             json.dumps([record.id, query, tools, gold], ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -235,13 +235,13 @@ class _Window:
         while True:
             try:
                 _, end = _BOUNDS.raw_decode(self._text, self._at)
-                # A number at the end of the window may go on; all else ends where it ends.
+                # A number at the end of the window may continue; any other value is complete.
                 if end < len(self._text) or not self._more(CHUNK):
                     break
             except RecursionError:
                 raise ValueError(f"{self._path}: {where} is nested too deep") from None
             except ValueError:
-                # Either the window ends inside the value, or it is no JSON: twice as much text will tell.
+                # The window ends inside the value, or the value is no JSON: try twice as much text.
                 size = len(self._text) - self._at
                 if size > MAX_RECORD or not self._more(max(CHUNK, size)):
                     raise ValueError(
