@@ -1,15 +1,16 @@
-"""Which rows share the next forward, and where their keys and values lie.
+"""Decides which rows share the next forward, and in which slots their keys and values are stored.
 
 Rows wait in order, enter as soon as a slot is free and leave when their script ends (continuous batching:
-Orca, OSDI 2022). Slots are kept dense, so that the caches of the rows in the batch are a view: a row that
-leaves is replaced by a waiting row, or else by the last one, whose cache is moved. The same goes for the
-prompts. A prompt stays while it has rows in the batch or next in line; if others come later it is run again.
+Orca, OSDI 2022). Slots are kept dense, so that the caches of the rows in the batch are a view. When a row
+leaves, a waiting row takes its slot; if none waits, the last row is moved there with its cache. The slots of
+prompts are kept dense in the same way. A prompt stays while rows in the batch or next in line use it. For
+rows that come later, it is run again.
 
-When a Feed turns out longer than was foreseen, the private caches get longer and, where `cache_gb` asks for
-it, fewer. Rows that lose their slot wait at the front, and all of their tokens go through the model again
-when they re-enter.
+When a Feed is longer than expected, the private caches get longer and, if `cache_gb` requires it, fewer.
+Rows that lose their slot wait at the front of the queue. When they re-enter, all of their tokens go through
+the model again.
 
-Left out: priorities, reordering to save padding, pages shared by prompts that are equal in part.
+Left out: priorities, reordering to save padding, sharing between prompts that are equal only in part.
 """
 
 from collections import Counter, deque
@@ -22,9 +23,9 @@ from torch import Tensor
 from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache, multiple, power_of_two, upload
 from grpo.sampler.script import RowState
 
-# With `few_shapes`: what the lengths of the caches are rounded up to.
+# With `few_shapes`, the length of the private caches is rounded up to a multiple of this.
 CAPACITIES = 64
-# New tokens in one forward beyond which rows wait for the next one: bounds the memory of activations.
+# A forward with this many new tokens admits no further row. This bounds the memory of activations.
 NEW_TOKENS = 4096
 
 Entry = TypeVar("Entry")
@@ -43,9 +44,9 @@ class CachedPrompt:
 def plan(
     prefixes: list[tuple[int, ...]], need: int, max_rows: int, budget: int, token_bytes: int
 ) -> tuple[int, int, int]:
-    """Slots for rows, slots for prompts, and the length of the latter, in `budget` tokens.
+    """The most row slots that fit in `budget` tokens; with their prompt slots, and the prompts' length.
 
-    Prompts get twice the slots that neighbouring rows need at a time: groups leave stragglers behind.
+    Prompts get twice the slots that neighbouring rows need at a time, because groups leave stragglers.
 
     Args:
         prefixes: of all rows, in order.
@@ -80,7 +81,7 @@ def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
 class Batcher:
     """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows.
 
-    With `few_shapes` batches are filled up, see CachedAttention.
+    With `few_shapes`, batches are filled up: see `fill` of CachedAttention.
     """
 
     def __init__(
@@ -117,10 +118,14 @@ class Batcher:
         return bool(self.waiting or self.group_of)
 
     def next(self, most_steps: int = 1) -> tuple[Tensor, CachedAttention, list[RowState], int]:
-        """The next forward: input_ids (1, T), its `attend`, and the rows, whose last tokens come first.
+        """Lays out the next forward, and how many more may follow it before `take`.
 
-        Then the number of forwards until `take`, up to `most_steps`: what follows the first one takes in
-        nothing but the tokens that the one before it sampled.
+        Returns:
+            input_ids: (1, T); the last token of each row comes first.
+            attend: the forward's attention.
+            rows: the rows in the batch, in the order of their slots.
+            steps: the number of forwards until `take`, at most `most_steps`. All but the first take in only
+                the tokens that the one before sampled.
         """
         self._grow()
         self._admit()
@@ -134,8 +139,8 @@ class Batcher:
         earlier: list[int] = []
         prompt_ids: list[int] = []
         for row in rows:
-            home = self.group_of[row]
-            spans.append(RowSpan(home.slot, home.length, row.cached, len(row.ids) - row.cached))
+            prompt = self.group_of[row]
+            spans.append(RowSpan(prompt.slot, prompt.length, row.cached, len(row.ids) - row.cached))
             last.append(row.ids[-1])
             earlier += row.ids[row.cached : -1]
         for group in self.groups:
@@ -153,10 +158,10 @@ class Batcher:
         return input_ids, attend, rows, steps
 
     def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
-        """Hands every row its tokens, up to the one that ends its turn; rows whose script is over leave.
+        """Hands every row its tokens, up to the one that ends its turn. Rows whose script has ended leave.
 
         Args:
-            tokens, logprobs: of each row, those of all forwards since `next`.
+            tokens, logprobs: for each row, one per forward since `next`.
         Returns:
             how many rows left.
         """
@@ -166,8 +171,8 @@ class Batcher:
             assert row is not None
             for token, logprob in zip(ids, values, strict=True):
                 if ended := row.take(token, logprob):
-                    break  # what was sampled after the end of the turn is dropped
-            row.cached = len(row.ids) - 1  # the last one has not been through the model
+                    break  # drops tokens sampled after the end of the turn
+            row.cached = len(row.ids) - 1  # the last token has not been through the model
             if ended:
                 self.stats["sampled_tokens"] += len(row.turns[-1].ids)
                 if not row.begin():
@@ -192,7 +197,7 @@ class Batcher:
                 self.groups[group.slot] = None
         tokens = 0
         for slot in free:
-            # The batch always holds a row, so what does not fit now will, once others have left.
+            # The batch is never empty, so a row that does not fit now will fit once others have left.
             if not self.waiting or tokens >= NEW_TOKENS:
                 break
             row = self.waiting[0]
@@ -209,7 +214,7 @@ class Batcher:
             self.rows[slot] = row
 
     def _group(self, prefix: tuple[int, ...]) -> CachedPrompt | None:
-        """The prompt's place in the cache, a new one if it has none; None while there is no room."""
+        """The cache entry of the prompt, a new one if it has none; None while no slot is free."""
         for group in self.groups:
             if group is not None and group.prefix == prefix:
                 return group
@@ -227,7 +232,7 @@ class Batcher:
         group.slot = target
 
     def _grow(self) -> None:
-        """Longer private caches when a Feed needs them; rows that then lose their slot wait at the front."""
+        """Lengthens the private caches if a Feed needs it; rows that lose their slot wait at the front."""
         rows = [row for row in self.rows if row is not None]
         need = max((row.need() for row in rows), default=0)
         if need <= self.private.capacity:
@@ -236,9 +241,9 @@ class Batcher:
         if need > room:
             raise ValueError(
                 f"cache_gb must be at least {(self.budget - room + need) * self.token_bytes / 1e9:.3g} for a "
-                f"row of {need} tokens beside the prompts, got {self.budget * self.token_bytes / 1e9:.3g}"
+                f"row of {need} tokens besides the prompts, got {self.budget * self.token_bytes / 1e9:.3g}"
             )
-        capacity = min(need + need // 8, room)  # some more, as the next row's Feed may be a little longer
+        capacity = min(need + need // 8, room)  # a margin: the next row's Feed may be a little longer
         slots = min(self.private.slots, room // capacity)
         for slot in reversed(range(slots, len(self.rows))):
             if self.rows[slot] is not None:

@@ -1,12 +1,12 @@
-"""Decode steps as CUDA graphs: what a forward asks of the GPU is recorded once, and replayed as one request.
+"""Decode steps as CUDA graphs: the kernel launches of a step are recorded once and replayed as one launch.
 
-A small model's decode step is hundreds of kernels of a few microseconds each, and Python needs longer to ask
-for one of them than the GPU to run it. A graph replays the same kernels on the same addresses, so all that
-differs between two steps lives in tensors that are filled before a replay: tokens, positions and lengths,
-which the step itself counts on, and the noise.
+A small model's decode step is hundreds of kernels of a few microseconds each, and Python needs longer to
+launch one than the GPU to run it. A graph replays the same kernels on the same addresses. So everything in
+which two steps differ is in tensors that are filled before a replay: the tokens, positions and lengths, which
+the step itself then advances, and the noise.
 
-There is one graph for each shape. The batcher fills up batches so that few occur; graphs are recorded as
-they are needed, kept from run to run, and forgotten when caches or weights have moved.
+There is one graph for each shape. The batcher fills up batches so that few shapes occur. Graphs are recorded
+as they are needed, kept from run to run, and forgotten when caches or weights have moved.
 
 Left out: steps that take in prompts or fed tokens, whose shapes are all different.
 """
@@ -26,7 +26,7 @@ Step = Callable[[Tensor, CachedAttention, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Records what `work` asks of the GPU, without doing it; returns what does it."""
+    """Records the kernels that `work` launches, without running them. Returns the function that runs them."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):
         work()
@@ -34,11 +34,11 @@ def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
 
 
 class DecodeGraphs:
-    """Runs decode steps, by graph from the second one of a shape on.
+    """Runs decode steps: the first of each shape directly, all later ones by its graph.
 
     Args:
-        step: one decode step. It may not wait for the device, nor keep memory of its own.
-        width: most steps in one `run`.
+        step: one decode step. It must not wait for the device, nor keep memory that it allocates.
+        width: the most steps in one `run`.
     """
 
     def __init__(self, step: Step, width: int) -> None:
@@ -50,7 +50,7 @@ class DecodeGraphs:
     def run(
         self, input_ids: Tensor, attend: CachedAttention, noise: Tensor | None, steps: int, settings: Any
     ) -> tuple[Tensor, Tensor]:
-        """`steps` decode steps from tokens (1, B) on, every row of `attend` having one new token.
+        """Runs `steps` decode steps from `input_ids` (1, B); every row of `attend` has one new token.
 
         Args:
             noise: (B, steps) float64, or None.
@@ -69,13 +69,13 @@ class DecodeGraphs:
             if recorded.replay is not None:
                 recorded.replay()
                 continue
-            recorded.advance()  # done at once: a recording wants everything warm
+            recorded.advance()  # run directly first: a recording needs kernels and libraries warmed up
             self._pool = self._pool or (torch.cuda.graph_pool_handle() if input_ids.is_cuda else None)
             recorded.replay = record(recorded.advance, self._pool)
         return recorded.tokens[:, :steps], recorded.logprobs[:, :steps]
 
     def keep_if(self, valid_for: Any) -> None:
-        """Forgets all graphs unless `valid_for`, whatever they depend on, is what it was at the last call."""
+        """Forgets all graphs if `valid_for`, which names what they depend on, has changed since last time."""
         if valid_for != self._valid_for:
             self.forget()
             self._valid_for = valid_for
@@ -108,7 +108,7 @@ class _Recorded:
                 mine.copy_(new)
 
     def advance(self) -> None:
-        """One step, and everything counted on for the next."""
+        """Runs one step, then sets tokens, counters and column for the next."""
         self.attend.look()
         noise = None if self.noise is None else self.noise.index_select(1, self.column)[:, 0]
         tokens, logprobs = self.step(self.input_ids, self.attend, noise)

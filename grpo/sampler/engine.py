@@ -1,19 +1,21 @@
-"""The sampler: runs many scripts of "sample until stop, feed these tokens, sample until stop" side by side.
+"""The sampler: runs many scripts of "sample until stop, feed these tokens, sample until stop" in one batch.
 
-There is no barrier between the phases of an episode: at any step some rows sample an attempt, some take in
-the tokens that ask for a reflection, some sample the retry, and all share the same forward. Every row has new
-tokens (the last one sampled and what was fed after it or, on entering, its prompt's last token); all of them,
-and the prompts of new groups, go through the model as one flat sequence, and each row samples from its last
-token's hidden state.
+There is no barrier between the phases of an episode. In one forward, some rows sample a reflection, some take
+in the tokens that ask for the retry, and some sample the retry. Every row has new tokens: the last one that
+it sampled and any tokens fed after it, or, on entering, its prompt's last token. The new tokens of all rows,
+and the prompts of new groups, go through the model as one flat sequence. Each row samples from the hidden
+state of its last token.
 
-    script.py    rows and their scripts            batching.py  who is in the batch, and in which slot
-    sampling.py  noise and the choice of tokens    kv_cache.py  attention over the caches of kv_cache.py
+    script.py      rows and their scripts
+    batching.py    which rows are in the batch, and in which slots
+    kv_cache.py    the caches of keys and values, and attention over them
+    sampling.py    noise and the choice of tokens
     cuda_graph.py  decode steps recorded for replay, on CUDA
 
-`Sampler.run` and `Sampler.load_weights` are all that the rest of the trainer knows of generation. Log-probs
-are those of the whole distribution at the sampling temperature, as the learner takes them.
+The rest of the trainer knows only `Sampler.run` and `Sampler.load_weights`. Log-probs are those of the whole
+distribution at the sampling temperature, as in the learner.
 
-Left out: speculative decoding, prompts run in chunks, several devices.
+Left out: speculative decoding, chunked prefill, several devices.
 """
 
 import math
@@ -31,7 +33,7 @@ from grpo.sampler.kv_cache import CachedAttention, SlotCache, upload
 from grpo.sampler.sampling import choose
 from grpo.sampler.script import Feed, Finished, Row, RowState, Sample, Turn
 
-# Below it the packed output weight is faster, though its product cannot be written into memory at hand.
+# With fewer rows, the packed output weight is faster, though its product cannot be written into a buffer.
 FEW_ROWS = 16
 
 __all__ = ["Feed", "Finished", "Row", "Sample", "Sampler", "Turn"]
@@ -41,17 +43,17 @@ class Sampler:
     """Generates with `model`. Settings are plain attributes that may be changed between runs.
 
     Args:
-        model: the decoder; the learner's own, or a copy that `load_weights` keeps up to date.
+        model: the decoder: the learner's, or a copy that `load_weights` keeps up to date.
         stop_token_ids: any of them ends a turn.
         temperature: of the samples and of the log-probs, above 0.
-        greedy: take the most likely token; log-probs still at `temperature`.
-        top_p, top_k: restrict the tokens sampled (1.0 and 0: all). For evaluation: log-probs leave them out.
-        max_rows: rows in one forward.
-        cache_gb: bound on the key/value caches, in 10^9 bytes. Fewer rows run at a time where it is short.
-        stop_check_steps: forwards between two looks at who has stopped, at the most. The host waits for the
-            device, and lays out the batch, that much less often; what a row samples after its stop token is
-            dropped. For GPUs; log-probs may differ in their last bits.
-        cuda_graphs: on CUDA, decode steps are recorded once for each shape and replayed (cuda_graph.py).
+        greedy: take the most likely token; log-probs are still at `temperature`.
+        top_p, top_k: restrict the tokens sampled (1.0 and 0: all). For evaluation: log-probs ignore them.
+        max_rows: the most rows in one forward.
+        cache_gb: bound on the key/value caches, in 10^9 bytes. If it is too small for `max_rows`, fewer run.
+        stop_check_steps: the most forwards between two checks for rows that have stopped. The host waits for
+            the device and lays out the batch only at a check. Tokens sampled after a stop token are dropped.
+            For GPUs; log-probs may differ in their last bits.
+        cuda_graphs: on CUDA, record decode steps once per shape and replay them (cuda_graph.py).
     Attributes:
         stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
     """
@@ -95,8 +97,7 @@ class Sampler:
         Returns:
             one Finished per row, in the order of `rows`.
         Raises:
-            ValueError: a setting or a script that cannot run; a row longer than the model's positions, or too
-                large for `cache_gb`.
+            ValueError: a setting or script is invalid, or a row exceeds the model's positions or `cache_gb`.
             FloatingPointError: the model's logits are NaN or infinite.
         """
         start = time.perf_counter()
@@ -123,18 +124,18 @@ class Sampler:
                 if self._graphs is not None:
                     self._graphs.keep_if((weights, self._private.layout, self._prefixes.layout))
                 noise = None if self.greedy else [row.noise(steps) for row in active]
-                left = batcher.take(*self._decode(input_ids, attend, head, steps, noise))
-                done += left
-                if left and progress is not None:
+                finished = batcher.take(*self._decode(input_ids, attend, head, steps, noise))
+                done += finished
+                if finished and progress is not None:
                     progress(done, len(states))
         self.stats = {**batcher.stats, "seconds": time.perf_counter() - start}
         return [Finished(state.row, state.turns, state.fed) for state in states]
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copies the learner's weights in; tensors that are the model's own already cost nothing.
+        """Copies the learner's weights into the model. Tensors that both share cost nothing.
 
         Raises:
-            ValueError: names or shapes are not the model's; nothing is copied then.
+            ValueError: names or shapes differ from the model's. Nothing is copied in that case.
         """
         current = self.model.state_dict()
         if current.keys() != state_dict.keys():
@@ -160,21 +161,21 @@ class Sampler:
         steps: int,
         noise: list[list[float]] | None,
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """`steps` forwards, each on the tokens of the one before.
+        """Runs `steps` forwards. After the first, each takes in the tokens that the one before it sampled.
 
         Args:
             head: the packed output weight, if there is one.
-            noise: uniforms, as many per row as steps; None: greedy.
+            noise: `steps` uniforms per row; None: greedy.
         Returns:
-            tokens and log-probs, `steps` for each row. Reading them is all that is waited for.
+            tokens and log-probs, `steps` per row. The host waits for the device only to read them.
         """
         device = self.model.output_weight.device
         uniforms = None
         if noise is not None:
             noise = noise + [[0.0] * steps] * (attend.batch - attend.num_rows)
-            # MPS has no float64; its memory is the CPU's anyway.
+            # MPS has no float64, and shares its memory with the CPU.
             uniforms = upload(noise, torch.device("cpu") if device.type == "mps" else device, torch.float64)
-        # A forward that takes in more than one token per row has a shape of its own.
+        # Forwards without a graph: all, or the first if it takes in prompts or several tokens of a row.
         plain = steps if self._graphs is None else min(1, len(attend.stretches))
         sampled: list[tuple[Tensor, Tensor]] = []
         for step in range(plain):
@@ -193,7 +194,7 @@ class Sampler:
             torch.stack(columns, dim=1).tolist()[: attend.num_rows] for columns in zip(*sampled, strict=True)
         )
         if not all(map(math.isfinite, chain.from_iterable(values))):
-            # The caches hold NaN too now, and 0 * NaN would reach later runs from masked places.
+            # The caches now contain NaN, which masking would not keep out of later runs: 0 * NaN is NaN.
             self._private.release()
             self._prefixes.release()
             raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
@@ -227,12 +228,12 @@ class Sampler:
 
     def _recordable(self) -> bool:
         """Whether decode steps can be CUDA graphs."""
-        # A rope that depends on the length waits for the device to tell it.
+        # A RoPE that depends on the length waits for the device, which a recording must not.
         depends = self.model.config.rope.depends_on_length
         return self.cuda_graphs and self.model.output_weight.is_cuda and not depends
 
     def _prepare_graphs(self) -> tuple[int, ...] | None:
-        """Keeps `_graphs` if they can be used in this run; returns where the weights lie, which they read."""
+        """Keeps or renews `_graphs` for this run; returns the weights' addresses, on which graphs depend."""
         if not self._recordable():
             self._graphs = None
             return None
@@ -241,7 +242,7 @@ class Sampler:
         return tuple(parameter.data_ptr() for parameter in self.model.parameters())
 
     def _buffer(self, dtype: torch.dtype, batch: int) -> Tensor:
-        """(V, B), the same memory at every step: fresh pages for logits cost more than sampling from them."""
+        """(V, B), in the same memory at every step: fresh pages would cost more than the sampling itself."""
         weight = self.model.output_weight
         size = len(weight) * batch
         if dtype not in self._buffers or self._buffers[dtype].numel() < size:

@@ -1,22 +1,22 @@
-"""Attention of the sampler, over its caches of keys and values.
+"""The sampler's caches of keys and values, and attention over them.
 
-softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1) for rows that share prompts. The keys and values of a
-prompt lie in the cache once; each of its rows has a private cache for what follows. One forward takes a
-*ragged* batch, packed flat into T tokens in this order:
+`SlotCache` stores the keys and values. `CachedAttention` is softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017,
+eq. 1) for rows that share prompts. A prompt is cached once; each of its rows has a private cache for the
+tokens that follow. One forward takes a *ragged* batch, packed flat into T tokens in this order:
 
     last new token of each row (B) | earlier new tokens of rows that have several | tokens of new prompts
 
-The first part is all there is in most steps and goes through batched matrix products:
-scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The
-others are rare and use it, one stretch of tokens at a time.
+Most forwards have only the first part. It goes through batched matrix products, because
+scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The other
+parts are rare and use that function, one stretch of consecutive tokens at a time.
 
 A prompt is cached without its last token. Each row starts with that token as its first private one, so every
 row always has a new token whose hidden state predicts the next.
 
-Shapes: B rows, g prompts, m rows of a prompt at most, K key/value heads, r = N / K query heads for each, D
-head size, P and L the longest cached prompt and private part.
+Shapes: B rows, g prompts, m the most rows of a prompt, N query heads, K key/value heads, r = N / K query
+heads for each, D head size, P and L the longest cached prompt and private part.
 
-The caches themselves are in kv_cache.py.
+Left out: paging (batching.py moves sequences between slots), quantised caches.
 """
 
 from dataclasses import dataclass
@@ -29,29 +29,23 @@ from torch import Tensor
 from grpo.model.attention import attention
 from grpo.model.decoder import ModelConfig
 
-# --- slots -----------------------------------------------------------------------------------------------
-#
-# Where the sampler's keys and values lie: slots of one capacity, which sequences take and leave.
-#
-# Shapes: K key/value heads, D head size.
-#
-# Left out: paging (batching.py moves sequences between slots), quantised caches.
+# --- the caches ------------------------------------------------------------------------------------------
 
 
 class SlotCache:
     """Keys and values of `slots` sequences of up to `capacity` tokens: per layer (slots, K, capacity, D).
 
-    Memory is kept from run to run, as faulting in fresh pages costs more than filling them. What lies beyond
-    a sequence's length is zero or stale, and finite as long as the model's weights were.
+    Sequences take and leave slots. Memory is kept from run to run, because faulting in fresh pages costs more
+    than filling them. Entries beyond a sequence's length are zero or stale, but finite if the weights were.
     """
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.layout = 0  # changes when tensors move: who remembers addresses must forget them then
+        self.layout = 0  # changes when tensors move: addresses recorded before are then invalid
         self.release()
 
     def release(self) -> None:
-        """Gives the memory back."""
+        """Frees the memory."""
         self.layout += 1
         self.slots = self.capacity = 0
         self._memory = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
@@ -65,7 +59,7 @@ class SlotCache:
 
     @property
     def held_tokens(self) -> int:
-        """Tokens that the memory held now has room for."""
+        """Number of tokens for which memory is allocated."""
         return self._memory[0][0].numel() // (self.config.num_kv_heads * self.config.head_dim)
 
     def layer(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -73,9 +67,9 @@ class SlotCache:
         return self._views[layer][0], self._views[layer][1]
 
     def allocate(self, slots: int, capacity: int, *, keep_slots: int = 0, keep_length: int = 0) -> None:
-        """Makes room for `slots` sequences of `capacity` tokens, in the memory held when it is large enough.
+        """Makes room for `slots` sequences of `capacity` tokens; allocates only if the memory is too small.
 
-        Kept are the first `keep_length` tokens of the first `keep_slots` sequences.
+        Keeps the first `keep_length` tokens of the first `keep_slots` sequences.
         """
         shape = (slots, self.config.num_kv_heads, capacity, self.config.head_dim)
         size = slots * self.config.num_kv_heads * capacity * self.config.head_dim
@@ -84,7 +78,7 @@ class SlotCache:
         for memory, views in zip(self._memory, self._views, strict=True):
             for i in range(2):
                 kept = views[i][:keep_slots, :, :keep_length].clone() if keep_slots else None
-                # The old tensor goes before the new one comes: never two full caches side by side.
+                # The old tensor is freed before the new one is allocated: there are never two full caches.
                 views[i] = torch.empty(0)
                 if memory[i].numel() < size:
                     memory[i] = torch.empty(0)
@@ -106,22 +100,24 @@ class SlotCache:
 
 
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A list of numbers as a tensor on the device: from pinned memory, so that nobody waits for a GPU."""
+    """Numbers (nested lists) as a tensor on the device; from pinned memory, without waiting for the GPU."""
     host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 
 
-# With `fill`: the step in which the length of the private caches grows.
+# --- attention over the caches ---------------------------------------------------------------------------
+
+# With `fill`, the length up to which private caches are read is rounded up to a multiple of this.
 LENGTHS = 128
 
 
 def power_of_two(number: int) -> int:
-    """The least one that is no smaller."""
+    """The smallest power of two that is at least `number`."""
     return 1 << (number - 1).bit_length()
 
 
 def multiple(number: int, step: int) -> int:
-    """The least multiple of `step` that is no smaller."""
+    """The smallest multiple of `step` that is at least `number`."""
     return -(-number // step) * step
 
 
@@ -129,7 +125,7 @@ def multiple(number: int, step: int) -> int:
 class RowSpan:
     """A row's part in one forward: tokens [start, start + length) of its private sequence are new.
 
-    Private token i stands at position `prefix_length` + i; `prefix_slot` is where the row's prompt lies.
+    Private token i has position `prefix_length` + i. The row's prompt is in slot `prefix_slot`.
     """
 
     prefix_slot: int
@@ -138,15 +134,15 @@ class RowSpan:
     length: int
 
 
-NOBODY = RowSpan(0, 0, 0, 1)  # fills up a batch
+PADDING_ROW = RowSpan(0, 0, 0, 1)  # fills up a batch
 
 
 @dataclass(frozen=True)
 class _Stretch:
     """Consecutive tokens [first, first + length) of the flat input that belong to one sequence.
 
-    They see `prefix_length` tokens of prompt `prefix_slot`, then the first `own_length` tokens of row `slot`,
-    the stretch itself at their end; a new prompt (slot None) sees nothing but itself.
+    They see `prefix_length` tokens of prompt `prefix_slot`, then the first `private_length` tokens of row
+    `slot`, of which the stretch is the end. A new prompt (slot None) sees only itself.
     """
 
     first: int
@@ -161,12 +157,12 @@ class CachedAttention:
     """The `attend` of one forward: stores new keys and values, then attends to prompts and private caches.
 
     Args:
-        prefixes, private: caches of the prompts, and of what follows them in each row.
-        rows: one per row, in slot order, at least one.
+        prefixes, private: caches of the prompts, and of the tokens that follow them in each row.
+        rows: the rows in slot order, at least one.
         prompts: (slot, number of tokens) of each new prompt.
         lookahead: how many times `advance` will be called.
-        fill: at least so many rows, the missing ones of a token that nobody reads, and all sizes in steps:
-            then few shapes occur, which is what CUDA graphs are for. 0: everything as long as it must be.
+        fill: pads the batch to this many rows and rounds all sizes up, so that few shapes occur, as CUDA
+            graphs need. The results of padding rows are never read. 0: no padding, exact sizes.
     Attributes:
         position_ids: (1, T) int64, in the order given at the top of this file.
     """
@@ -184,10 +180,10 @@ class CachedAttention:
         self.num_rows = self.batch = len(rows)
         self.fill = fill
         if fill:
-            rows = rows + [NOBODY] * (fill - self.num_rows)
+            rows = rows + [PADDING_ROW] * (fill - self.num_rows)
             self.batch = len(rows)
-        # In this type a product copies what has gaps, and takes three times as long over it where it also
-        # transposes: keys that are copied beforehand are copied straight.
+        # In this dtype, a product copies an operand that has gaps in memory, and a copy that also transposes
+        # takes three times as long. Keys are therefore copied beforehand, without transposing.
         self.copy_keys = private.device.type == "cpu" and private.dtype == torch.bfloat16
         slots = list(range(self.batch))
         places = [row.start + row.length - 1 for row in rows]
@@ -209,7 +205,7 @@ class CachedAttention:
                 slots += [slot] * length
                 places += range(length)
                 positions += range(length)
-        # One transfer to the device for everything whose length is the number of tokens.
+        # One transfer to the device for the three lists that have one entry per token.
         table = upload([slots, places, positions], private.device)
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
         self._arrange(rows, lookahead)
@@ -221,11 +217,11 @@ class CachedAttention:
         }
 
     def advance(self) -> None:
-        """Goes on to the next forward, if all that is new in it is one token more of every row.
+        """Advances to the next forward, in which every row has one new token and there is no new prompt.
 
-        Without a word between host and device, and from the second call on without a change of shapes: such
-        forwards can be queued, or captured in a CUDA graph. The longest caches are as long as they will be
-        after `lookahead` calls, and what they do not hold yet is masked.
+        This needs no host-device synchronisation, and from the second call on no shape changes. So such
+        forwards can be queued, or captured in a CUDA graph. The sizes leave room for `lookahead` calls; places
+        not written yet are masked.
         """
         n = self.private_tokens = self.batch
         self.stretches, self._masks = [], {}
@@ -234,26 +230,27 @@ class CachedAttention:
         self.look()
 
     def count(self) -> None:
-        """One token more of every row; `look` comes next."""
+        """Counts one more token for every row. Call `look` next."""
         for counter in (self.places, self.position_ids, self._private_lengths):
             counter += 1
 
     def look(self) -> None:
-        """Who sees what, from the counters."""
+        """Recomputes from the counters which keys each row sees."""
         self._biases = {window: self._bias(window) for window in set(self.config.windows)}
 
     @property
     def state(self) -> list[Tensor]:
-        """All that one forward differs in from another of the same `shape`, if every row has one token."""
+        """The tensors in which two forwards of the same `shape` differ, if every row has one new token."""
         lengths = [self._prefix_lengths, self._private_lengths]
         return [self.slots, self.places, self.position_ids, *lengths, self.members, self.place]
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The sizes of all tensors in a forward in which every row has one new token."""
         return self.batch, self.private_length, self.prefix_length, self.num_groups, len(self.members)
 
     def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
-        """Lists the rows of each prompt, so that all their queries meet its keys in one product."""
+        """Lists the rows of each prompt, so that one product multiplies all their queries with its keys."""
         real = rows[: self.num_rows]
         self.prefix_length = max(row.prefix_length for row in rows)
         self.private_length = max(row.start + row.length for row in rows) + lookahead
@@ -287,7 +284,8 @@ class CachedAttention:
         prefix, private = index[: self.prefix_length], index[: self.private_length]
         seen = [prefix < prefix_lengths, private < private_lengths]
         if window is not None:
-            # Private token i is own_lengths - 1 - i back, prompt token j prefix_lengths - j before the first.
+            # Distances from the last token: private token i is private_lengths - 1 - i back, and prompt token
+            # j is another prefix_lengths - j before the first private one.
             seen[0] &= private_lengths - 1 + prefix_lengths - prefix < window
             seen[1] &= private_lengths - 1 - private < window
         visible = torch.cat(seen, dim=1)
@@ -300,7 +298,7 @@ class CachedAttention:
         if stretch.slot is None and (window is None or stretch.length <= window):
             return None
         key = torch.arange(keys, device=self.private.device)
-        distance = key[-stretch.length :, None] - key  # keys are consecutive positions, its own at the end
+        distance = key[-stretch.length :, None] - key  # positions are consecutive; the stretch is at the end
         return (distance >= 0) & (distance < (window or keys + 1))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -329,7 +327,7 @@ class CachedAttention:
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
         bias = self._biases[self.config.windows[layer]]
-        # Scaled, masked and normalised in float32 whatever the model's type.
+        # Scaled, masked and normalised in float32, whatever the model's dtype.
         weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
         private_weights = weights[..., self.prefix_length :].flatten(0, 1)
         out = torch.bmm(private_weights, private_values).view(q.shape)
@@ -338,12 +336,12 @@ class CachedAttention:
         return out.view(batch, heads, size)
 
     def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
-        """(B, K, r, D) against the prompts' keys -> (B, K, r, P), or that against values -> (B, K, r, D)."""
+        """Queries (B, K, r, D) times prompt keys -> (B, K, r, P); or weights (B, K, r, P) times values."""
         batch, kv_heads, repeats, size = x.shape
         keys_or_values = self.prefixes.layer(layer)[1 if values else 0]
         other = keys_or_values[: self.num_groups, :, : self.prefix_length].flatten(0, 1)  # (g K, P, D)
-        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). Rows are flat while they are
-        # picked, so that each is copied in one piece.
+        # All rows of a prompt share one product: (g K, m r, .) @ (g K, ., .). index_select gets flat rows, so
+        # that it copies each in one piece.
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
         out = torch.bmm(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
