@@ -1,13 +1,13 @@
-"""Atomic checkpoints, from which a run goes on bit by bit.
+"""Atomic checkpoints, from which a run continues bit for bit.
 
-A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (written by a callable that is
-handed in) with `trainer/` inside it for what only this trainer needs:
+A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (written by the caller's
+function), and in it `trainer/` with what only this trainer needs:
 
     trainer/state.safetensors   float32 master weights and moments
     trainer/state.json          counters, versions of the environment, sha256 of all other files and of itself
 
-Under its own name it is complete or absent (files.py). Nothing is pickled. Left out: sharded or
-asynchronous saving.
+A folder of that name is always complete (files.py). Nothing is pickled. Left out: sharded or asynchronous
+saving.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def save(
     Args:
         write_model: called with the folder, writes the Hugging Face files into it.
         tensors: any dtypes and devices; the live tensors are only read.
-        state: JSON-able; comes back from `load` unchanged.
-        keep: number of checkpoints that stay, 0 for all; `best_step` stays in any case.
+        state: can be written as JSON; `load` returns it unchanged.
+        keep: number of checkpoints to keep, 0 for all; `best_step` is always kept.
     Raises:
-        RunDirError: the disk is full or not writable. Nothing half-written stays, older checkpoints do.
+        RunDirError: the disk is full or not writable. The new checkpoint is removed, older ones are kept.
     """
     with written_whole(final := _folder(run_dir, step)) as partial:
         (partial / "trainer").mkdir(parents=True)
@@ -74,11 +74,11 @@ def load(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], di
 
 
 def latest(run_dir: str | Path) -> Path | None:
-    """The newest checkpoint, None when there is none.
+    """The newest checkpoint; None if there is none.
 
     Raises:
-        CheckpointError: the newest is damaged. Going back silently would throw away steps, so the message
-            names the file and the newest older checkpoint that is intact, and the user decides.
+        CheckpointError: the newest is damaged. To use an older one silently would throw away steps. So the
+            message names the file and the newest older checkpoint that is intact, and the user decides.
     """
     folders = [_folder(run_dir, step) for step in reversed(steps(run_dir))]
     if not folders:
@@ -101,14 +101,14 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 
 def seal(folder: Path) -> None:
-    """Writes sha256.json, the sums of all other files, into a folder of weights that is no checkpoint."""
+    """Writes sha256.json, the sums of all files, into a folder of weights that is not a checkpoint."""
     (folder / SEAL).write_text(json.dumps(_sums(folder), indent=1) + "\n", encoding="utf-8")
 
 
 def check_seal(folder: Path) -> None:
-    """Compares the files of a folder with its seal. CheckpointError: one of them, or the seal, is damaged.
+    """Compares a folder with its seal. Raises CheckpointError if a file or the seal is damaged.
 
-    A folder without a seal passes: users may put weights there themselves.
+    A folder without a seal passes, because users may put weights there themselves.
     """
     if not (folder / SEAL).exists():
         return
@@ -159,7 +159,7 @@ def environment() -> dict[str, str]:
 
 
 def environment_differences(path: str | Path) -> list[str]:
-    """What is not as it was when the checkpoint was written, so that resume is inexact: a phrase for each."""
+    """How this environment differs from the checkpoint's: a phrase for each cause of an inexact resume."""
     then, now = _read_state(Path(path))["environment"], environment()
     keys = sorted(then.keys() | now.keys())
     return [
@@ -169,7 +169,7 @@ def environment_differences(path: str | Path) -> list[str]:
     ]
 
 
-# --- helpers
+# --- helpers ---------------------------------------------------------------------------------------------
 
 
 def _folder(run_dir: str | Path, step: int) -> Path:
@@ -236,7 +236,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def processor_model() -> str:
-    """The CPU's model: kernels, and with them rounding, are chosen by it."""
+    """The CPU's model name. Libraries choose kernels by the model, and rounding depends on the kernel."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:

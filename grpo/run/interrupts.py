@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM without losing work: a signal is noted, and answered at the next safe point.
+"""Ctrl-C and SIGTERM without losing work: a signal is recorded, and acted upon at the next safe point.
 
-Rollouts can be left at any moment, since a step that is not finished is redone as a whole; an update of the
-weights cannot, so nothing checks inside one. Before there is anything to lose, a signal ends the program at
+A rollout can stop at any moment, since an unfinished step is redone as a whole. An update of the weights
+cannot, so nothing checks for signals inside one. Before there is work to lose, a signal ends the program at
 once. Left out: saving in the middle of a step.
 """
 
@@ -14,35 +14,38 @@ from typing import Any
 
 # --- before torch is imported ----------------------------------------------------------------------------
 #
-# What every command does before it imports torch: that takes seconds, and reads the environment once.
+# Every command calls `set_up_process` before it imports torch: the import takes seconds, and OpenMP reads the
+# environment only then.
 #
-# OpenMP's threads wait for each other by spinning, for a millisecond and more. Beside another busy process
-# that is fatal, since the spinning thread takes the core that the one it waits for should have: supervised
-# steps of some 5 seconds were seen to take 70 (docs/LOG.md). So they spin for microseconds only and then
-# sleep, unless the user has said otherwise.
+# OpenMP threads wait for each other by spinning, for a millisecond or more. If another process is busy too, a
+# spinning thread can take the core that the thread it waits for needs: supervised steps of about 5
+# seconds took 70 (docs/LOG.md). So the threads here spin for microseconds and then sleep, unless the user has
+# set OpenMP's variables.
 
-SPINS = "5000"  # of GNU's OpenMP, which torch brings; its default is 300,000
+SPINS = "5000"  # for GNU's OpenMP, which comes with torch; its default is 300,000
 
 
 def set_up_process() -> None:
-    """To be called first in a command's file; has no effect on OpenMP once torch is imported."""
-    leave_quietly()  # a Ctrl-C during the imports
+    """Prepares signals and OpenMP. Call it first in a command's file, before torch is imported."""
+    leave_quietly()  # on a Ctrl-C during the imports
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
+
+# --- signals ---------------------------------------------------------------------------------------------
 
 EXIT_INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM came: save what is done and leave."""
+    """SIGINT or SIGTERM was received: save the finished steps and leave."""
 
 
 class Interrupts:
     """Inside `with`, a SIGINT or SIGTERM raises KeyboardInterrupt at once, until `defer` is called.
 
-    From then on the first one makes `check` raise `Interrupted`, and a second one stops at once.
+    After that, the first signal makes `check` raise `Interrupted`, and a second raises KeyboardInterrupt.
     """
 
     def __init__(self) -> None:
@@ -61,11 +64,11 @@ class Interrupts:
             signal.signal(number, handler)
 
     def defer(self) -> None:
-        """From here on there is work to save."""
+        """Call it as soon as there is work to save."""
         self._deferred = True
 
     def check(self, *_: object) -> None:
-        """Called between and inside rollouts, never inside an update: raises `Interrupted` after a signal."""
+        """Raises `Interrupted` after a signal. Called between and inside rollouts, never inside an update."""
         if self.received:
             raise Interrupted
 
@@ -73,11 +76,11 @@ class Interrupts:
         if self.received or not self._deferred:
             raise KeyboardInterrupt
         self.received = True
-        # Not print: the signal may have come in the middle of one, and a buffer cannot be entered twice.
-        os.write(2, b"\nstopping: saving what is done (once more to stop at once)\n")
+        # Not print: the signal may have interrupted a print, and its buffer cannot be entered twice.
+        os.write(2, b"\nstopping: saving what is done (repeat the signal to stop at once)\n")
 
 
 def leave_quietly() -> None:
-    """Until `Interrupts` takes over, while modules are imported: a signal ends the process, no traceback."""
+    """Makes a signal end the process without a traceback, until `Interrupts` takes over."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))

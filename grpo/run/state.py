@@ -1,7 +1,7 @@
-"""The state of a run: its directory and parts, the way to a learner, and back from a checkpoint.
+"""The state of a run: its directory, settings and parts; makes learners, saves and restores checkpoints.
 
-A checkpoint holds the learner's state and the length of each log. Resuming restores the state and cuts the
-logs, so that steps which are redone appear once. All else is a function of the settings and the step.
+A checkpoint contains the learner's state and the length of each log. Resuming restores the state and cuts the
+logs, so that steps which are redone appear once. Everything else is a function of the settings and the step.
 
 Left out: anything that trains or samples. The stages are in train.py.
 """
@@ -37,7 +37,7 @@ class AboveBar:
         self.line = ""
 
     def write(self, text: str) -> None:
-        """`print` writes a line and its end apart, and each `tqdm.write` draws the bar anew."""
+        """Collects whole lines: `print` writes a line and its end separately, and `tqdm.write` redraws."""
         self.line += text
         if self.line.endswith("\n"):
             tqdm.write(self.line, end="")
@@ -49,10 +49,10 @@ class AboveBar:
 
 @dataclass
 class RunState:
-    """One run directory, held by this process.
+    """One run directory, locked by this process, and what the stages need.
 
     Attributes:
-        kernels: the module whose functions the learner computes with.
+        kernels: the module of the functions that the learner uses.
         second_tries: share of right second tries by validated step.
     """
 
@@ -69,7 +69,7 @@ class RunState:
         return self.folder / "start"
 
     def progress(self, bar: tqdm) -> Callable[[int, int], None]:
-        """For long stages: moves the bar, and answers a signal."""
+        """A callback for long stages: moves the bar, and raises Interrupted after a signal."""
 
         def update(done: int, _: int) -> None:
             bar.update(done - bar.n)
@@ -79,7 +79,7 @@ class RunState:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Writes a line to stages.jsonl when the stage is done: what this process spent on it."""
+        """A context that, if the stage succeeds, adds its seconds and peak memory to stages.jsonl."""
         start = time.perf_counter()
         yield
         line = {"stage": stage, "seconds": time.perf_counter() - start}
@@ -100,7 +100,7 @@ class RunState:
         )
 
     def has_start(self) -> bool:
-        """Whether the weights before RL are there. CheckpointError: they are damaged."""
+        """Whether the weights before RL are saved. Raises CheckpointError if they are damaged."""
         if not self.start.is_dir():
             return False
         try:
@@ -115,10 +115,10 @@ class RunState:
             checkpoint.seal(folder)
 
     def save(self, learner: Learner, folder: Path, step: int) -> None:
-        """Saves a checkpoint in `folder`: the run's own, or that of its unfinished warm start.
+        """Saves a checkpoint in `folder`: the run's, or the one of its unfinished warm start.
 
         Raises:
-            NonFiniteError: the weights are NaN or infinite; what was saved before stays.
+            NonFiniteError: the weights are NaN or infinite. Earlier checkpoints stay.
         """
         learner.check_weights()
         of_run = folder == self.folder
@@ -134,12 +134,11 @@ class RunState:
         )
 
     def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
-        """Puts the newest checkpoint into the learner, cuts `logs` back to it; its step, or 0 with none."""
+        """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none."""
         step, sizes = 0, {}
         if (path := checkpoint.latest(folder)) is not None:
             for difference in checkpoint.environment_differences(path):
-                message = f"warning: {difference}: the run goes on, but not bit for bit as it would have"
-                print(message, file=sys.stderr)
+                print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
             tensors, state = checkpoint.load(path, check=False)
             learner.load_state(tensors, state["counters"])
             step, sizes = checkpoint.step_of(path), state["logs"]
@@ -147,22 +146,22 @@ class RunState:
         return step
 
     def best_step(self) -> int | None:
-        """The first of the validated steps with the most right second tries; None before there is one."""
+        """The validated step with the most right second tries (the first such step); None without one."""
         shares = {step: share for step, share in self.second_tries.items() if step > 0}
         return max(shares, key=shares.__getitem__, default=None)
 
 
 def validated(folder: Path) -> dict[int, float]:
-    """Share of right second tries by step, as far as validated; from the log, so a continued run knows it."""
+    """Share of right second tries by validated step; read from the log, so a resumed run has it too."""
     records = files.read_jsonl(folder / "metrics.jsonl", missing_ok=True)
     return {record["step"]: record[SECOND_TRY] for record in records if SECOND_TRY in record}
 
 
 def directory(config: Config) -> Path:
-    """The run's directory: a new one, or the one to be continued.
+    """The run's directory: a new one, or the one to resume.
 
     Raises:
-        ValueError: the run to be continued is finished, or had other settings.
+        ValueError: the run to resume is finished, or had other settings.
     """
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
@@ -184,7 +183,7 @@ def _finished(config: Config, folder: Path) -> bool:
 
 
 def saved_weights(folder: Path | None) -> str:
-    """Where a run that failed left weights: advice for the end of its error message."""
+    """Says where a failed run left weights, for the end of its error message."""
     saved = None
     if folder is None:
         pass

@@ -220,8 +220,8 @@ class CachedAttention:
         """Advances to the next forward, in which every row has one new token and there is no new prompt.
 
         This needs no host-device synchronisation, and from the second call on no shape changes. So such
-        forwards can be queued, or captured in a CUDA graph. The sizes leave room for `lookahead` calls; places
-        not written yet are masked.
+        forwards can be queued, or captured in a CUDA graph. The sizes leave room for `lookahead` calls; what
+        is not written yet is masked.
         """
         n = self.private_tokens = self.batch
         self.stretches, self._masks = [], {}
