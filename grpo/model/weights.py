@@ -116,7 +116,7 @@ def load(
 
     Args:
         name_or_path: HF folder, Hub id, `file.gguf`, or `package:NAME/FILE`.
-        dtype: of the parameters, whatever the files hold.
+        dtype: of the parameters, whatever the dtype in the files.
     Raises:
         FileNotFoundError: no such folder, file or Hub id, or a file of the model is missing.
         ValueError: a damaged file, an unsupported model, or tensors that do not fit the config.
@@ -227,7 +227,7 @@ def _fill(model: Decoder, tensors: Iterable[tuple[str, Tensor]], path: Path) -> 
     missing = layout(model.config)
     unexpected = []
     for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints hold it; it follows from the config
+        if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it follows from the config
             continue
         if name == "lm_head.weight" and model.config.tie_word_embeddings:  # a copy of the input embedding
             continue

@@ -176,7 +176,7 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> L
 
 
 def bfloat16_speedup(seconds: float = 0.5) -> float:
-    """Median time of a float32 matrix product over that of a bfloat16 one, of the size of a decode step.
+    """Median time of a float32 matrix product, of the size of a decode step, divided by bfloat16's.
 
     The two take turns, so that a machine that is busy for a moment slows down both.
     """

@@ -51,7 +51,7 @@ def _recent(history: Sequence[Record], name: str) -> float | None:
 
 
 def _growth(history: Sequence[Record], name: str) -> float | None:
-    """Mean of the last WINDOW values over that of the first, once the two windows do not overlap."""
+    """Mean of the last WINDOW values divided by the mean of the first; None while the windows overlap."""
     values = _values(history, name)
     first = sum(values[:WINDOW])
     return sum(values[-WINDOW:]) / first if len(values) >= 2 * WINDOW and first > 0 else None

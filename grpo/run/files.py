@@ -22,6 +22,22 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
+LOCK = ".lock"
+
+
+class RunDirError(RuntimeError):
+    """A run directory, or a file in it, cannot be made, written or read."""
+
+
+class RunLockedError(RunDirError):
+    """Another process uses this run directory."""
+
+
+class MismatchError(RunDirError, ValueError):
+    """A stored file was made with other settings or inputs, or is damaged, so it cannot be continued."""
+
+
 # --- JSON lines ------------------------------------------------------------------------------------------
 
 
@@ -29,7 +45,7 @@ def read_jsonl(path: str | Path, *, missing_ok: bool = False) -> Iterator[dict[s
     """The lines of a JSON lines file, in order and one at a time.
 
     Args:
-        missing_ok: a file that does not exist has no lines.
+        missing_ok: yield nothing if the file does not exist.
     Raises:
         MismatchError: a line is not JSON; the message names file and line.
     """
@@ -46,12 +62,12 @@ def read_jsonl(path: str | Path, *, missing_ok: bool = False) -> Iterator[dict[s
 def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) -> None:
     """Appends one line per record, in a single write.
 
-    The file is opened for each call, so a killed run has lost no line that it printed.
+    Opens the file for each call, so that a kill loses no line of an earlier call.
 
     Args:
         sync: return when the lines are on the disk.
     Raises:
-        ValueError: a record holds NaN or infinity, which JSON cannot.
+        ValueError: a record contains NaN or infinity, which JSON cannot represent.
     """
     with open(path, "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
@@ -86,7 +102,7 @@ def keep_whole_blocks(path: Path) -> int:
 
 
 def append_block(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str, Any]) -> None:
-    """Appends one block. `end_line` must hold the key `block`, which no other line may begin with."""
+    """Appends one block. `end_line` must have the key `block`; no other line may have it."""
     end_line = {"block": end_line["block"], **end_line}
     path.parent.mkdir(parents=True, exist_ok=True)
     append_jsonl(path, *lines, end_line, sync=True)
@@ -97,23 +113,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
     return (line for line in read_jsonl(path) if "block" not in line)
 
 
-PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
-LOCK = ".lock"
-
-
-class RunDirError(RuntimeError):
-    """A run directory, or something in it, cannot be made, written or read."""
-
-
-class RunLockedError(RunDirError):
-    """Another process works in this run directory."""
-
-
-class MismatchError(RunDirError, ValueError):
-    """A stored file was made with other settings or inputs, or is damaged, so it cannot be continued."""
-
-
-# --- directories
+# --- directories -----------------------------------------------------------------------------------------
 
 
 def new_run_dir(output_dir: str | Path, name: str) -> Path:
@@ -156,7 +156,7 @@ def lock(run_dir: str | Path) -> Iterator[None]:
     """Locks the run directory for this process and removes leftovers. The lock ends with the process.
 
     Raises:
-        RunLockedError: another process holds it; the message gives its id.
+        RunLockedError: another process has the lock; the message gives its id.
     """
     with open(Path(run_dir) / LOCK, "a+") as file:
         try:
@@ -180,7 +180,7 @@ def remove_leftovers(run_dir: str | Path) -> None:
         delete(entry)
 
 
-# --- whole files and folders
+# --- whole files and folders -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -249,13 +249,13 @@ def _write_failure(final: Path, error: Exception, written: int) -> str:
         return f"cannot write {final}: {error}"
     free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
     return (
-        f"the disk is full: {free / 1e9:.2f} GB are free, and {final} takes more than the "
-        f"{written / 1e9:.2f} GB that were written of it. What was saved before is intact; make room or "
-        "lower save_total_limit, and resume"
+        f"the disk is full: {free / 1e9:.2f} GB are free, and {final} needs more than the "
+        f"{written / 1e9:.2f} GB already written. What was saved before is intact; make room or lower "
+        "save_total_limit, and resume"
     )
 
 
-# --- logs
+# --- logs ------------------------------------------------------------------------------------------------
 
 
 def log_sizes(run_dir: Path, names: Sequence[str]) -> dict[str, int]:
