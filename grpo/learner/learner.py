@@ -315,7 +315,7 @@ def with_gradient(episodes: Sequence[Episode], config: Any) -> tuple[list[Episod
 
     Without a KL penalty, an advantage of exactly 0 makes every term and gradient of the completion exactly 0,
     so the model need not see it. Its tokens still count in the denominator; otherwise a step with few signals
-    would weigh more.
+    would weigh more. With `mask_truncated_completions`, truncated episodes count nowhere.
     """
     kept, num_loss_tokens = [], 0
     for episode in episodes:

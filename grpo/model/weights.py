@@ -249,9 +249,9 @@ def _fill(model: Decoder, tensors: Iterable[tuple[str, Tensor]], path: Path) -> 
 
 
 def _shorten(names: list[str]) -> str:
-    return (
-        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
-    )
+    if not names:
+        return "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 # --- reading safetensors ---------------------------------------------------------------------------------
