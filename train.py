@@ -325,7 +325,7 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     Returns:
         the exit status.
     """
-    folder, running, status = None, False, EXIT_FAILED
+    folder, running = None, False
     try:
         with Interrupts() as interrupts:
             config = configuration.parse(sys.argv[1:] if argv is None else argv)
@@ -336,34 +336,40 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
                 running = True
                 stages(run)
         return EXIT_OK
-    except (Interrupted, KeyboardInterrupt):
-        begun = folder is not None and (folder / "config.yaml").exists()
-        message = "stopped" + (f"; `{COMMAND} --resume {folder}` goes on" if begun else "")
-        status = EXIT_INTERRUPTED
-    except (NonFiniteError, FloatingPointError) as error:
-        message = f"error: {error}. {state.saved_weights(folder)}"
-    except failures.NoSignalError as error:
-        message = f"error: {error}"
-    except files.RunDirError as error:
-        message, status = f"error: {error}", EXIT_USAGE if isinstance(error, ValueError) else EXIT_FAILED
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full:
-            message = f"error: {error}; what was saved before is intact"
-        elif not running and isinstance(error, (ValueError, FileNotFoundError)):
-            message, status = f"error: {error}", EXIT_USAGE
-        elif not running and isinstance(error, OSError):
-            message = f"error: {error}"
-        else:  # a bug, ours or in the user's task: its traceback says where
-            traceback.print_exc()
-            message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
-            if folder is not None and (folder / "config.yaml").exists():
-                message += f"; once it is fixed, `{COMMAND} --resume {folder}` continues"
+    except (Exception, Interrupted, KeyboardInterrupt) as error:
+        status, message = explain(error, folder, running)
+        print(message, file=sys.stderr)
+        return status
     finally:
         if folder is not None:
             files.remove_if_empty(folder)
-    print(message, file=sys.stderr)
-    return status
+
+
+def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[int, str]:
+    """The exit status and the last line for an exception that ended the command; prints a bug's traceback.
+
+    Args:
+        running: the run was open: what is raised then is no wrong argument.
+    """
+    begun = folder is not None and (folder / "config.yaml").exists()
+    resume = f"`{COMMAND} --resume {folder}` continues"
+    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+        return EXIT_INTERRUPTED, "stopped" + (f"; {resume}" if begun else "")
+    if isinstance(error, (NonFiniteError, FloatingPointError)):
+        return EXIT_FAILED, f"error: {error}. {state.saved_weights(folder)}"
+    if isinstance(error, files.MismatchError):
+        return EXIT_USAGE, f"error: {error}"
+    if isinstance(error, (failures.NoSignalError, files.RunDirError)):
+        return EXIT_FAILED, f"error: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return EXIT_FAILED, f"error: {error}; what was saved before is intact"
+    if not running and isinstance(error, (ValueError, FileNotFoundError)):
+        return EXIT_USAGE, f"error: {error}"
+    if not running and isinstance(error, OSError):
+        return EXIT_FAILED, f"error: {error}"
+    traceback.print_exception(error)  # a bug, ours or in the user's task
+    message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
+    return EXIT_FAILED, message + (f"; once it is fixed, {resume}" if begun else "")
 
 
 if __name__ == "__main__":

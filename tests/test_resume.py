@@ -143,7 +143,7 @@ def test_stopped_after_saving_what_was_done(model, tmp_path, undisturbed, name, 
     status, err = run_and_stop(arguments(model, tmp_path, save_steps=0), moment, number)
     folder = tmp_path / RUN
     assert status == 130
-    assert f"stopped; `python train.py --resume {folder}` goes on" in err and "Traceback" not in err
+    assert f"stopped; `python train.py --resume {folder}` continues" in err and "Traceback" not in err
     assert (folder / saved).exists()
     resume(folder)
     assert_same(folder, undisturbed)
@@ -152,7 +152,7 @@ def test_stopped_after_saving_what_was_done(model, tmp_path, undisturbed, name, 
 @pytest.mark.parametrize("place", ["in an update", "in a checkpoint"])
 def test_a_second_signal_stops_at_once(model, tmp_path, undisturbed, place):
     status, err = run_and_stop(arguments(model, tmp_path), KILLS[place], signal.SIGINT, signal.SIGINT)
-    assert status == 130 and "goes on" in err and "Traceback" not in err
+    assert status == 130 and "continues" in err and "Traceback" not in err
     done = 1 if place == "in an update" else 2
     assert max(checkpoint.steps(tmp_path / RUN)) == done  # not what was being done
     resume(tmp_path / RUN)

@@ -32,115 +32,6 @@ from torch.utils.checkpoint import checkpoint
 from grpo.model.attention import Attend, causal_attend, check_mask
 from grpo.model.rope import Rope, rotate
 
-# --- linear layers ---------------------------------------------------------------------------------------
-#
-# On a CPU, a product with few rows spends its time on reading the weights, and torch reorders them for
-# oneDNN's kernels in every call. With weights reordered ("packed") in advance, products of 1 to 8 rows take a
-# third to a half of the time and those of 16 rows two thirds; in float32, products of any size gain
-# (docs/LOG.md).
-#
-# A packed weight is a copy, so it is valid only while the weight does not change. The sampler packs at the
-# start of a run and drops the copies at its end. The learner does not pack: its weights change at every step.
-# The operations used here have no public names; torch.compile emits them too.
-
-TYPICAL_ROWS = 64  # number of rows for which oneDNN chooses the layout, which works for any number
-
-
-class Linear(nn.Linear):
-    """x @ weight.T + bias, computed with the packed weight while there is one."""
-
-    packed: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return super().forward(x)
-        return packed_product(x, self.packed, self.bias)
-
-
-@contextmanager
-def packed_weights(model: nn.Module) -> Iterator[None]:
-    """A context in which all `Linear` of `model` use packed weights; the weights must not change in it."""
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    try:
-        for layer in layers:
-            layer.packed = pack_weight(layer.weight)
-        yield
-    finally:
-        for layer in layers:
-            layer.packed = None
-
-
-def pack_weight(weight: Tensor) -> Tensor | None:
-    """A copy of the (out, in) weight for `packed_product`; None if this machine or build has no kernels."""
-    if weight.device.type != "cpu" or not _available(weight.dtype):
-        return None
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TYPICAL_ROWS)
-
-
-def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., in) @ weight.T + bias, where `packed` is the packed weight. Not differentiable."""
-    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-
-
-@cache
-def _available(dtype: torch.dtype) -> bool:
-    """Whether packing works for `dtype` on this machine, by a small product."""
-    x, weight = torch.ones(2, 32, dtype=dtype), torch.eye(32, dtype=dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
-        return torch.equal(packed_product(x, packed), x)
-    except (AttributeError, RuntimeError):  # no such operation, or not for this dtype on this machine
-        return False
-
-
-# --- normalisation ---------------------------------------------------------------------------------------
-#
-# Root mean square normalisation, arXiv 1910.07467: y = x / sqrt(mean(x^2) + eps) * weight.
-#
-# On GPUs this is torch's fused kernel. On a CPU, torch runs a dozen elementwise operations forward and twice
-# as many backward, each a pass over memory; the code below needs about half as many (docs/LOG.md). The
-# rounding is that of transformers: normalise in float32 (float64 for float64), round to the dtype of x, then
-# multiply.
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x (..., H), weight (H,) or (heads, H) -> (..., H), in the type of x."""
-    if x.device.type != "cpu":
-        if weight.ndim == 1:
-            return F.rms_norm(x, weight.shape, weight, eps)
-        return F.rms_norm(x, weight.shape[-1:], None, eps) * weight
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _RMSNorm.apply(x, weight, eps)
-    return _normalised(x, eps)[0] * weight
-
-
-def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x / rms (..., H) in the type of x, and 1 / rms (..., 1) in float32 or float64."""
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    inverse = torch.linalg.vecdot(exact, exact).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (exact * inverse).to(x.dtype), inverse
-
-
-class _RMSNorm(torch.autograd.Function):
-    """With n = x / rms and g = dy weight:  dx = (g - n mean(g n)) / rms,  dweight = sum(dy n)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        normalised, inverse = _normalised(x, eps)
-        ctx.save_for_backward(normalised, inverse, weight)
-        return normalised * weight
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        normalised, inverse, weight = ctx.saved_tensors
-        n, dy = normalised.to(inverse.dtype), gradients[0].to(inverse.dtype)
-        dweight = (dy * n).flatten(0, -weight.ndim - 1).sum(0).to(weight.dtype)
-        g = dy * weight.to(inverse.dtype)
-        mean = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(n.shape[-1])
-        dx = g.addcmul_(n, mean, value=-1).mul_(inverse)
-        return dx.to(normalised.dtype), dweight, None
-
-
 # --- configuration ---------------------------------------------------------------------------------------
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
@@ -380,3 +271,112 @@ def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         # Counted over the real tokens, so that left padding shifts no position.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+
+
+# --- linear layers ---------------------------------------------------------------------------------------
+#
+# On a CPU, a product with few rows spends its time on reading the weights, and torch reorders them for
+# oneDNN's kernels in every call. With weights reordered ("packed") in advance, products of 1 to 8 rows take a
+# third to a half of the time and those of 16 rows two thirds; in float32, products of any size gain
+# (docs/LOG.md).
+#
+# A packed weight is a copy, so it is valid only while the weight does not change. The sampler packs at the
+# start of a run and drops the copies at its end. The learner does not pack: its weights change at every step.
+# The operations used here have no public names; torch.compile emits them too.
+
+TYPICAL_ROWS = 64  # number of rows for which oneDNN chooses the layout, which works for any number
+
+
+class Linear(nn.Linear):
+    """x @ weight.T + bias, computed with the packed weight while there is one."""
+
+    packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.packed is None:
+            return super().forward(x)
+        return packed_product(x, self.packed, self.bias)
+
+
+@contextmanager
+def packed_weights(model: nn.Module) -> Iterator[None]:
+    """A context in which all `Linear` of `model` use packed weights; the weights must not change in it."""
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    try:
+        for layer in layers:
+            layer.packed = pack_weight(layer.weight)
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+def pack_weight(weight: Tensor) -> Tensor | None:
+    """A copy of the (out, in) weight for `packed_product`; None if this machine or build has no kernels."""
+    if weight.device.type != "cpu" or not _available(weight.dtype):
+        return None
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), TYPICAL_ROWS)
+
+
+def packed_product(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., in) @ weight.T + bias, where `packed` is the packed weight. Not differentiable."""
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+@cache
+def _available(dtype: torch.dtype) -> bool:
+    """Whether packing works for `dtype` on this machine, by a small product."""
+    x, weight = torch.ones(2, 32, dtype=dtype), torch.eye(32, dtype=dtype)
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, TYPICAL_ROWS)
+        return torch.equal(packed_product(x, packed), x)
+    except (AttributeError, RuntimeError):  # no such operation, or not for this dtype on this machine
+        return False
+
+
+# --- normalisation ---------------------------------------------------------------------------------------
+#
+# Root mean square normalisation, arXiv 1910.07467: y = x / sqrt(mean(x^2) + eps) * weight.
+#
+# On GPUs this is torch's fused kernel. On a CPU, torch runs a dozen elementwise operations forward and twice
+# as many backward, each a pass over memory; the code below needs about half as many (docs/LOG.md). The
+# rounding is that of transformers: normalise in float32 (float64 for float64), round to the dtype of x, then
+# multiply.
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x (..., H), weight (H,) or (heads, H) -> (..., H), in the type of x."""
+    if x.device.type != "cpu":
+        if weight.ndim == 1:
+            return F.rms_norm(x, weight.shape, weight, eps)
+        return F.rms_norm(x, weight.shape[-1:], None, eps) * weight
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return _RMSNorm.apply(x, weight, eps)
+    return _normalised(x, eps)[0] * weight
+
+
+def _normalised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x / rms (..., H) in the type of x, and 1 / rms (..., 1) in float32 or float64."""
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    inverse = torch.linalg.vecdot(exact, exact).unsqueeze(-1).div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (exact * inverse).to(x.dtype), inverse
+
+
+class _RMSNorm(torch.autograd.Function):
+    """With n = x / rms and g = dy weight:  dx = (g - n mean(g n)) / rms,  dweight = sum(dy n)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        normalised, inverse = _normalised(x, eps)
+        ctx.save_for_backward(normalised, inverse, weight)
+        return normalised * weight
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        normalised, inverse, weight = ctx.saved_tensors
+        n, dy = normalised.to(inverse.dtype), gradients[0].to(inverse.dtype)
+        dweight = (dy * n).flatten(0, -weight.ndim - 1).sum(0).to(weight.dtype)
+        g = dy * weight.to(inverse.dtype)
+        mean = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(n.shape[-1])
+        dx = g.addcmul_(n, mean, value=-1).mul_(inverse)
+        return dx.to(normalised.dtype), dweight, None
