@@ -392,8 +392,8 @@ def _validate_combinations(c: Config) -> None:
     """Settings that are valid alone but not together."""
     if c.top_p != 1.0 or c.top_k != 0:
         raise ValueError(
-            f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would "
-            "draw from a cut distribution, which the learner's log-probs do not describe, so the ratio is biased"
+            f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would draw "
+            "from a cut distribution, which the learner's log-probs do not describe, so the ratio is biased"
         )
     if c.train_on in ("all", "retry") and c.retries_per_reflection > 1:
         raise ValueError(
