@@ -33,7 +33,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is a script beside this folder
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is next to this folder
 
 import train  # noqa: E402
 from grpo import config as configuration  # noqa: E402
@@ -119,7 +119,8 @@ def continue_run(run: Path, name: str, stages: Stages, *options: str) -> tuple[i
         folder = state.folder
         # The weights before RL are the same, and so would be their answers.
         for file in ("failures.jsonl", "evaluation-before_rl.jsonl"):
-            shutil.copy(configuration.current_file(run, file), folder / file)
+            if (source := configuration.current_file(run, file)).exists():  # not every run was evaluated
+                shutil.copy(source, folder / file)
         stages(state)
 
     argv = ["--config", str(run / "config.yaml"), "--model_name_or_path", str(run / "start")]
@@ -281,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
             code, folder = continue_run(run, name, train.all_stages, "--max_steps", steps)
         if code or folder is None:
             return code or 1
-        print(table([row(folder)]), against(folder, run), sep="\n")
+        if (folder / "evaluation.json").exists():
+            print(table([row(folder)]), against(folder, run), sep="\n")
     return 0
 
 

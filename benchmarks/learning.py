@@ -10,8 +10,8 @@ with a reward function that samples the retry and judges it (lib/learning_trl.py
 The clock runs during the steps only: rollout, reward, update. Saved weights are measured afterwards, all by
 `python -m grpo.evaluate`, on the same held-out problems with the same noise.
 
-Processes run one after the other; nothing should run beside them. Stopped, the same command goes on where it
-was; only an unfinished TRL run begins anew. Writes table.md, result.json and, with matplotlib, plot.png to
+Processes run one after the other; run nothing else at the same time. After a stop the same command continues;
+only an unfinished TRL run begins anew. Writes table.md, result.json and, with matplotlib, plot.png to
 --output.
 """
 

@@ -87,7 +87,8 @@ def extra_bytes(m: int, h: int, v: int) -> int:
 def report(m: int, h: int, v: int) -> str:
     works = kernels(m, h, v)
     lines = [
-        f"M {m:,}, H {h:,}, V {v:,}, bfloat16. Milliseconds at the least; c: bound by compute, m: by memory.",
+        f"M {m:,}, H {h:,}, V {v:,}, bfloat16. "
+        "Least time in milliseconds; c: bound by compute, m: by memory.",
         "",
         "| kernel | TFLOP | GB | " + " | ".join(gpu.name for gpu in GPUS) + " |",
         "|---|---|---|" + "---|" * len(GPUS),
@@ -103,8 +104,8 @@ def report(m: int, h: int, v: int) -> str:
     lines.append("| **forward** | | | " + " | ".join(f"**{1e3 * s:.2f}**" for s in forward) + " |")
     lines.append("| **forward and backward** | | | " + " | ".join(f"**{1e3 * s:.2f}**" for s in both) + " |")
     rates = [f"{useful / s / 1e12:.0f}" for s in both]
-    lines.append("| useful TFLOP/s at the most (6 M H V) | | | " + " | ".join(rates) + " |")
-    lines += ["", f"Extra memory beside inputs and gradients: {extra_bytes(m, h, v) / 1e6:.0f} MB."]
+    lines.append("| useful TFLOP/s at most (6 M H V) | | | " + " | ".join(rates) + " |")
+    lines += ["", f"Extra memory besides inputs and gradients: {extra_bytes(m, h, v) / 1e6:.0f} MB."]
     return "\n".join(lines)
 
 

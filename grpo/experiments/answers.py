@@ -68,7 +68,7 @@ CHANGES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "text without its blanks": (lambda v: isinstance(v, str) and " " in v, lambda v: v.replace(" ", "")),
     "text with a full stop": (lambda v: isinstance(v, str), lambda v: v + "."),
     "text with a blank at the end": (lambda v: isinstance(v, str), lambda v: v + " "),
-    "text with another letter": (lambda v: isinstance(v, str), lambda v: v + "x"),
+    "string with one letter added": (lambda v: isinstance(v, str), lambda v: v + "x"),
     "text in a list": (lambda v: isinstance(v, str), lambda v: [v]),
     "integer as a float (3.0)": (lambda v: type(v) is int, lambda v: float(v)),
     "whole float as an integer": (lambda v: type(v) is float and v == int(v), lambda v: int(v)),
@@ -82,7 +82,7 @@ CHANGES: dict[str, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
     "null for a value": (lambda v: v is not None, lambda v: None),
     "empty text for a value": (lambda v: v != "", lambda v: ""),
     "list reversed": (lambda v: isinstance(v, list) and v != v[::-1], lambda v: v[::-1]),
-    "list with its last item twice": (lambda v: isinstance(v, list) and bool(v), lambda v: [*v, v[-1]]),
+    "list with its last item repeated": (lambda v: isinstance(v, list) and bool(v), lambda v: [*v, v[-1]]),
     "list without its last item": (lambda v: isinstance(v, list) and bool(v), lambda v: v[:-1]),
     "list as its only item": (lambda v: isinstance(v, list) and len(v) == 1, lambda v: v[0]),
     "list items in another case": (
@@ -104,13 +104,13 @@ def changed_answers(truth: Truth) -> Iterator[tuple[str, Calls]]:
     accepted = [args for call in truth for args in call.values()]
     name, args = base[0]
     yield "another function's name", [(name + "_2", args), *base[1:]]
-    yield "a call less", base[1:]
-    yield "a call twice", [*base, base[0]]
+    yield "a missing call", base[1:]
+    yield "a repeated call", [*base, base[0]]
     yield "an unknown argument", changed(base, 0, "unknown_argument", 1)
     places = [(place, key) for place, (_, args) in enumerate(base) for key in args]
     for place, key in places:
         if "" not in accepted[place][key]:
-            yield "a needed argument left out", without(base, place, key)
+            yield "a required argument left out", without(base, place, key)
             break
     for title, (applies, change) in CHANGES.items():
         for place, key in places:

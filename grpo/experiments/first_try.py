@@ -2,7 +2,7 @@
 
 The paper reports the gain, although a first try sees no reflection. If it came from practice on the train
 problems, it would be larger on held-out problems that resemble them. So held-out problems are sorted by their
-likeness to the nearest prompt in training (Jaccard index of character trigrams), and the gain of the first
+similarity to the nearest prompt in training (Jaccard index of character trigrams), and the gain of the first
 try is computed in each quarter, for reflections and, at equal sampled tokens, for plain GRPO on first
 attempts.
 """
@@ -20,7 +20,7 @@ QUESTION = "Why does the first try get better, when only reflections are trained
 DEFAULTS = {"max_steps": 8, "num_eval": 256}
 COLUMNS = {
     "arm": Column("trained on, problems"),
-    "likeness": Column("likeness to train problems", digits=2),
+    "similarity": Column("similarity to train problems", digits=2),
     "first_before": percent("1st try before RL"),
     "first_gain": percent("gain of the 1st try"),
     "gain": percent("gain of the 2nd try"),
@@ -29,7 +29,7 @@ COLUMNS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--parts", type=int, default=4, metavar="N", help="groups by likeness (default: 4)")
+    parser.add_argument("--parts", type=int, default=4, metavar="N", help="groups by similarity (default: 4)")
 
 
 def run(study: Study, options: argparse.Namespace) -> Outcome:
@@ -48,7 +48,7 @@ def run(study: Study, options: argparse.Namespace) -> Outcome:
 def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
     """All problems, then parts of them, beginning with those least like the train problems."""
     before, after = pooled(arms, "before_rl"), pooled(arms)
-    nearest = [value for arm in arms for value in _likeness(arm)]
+    nearest = [value for arm in arms for value in _similarity(arm)]
     order = sorted(range(len(nearest)), key=nearest.__getitem__)
     size = len(order)
     groups = {"all": order}
@@ -62,7 +62,7 @@ def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
         rows.append(
             {
                 "arm": f"{mode}, {name}",
-                "likeness": sum(nearest[place] for place in places) / len(places),
+                "similarity": sum(nearest[place] for place in places) / len(places),
                 "first_before": sum(old.first_try) / len(places),
                 "first_gain": difference(new, old, "first_try"),
                 "gain": difference(new, old),
@@ -72,8 +72,8 @@ def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
     return rows
 
 
-def _likeness(arm: Arm) -> list[float]:
-    """Per held-out problem, its likeness to the most similar prompt in training."""
+def _similarity(arm: Arm) -> list[float]:
+    """Per held-out problem, its similarity to the most similar prompt in training."""
     trained = {trigrams(episode["texts"]["prompt"]) for episode in arm.episodes()}
     heldout = [trigrams(record["prompt"]) for record in arm.records()]
     return [max(jaccard(problem, prompt) for prompt in trained) for problem in heldout]

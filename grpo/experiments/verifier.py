@@ -46,14 +46,14 @@ COLUMNS = {
 # Changes of grpo/experiments/answers.py that are wrong under any convention about case, types or defaults
 SURELY_WRONG = {
     "another function's name",
-    "a call less",
-    "a call twice",
+    "a missing call",
+    "a repeated call",
     "an unknown argument",
-    "a needed argument left out",
-    "text with another letter",
+    "a required argument left out",
+    "string with one letter added",
     "number plus 1",
     "true and false swapped",
-    "list with its last item twice",
+    "list with its last item repeated",
     "list without its last item",
 }
 Judged = tuple[str, bool, bool]  # kind of answer, whether it is right, whether the verifier calls it right

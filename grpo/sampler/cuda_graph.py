@@ -109,11 +109,11 @@ class _Recorded:
 
     def advance(self) -> None:
         """Runs one step, then sets tokens, counters and column for the next."""
-        self.attend.look()
+        self.attend.update_biases()
         noise = None if self.noise is None else self.noise.index_select(1, self.column)[:, 0]
         tokens, logprobs = self.step(self.input_ids, self.attend, noise)
         self.tokens.index_copy_(1, self.column, tokens[:, None])
         self.logprobs.index_copy_(1, self.column, logprobs[:, None])
         self.input_ids.copy_(tokens[None])
-        self.attend.count()
+        self.attend.advance_counters()
         self.column += 1

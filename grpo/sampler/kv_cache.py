@@ -209,7 +209,7 @@ class CachedAttention:
         table = upload([slots, places, positions], private.device)
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
         self._arrange(rows, lookahead)
-        self.look()
+        self.update_biases()
         self._masks = {
             (stretch, window): self._mask(stretch, window)
             for stretch in self.stretches
@@ -226,15 +226,15 @@ class CachedAttention:
         n = self.private_tokens = self.batch
         self.stretches, self._masks = [], {}
         self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
-        self.count()
-        self.look()
+        self.advance_counters()
+        self.update_biases()
 
-    def count(self) -> None:
-        """Counts one more token for every row. Call `look` next."""
+    def advance_counters(self) -> None:
+        """Counts one more token for every row. Call `update_biases` next."""
         for counter in (self.places, self.position_ids, self._private_lengths):
             counter += 1
 
-    def look(self) -> None:
+    def update_biases(self) -> None:
         """Recomputes from the counters which keys each row sees."""
         self._biases = {window: self._bias(window) for window in set(self.config.windows)}
 

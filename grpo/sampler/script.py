@@ -4,7 +4,7 @@ A row is a prompt and a script: sample until stop, feed these tokens, sample unt
 reflection is Sample, Feed, Sample; a plain completion is one Sample.
 
 Noise is keyed by the caller and drawn once per turn, one uniform per token, so that a row's randomness is its
-own whatever runs beside it.
+own, whatever runs next to it.
 """
 
 from collections.abc import Callable, Sequence

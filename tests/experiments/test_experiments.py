@@ -566,7 +566,7 @@ def test_lm_eval_must_be_installed(model, tmp_path, capsys):
     assert "pip install 'reflect-grpo[eval]'" in capsys.readouterr().err
 
 
-def test_likeness_is_jaccard_over_trigrams():
+def test_similarity_is_jaccard_over_trigrams():
     from grpo.experiments.first_try import jaccard, trigrams
 
     assert trigrams("abcd") == {"abc", "bcd"} and trigrams("ab") == {"ab"}
