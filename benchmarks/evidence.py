@@ -48,6 +48,7 @@ from grpo.run.state import SECOND_TRY, RunState  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
+BLIND = "second try, retry without the reflection"
 Stages = Callable[[RunState], None]
 
 
@@ -197,7 +198,7 @@ def validations(run: Path) -> list[dict[str, float]]:
     for line in lines:
         first, blind = line["validation/first_try"], line["validation/retry_blind"]
         shares = {"second try": line[SECOND_TRY], "first try": first}
-        tries.append({"step": line["step"], **shares, "second try, blind": first + (1 - first) * blind})
+        tries.append({"step": line["step"], **shares, BLIND: first + (1 - first) * blind})
     return tries
 
 
@@ -207,11 +208,12 @@ def curve(runs: Sequence[Path], svg: Path) -> None:
 
     matplotlib.use("Agg")
     matplotlib.rcParams["svg.hashsalt"] = "reflect-grpo"  # the same runs give the same file
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text stays text
     from matplotlib import pyplot
 
     config = configuration.load(runs[0] / "config.yaml")
-    lines = {name: (runs[0], name) for name in ("second try", "second try, blind", "first try")}
-    lines |= {f"second try, {run.name.split('-')[-2]}": (run, "second try") for run in runs[1:]}
+    lines = {name: (runs[0], name) for name in ("second try", BLIND, "first try")}
+    lines |= {f"second try, control: {run.name.split('-')[-2]}": (run, "second try") for run in runs[1:]}
     figure, panel = pyplot.subplots(figsize=(7, 3.4))
     for label, (run, name) in lines.items():
         points = validations(run)

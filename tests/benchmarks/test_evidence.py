@@ -72,7 +72,7 @@ def test_curve_draws_the_validations_of_a_run_and_of_its_controls(seeded, tmp_pa
     for point, line in zip(evidence.validations(seeded / "seed1-001"), logged, strict=True):
         wrong = 1 - line["validation/first_try"]
         assert point["second try"] == pytest.approx(1 - wrong * (1 - line["validation/retry"]))
-        assert point["second try, blind"] == pytest.approx(1 - wrong * (1 - line["validation/retry_blind"]))
+        assert point[evidence.BLIND] == pytest.approx(1 - wrong * (1 - line["validation/retry_blind"]))
 
 
 def test_without_a_command_it_says_what_it_can_do(capsys):
