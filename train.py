@@ -46,8 +46,9 @@ from grpo.learner.learner import Learner, NonFiniteError
 from grpo.rollout import Attempt, attempt_episodes
 from grpo.run import build, checkpoint, files, state
 from grpo.run.diagnostics import nothing_right
-from grpo.run.metrics import Metrics, step_metrics
+from grpo.run.metrics import Metrics, rollout_metrics
 from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
+from grpo.sampler.engine import DivergedError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 COMMAND = "reflect-grpo" if Path(sys.argv[0]).name == "reflect-grpo" else "python train.py"
@@ -178,18 +179,18 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
             groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
             episodes = sample(run, groups, step)
+            sampled_metrics = rollout_metrics(
+                episodes, train_on=config.train_on, task=parts.task, groups=groups
+            )
             sampled = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
-            update = learner.step(episodes)
+            update_metrics = learner.step(episodes)
             # Copies the new weights to the sampler; free if both share the same tensors.
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
             for episode in episodes:
                 files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **vars(episode)})
-            all_metrics = step_metrics(
-                update, episodes, train_on=config.train_on, task=parts.task, groups=groups
-            )
-            metrics.log(step, all_metrics)
+            metrics.log(step, sampled_metrics | update_metrics)
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
@@ -275,7 +276,7 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
                 parts.rollout,
                 examples,
                 controls=CONTROLS if label != "untouched" else (),
-                store=configuration.current_file(run.folder, f"evaluation-{label}.jsonl"),
+                store=run.folder / f"evaluation-{label}.jsonl",
                 identity=label,
                 progress=run.progress(bar),
             )
@@ -355,7 +356,7 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
     resume = f"`{COMMAND} --resume {folder}` continues"
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
         return EXIT_INTERRUPTED, "stopped" + (f"; {resume}" if begun else "")
-    if isinstance(error, (NonFiniteError, FloatingPointError)):
+    if isinstance(error, (NonFiniteError, DivergedError)):
         return EXIT_FAILED, f"error: {error}. {state.saved_weights(folder)}"
     if isinstance(error, files.MismatchError):
         return EXIT_USAGE, f"error: {error}"

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import operator
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -304,11 +305,14 @@ def to_yaml(config: Config, path: str | Path) -> None:
 def _yaml(value: Any) -> str:
     """JSON, which is YAML with one exception: YAML 1.1 reads 5e-07 as a string and 5.0e-07 as a number."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_yaml(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(_yaml(item) for item in value) + "]"
     text = json.dumps(value)
-    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+    if isinstance(value, float) and "." not in text:
+        return text.replace("e", ".0e")
+    # JSON escapes a character above U+FFFF as a pair, which YAML reads as two characters.
+    return re.sub(r"(?:\\ud[89ab]..\\ud[c-f]..)", lambda pair: json.loads(f'"{pair[0]}"'), text)
 
 
 def load(path: str | Path) -> Config:

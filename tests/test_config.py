@@ -370,3 +370,12 @@ def test_every_field_is_read_somewhere():
             elif isinstance(node, ast.Constant) and "getattr(config, " in text:
                 read.add(node.value)  # a list of names that are read in a loop
     assert sorted(set(TYPES) - read) == []
+
+
+def test_characters_beyond_the_basic_plane_survive_the_file(tmp_path):
+    config = Config(
+        model_name_or_path="/models/\U0001f600", task_options=TaskOptions({"\U0001d54f": "a\U0001f600\u4e2d"})
+    )
+    to_yaml(config, tmp_path / "config.yaml")
+    assert from_yaml(tmp_path / "config.yaml")["model_name_or_path"] == config.model_name_or_path
+    assert from_yaml(tmp_path / "config.yaml")["task_options"] == config.task_options

@@ -437,6 +437,32 @@ def test_an_exception_in_a_step_saves_the_steps_before_and_shows_its_traceback(f
     assert contents(done.folder) == contents(undisturbed.folder)
 
 
+class Leaky(tiny.Toy):
+    """`leaks` raises in step 3: six reflections a step."""
+
+    calls = 0
+
+    def leaks(self, example, reflection):
+        Leaky.calls += 1
+        if Leaky.calls == 2 * 6 + 2:
+            raise ValueError("no such column")
+        return super().leaks(example, reflection)
+
+
+def test_an_exception_in_leaks_saves_the_steps_before(quick, monkeypatch):
+    monkeypatch.setattr(Leaky, "calls", 0)
+    done = quick(task="test_train:Leaky", max_steps=3)
+    assert done.status == 1 and "in leaks" in done.err
+    assert checkpoint.steps(done.folder) == [2] and len(records(done.folder)) == 2
+    assert run(["--resume", str(done.folder)]).status == 0
+
+
+def test_a_floating_point_error_of_the_task_is_a_bug_of_the_task(faulty):
+    done = faulty(FloatingPointError("divide by zero"))
+    assert "Traceback" in done.err and "--resume" in done.err.splitlines()[-1]
+    assert checkpoint.steps(done.folder) == [2]
+
+
 def test_an_exception_in_an_update_saves_nothing_that_is_half_done(quick, monkeypatch):
     """The optimiser fails in step 2, after some of the weights moved: step 1 is not what they are."""
     real, calls = MasterAdamW._publish, []

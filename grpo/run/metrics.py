@@ -106,29 +106,24 @@ def console_line(record: Record, max_steps: int | None = None) -> str:
     return "  ".join(parts)
 
 
-def step_metrics(
-    learner_metrics: Mapping[str, float],
-    episodes: Sequence[Episode],
-    *,
-    train_on: str,
-    task: Task,
-    groups: Sequence[Attempt],
+def rollout_metrics(
+    episodes: Sequence[Episode], *, train_on: str, task: Task, groups: Sequence[Attempt]
 ) -> dict[str, float]:
-    """All metrics of one step of RL.
+    """All metrics of one step of RL that its episodes show; `Learner.step` returns those of the update.
+
+    Calls the task, so it comes before the update: an exception of the task then loses no step.
 
     Args:
-        learner_metrics: what `Learner.step` returned.
         episodes: the step's.
         train_on: the setting; "attempt" has no reflections, so no `leaks`.
         task: the verifier of the episodes.
         groups: the failed attempt of each group; `group_id` of an episode is an index into them.
     Returns:
-        `learner_metrics`, rewards and lengths (`episode_metrics`), verdicts (`verdict_metrics`), and `leaks`:
-        the share of reflections that state an accepted answer.
+        Rewards and lengths (`episode_metrics`), verdicts (`verdict_metrics`), and `leaks`: the share of
+        reflections that state an accepted answer.
     """
-    metrics = {**learner_metrics, **episode_metrics(episodes, train_on)}
     reasons = [reason for episode in episodes for reason in episode.reasons]
-    metrics |= verdict_metrics(reasons, format_reasons(task))
+    metrics = episode_metrics(episodes, train_on) | verdict_metrics(reasons, format_reasons(task))
     if train_on != "attempt":
         leaks = [task.leaks(groups[e.group_id].example, e.texts["reflection"]) for e in episodes]
         metrics["leaks"] = sum(leaks) / len(leaks)

@@ -39,6 +39,10 @@ FEW_ROWS = 16
 __all__ = ["Feed", "Finished", "Row", "Sample", "Sampler", "Turn"]
 
 
+class DivergedError(FloatingPointError):
+    """The model's logits are NaN or infinite."""
+
+
 class Sampler:
     """Generates with `model`. Settings are plain attributes that may be changed between runs.
 
@@ -98,7 +102,7 @@ class Sampler:
             one Finished per row, in the order of `rows`.
         Raises:
             ValueError: a setting or script is invalid, or a row exceeds the model's positions or `cache_gb`.
-            FloatingPointError: the model's logits are NaN or infinite.
+            DivergedError: the logits are NaN or infinite.
         """
         start = time.perf_counter()
         self._check_settings()
@@ -197,7 +201,7 @@ class Sampler:
             # The caches now contain NaN, which masking would not keep out of later runs: 0 * NaN is NaN.
             self._private.release()
             self._prefixes.release()
-            raise FloatingPointError("the model's logits are NaN or infinite: its weights may have diverged")
+            raise DivergedError("the model's logits are NaN or infinite: its weights may have diverged")
         return ids, values
 
     def _step(
