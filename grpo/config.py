@@ -312,7 +312,7 @@ def _yaml(value: Any) -> str:
     if isinstance(value, float) and "." not in text:
         return text.replace("e", ".0e")
     # JSON escapes a character above U+FFFF as a pair, which YAML reads as two characters.
-    return re.sub(r"(?:\\ud[89ab]..\\ud[c-f]..)", lambda pair: json.loads(f'"{pair[0]}"'), text)
+    return re.sub(r"\\ud[89ab]..\\ud[c-f]..", lambda pair: json.loads(f'"{pair[0]}"'), text)
 
 
 def load(path: str | Path) -> Config:

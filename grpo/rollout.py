@@ -25,6 +25,8 @@ from grpo.episode import Episode
 from grpo.sampler.engine import Feed, Finished, Row, Sample, Sampler, Turn
 from grpo.tasks import Example, Task, Verdict, opening
 
+Progress = Callable[[int, int], None]  # called with (done, in all); may raise to stop the work
+
 # --- noise --------------------------------------------------------------------------------------------------
 
 STAGES = {"failures": 0, "rollout": 1, "validation": 2, "evaluation": 3}
@@ -50,9 +52,6 @@ class NoiseKey(NamedTuple):
 
 
 # --- reward -------------------------------------------------------------------------------------------------
-
-
-Progress = Callable[[int, int], None]  # called with (done, in all); may raise to stop the work
 
 
 def reward(
@@ -88,6 +87,9 @@ def reward(
     if overlong_buffer > 0:
         excess = min(max((length - (limit - overlong_buffer)) / overlong_buffer, 0.0), 1.0)
     return share * (1.0 - length_cost * length / limit) - soft_overlong_penalty * excess
+
+
+# --- the turns ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""grpo/reference.py by itself: the step that the other tests take for the truth."""
+"""The step of grpo/reference.py, which the other tests take for the truth."""
 
 import copy
 import math

@@ -158,7 +158,7 @@ class Learner:
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
         num_trained = max(1, sum(len(batch.sequence_ids) for batch in batches))
 
-        # Old log-probs: with a single update, the policy is still the one that sampled. None stands for it.
+        # Old log-probs: with a single update, the policy is still the one that sampled, which None means.
         old: list[Tensor | None] = [None] * len(batches)
         if config.num_iterations > 1:
             old = [self._frozen(self.model, *pair) for pair in zip(batches, attends, strict=True)]
