@@ -12,7 +12,6 @@ Left out: coverage guidance, and the network.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import resource
 import signal
@@ -20,10 +19,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+
+from hypothesis import HealthCheck, Phase, given, seed, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from lib.measure import command_line, hide_benchmarks  # noqa: E402
+
+hide_benchmarks()
 
 EXPECTED = (ValueError, OSError)  # files.MismatchError and configuration errors are ValueErrors
 LIMIT_SECONDS = 20
@@ -37,23 +42,9 @@ class TooSlow(Exception):
 
 # --- inputs ----------------------------------------------------------------------------------------------
 
-ODD = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0, float("nan"), float("inf")]
-ODD += [
-    "",
-    " ",
-    "0",
-    "010",
-    "null",
-    "\x00",
-    "\ud800",
-    "\ufeff",
-    "a" * 5000,
-    "../../etc/passwd",
-    [],
-    {},
-    [[]],
-    [None],
-]
+ODD: list[Any] = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0]
+ODD += [float("nan"), float("inf"), "", " ", "0", "010", "null", "\x00", "\ud800", "\ufeff", "a" * 5000]
+ODD += ["../../etc/passwd", [], {}, [[]], [None]]
 
 
 def mutated_bytes(valid: bytes, edits: int = 6) -> st.SearchStrategy[bytes]:
@@ -176,9 +167,7 @@ def _too_slow(*_: Any) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__file__, __doc__)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(ENTRY_POINTS)}; default: all")
     parser.add_argument("--seconds", type=float, default=10, help="for each entry point")
     parser.add_argument("--seed", type=int, default=0, help="of the first batch of inputs")
