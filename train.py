@@ -97,7 +97,7 @@ def supervised_steps(run: RunState, folder: Path) -> None:
                 if done % WARM_START_BLOCK == 0:
                     saved = done  # set first, so that a failed save is not retried below
                     run.save(learner, folder, done)
-    except (Exception, Interrupted):
+    except (Exception, Interrupted, SystemExit):
         if done > saved and learner.optimizer.num_updates == done:
             save_before_leaving(run, learner, folder, done)
         raise
@@ -208,7 +208,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             if due or step in (run.best_step(), config.max_steps):
                 saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
-    except (Exception, Interrupted):
+    except (Exception, Interrupted, SystemExit):  # SystemExit: a task may call sys.exit
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         if done > saved and learner.num_steps == done and learner.between_steps:
             save_before_leaving(run, learner, run.folder, done)
@@ -328,8 +328,8 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     """
     folder, running = None, False
     try:
+        config = configuration.parse(sys.argv[1:] if argv is None else argv)
         with Interrupts() as interrupts:
-            config = configuration.parse(sys.argv[1:] if argv is None else argv)
             folder = state.directory(config)
             with files.lock(folder):
                 run = open_run(config, folder, interrupts)

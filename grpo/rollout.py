@@ -24,6 +24,7 @@ from grpo.chat import Chat
 from grpo.episode import Episode
 from grpo.sampler.engine import Feed, Finished, Row, Sample, Sampler, Turn
 from grpo.tasks import Example, Task, Verdict, opening
+from grpo.tasks.contract import verdict
 
 Progress = Callable[[int, int], None]  # called with (done, in all); may raise to stop the work
 
@@ -310,8 +311,8 @@ class Rollout:
         """The last turn of a row as an answer to its example."""
         example, turn = done.row.tag.example, done.turns[-1]
         text = self.chat.decode(turn.ids)
-        verdict = self.task.verify(example, text)
-        return Attempt(example, list(done.row.prefix), turn, text, verdict, done.row.tag.generation)
+        judged = verdict(self.task, example, text)
+        return Attempt(example, list(done.row.prefix), turn, text, judged, done.row.tag.generation)
 
     def _episode(self, done: Finished, failure: Attempt, tries: Sequence[Attempt]) -> Episode:
         (reflection, retry), fed, tag = done.turns[:2], done.fed[0], done.row.tag

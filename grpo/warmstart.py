@@ -24,6 +24,7 @@ from typing import Any
 
 from grpo.chat import Chat
 from grpo.tasks import Example, WarmStartTask, opening
+from grpo.tasks.contract import verdict
 
 Completion = tuple[list[int], list[bool]]  # its ids, its loss mask
 TrainingSequence = tuple[list[int], list[Completion]]  # prompt, completions: packing.py
@@ -94,7 +95,7 @@ def _sequences(
     completions = [_imitated(chat.encode_turn(transcript.reflection or "")) for transcript in transcripts]
     retry: Completion | None = None
     for index, transcript in enumerate(transcripts):
-        if transcript.retry is not None and task.verify(example, transcript.retry).ok:
+        if transcript.retry is not None and verdict(task, example, transcript.retry).ok:
             retry = _imitated(chat.encode_turn(transcript.retry))
             completions[index] = _followed(chat, example, completions[index], retry)
             break

@@ -15,6 +15,7 @@ from grpo.failures import NoSignalError, check_trainable, collect, describe, loa
 from grpo.rollout import Attempt
 from grpo.run import files
 from grpo.tasks import Example, Verdict
+from grpo.tasks.contract import PROBES
 
 EXAMPLES = [Example(f"e{i}", f"Problem {i}", {"i": i}) for i in range(14)]
 
@@ -262,12 +263,23 @@ def test_the_command_with_a_preset_whose_reflections_are_longer(tmp_path, capsys
     assert "no: no such folder or file" in capsys.readouterr().err
 
 
-def test_a_bug_in_the_users_task_is_not_reported_as_a_wrong_argument(tmp_path, monkeypatch):
+def test_a_bug_in_the_users_task_is_not_reported_as_a_wrong_argument(tmp_path, monkeypatch, capsys):
     parts = tiny.build()
     monkeypatch.setattr("grpo.run.build.parts", lambda config: parts)
-    monkeypatch.setattr(parts.task, "verify", lambda example, text: int("no number"))
+    argv = ["--output", str(tmp_path / "f.jsonl"), "--num_examples", "8"]
+    unread = "no number"
+    monkeypatch.setattr(
+        parts.task,
+        "verify",
+        lambda example, text: Verdict("wrong" if text in PROBES else unread[int(unread)]),
+    )
     with pytest.raises(ValueError, match="invalid literal for int"):
-        failures.main(["--output", str(tmp_path / "f.jsonl"), "--num_examples", "8"])
+        failures.main(argv)
+    # One that the probes before the sampling find is one line, with its place.
+    monkeypatch.setattr(parts.task, "verify", lambda example, text: int(unread))
+    assert failures.main(argv) == 2
+    assert "verify raised ValueError: invalid literal" in (line := capsys.readouterr().err)
+    assert "test_failures.py, line" in line
 
 
 def test_a_file_of_other_settings_is_one_line_of_the_command(tmp_path, monkeypatch, capsys):

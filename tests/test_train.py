@@ -17,6 +17,7 @@ from tiny_run import Done, arguments, contents, records, run, save_model
 from grpo.learner.optimizer import MasterAdamW
 from grpo.run import checkpoint, files
 from grpo.tasks import Verdict
+from grpo.tasks.contract import PROBES
 
 ROOT = Path(__file__).parent.parent
 # Two steps of RL and nothing else.
@@ -389,13 +390,13 @@ def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
 
 
 class Faulty(tiny.Toy):
-    """`verify` raises what `error` holds at the call `at`, from 1."""
+    """`verify` raises what `error` holds at the call `at`, from 1; the probes before a run do not count."""
 
     error: BaseException | None = None
     at, calls = 0, 0
 
     def verify(self, example, text):
-        Faulty.calls += 1
+        Faulty.calls += text not in PROBES
         if Faulty.calls == Faulty.at and Faulty.error is not None:
             raise Faulty.error
         return super().verify(example, text)
@@ -443,8 +444,8 @@ class Leaky(tiny.Toy):
     calls = 0
 
     def leaks(self, example, reflection):
-        Leaky.calls += 1
-        if Leaky.calls == 2 * 6 + 2:
+        Leaky.calls += reflection not in PROBES
+        if Leaky.calls == 2 * 6 + 2 and reflection not in PROBES:
             raise ValueError("no such column")
         return super().leaks(example, reflection)
 

@@ -33,6 +33,7 @@ from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID
 from grpo.run import build, checkpoint, files
+from grpo.tasks.contract import check_task
 
 # --- options ------------------------------------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) 
     """Loads one model, measures it, and lets go of it before the next one is loaded."""
     built = build.parts(config, model_source=model.path)
     built.sampler.top_p, built.sampler.top_k = options.top_p, options.top_k
-    examples = built.task.examples(options.split, config.num_eval)
+    examples = check_task(built.task, {options.split: {"num_eval": config.num_eval}}, built.chat)
     with (
         build.evaluation_sampling(built),
         tqdm(total=len(examples), desc=model.label, unit="problem") as bar,

@@ -22,6 +22,7 @@ from grpo.evaluate.comparison import CONTROLS, ModelResult, ProblemRecord
 from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
 from grpo.tasks import Example, TolerantTask
+from grpo.tasks.contract import leaks, tolerant_verdict
 
 BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
 
@@ -189,7 +190,7 @@ def _record(
             "text": text,
             "tokens": len(_ids(episode, "reflection")),
             "finish_reason": episode.finish_reason,
-            "leaks": rollout.task.leaks(example, text),
+            "leaks": leaks(rollout.task, example, text),
         }
         retry = {"text": episode.texts["retry"], "reason": episode.reasons[0]}
         tolerant = _tolerant(rollout, example, retry["text"])
@@ -200,7 +201,9 @@ def _record(
 def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:
     """The reason of the lenient verdict, for tasks that have one."""
     task = rollout.task
-    return {"tolerant": task.tolerant(example, text).reason} if isinstance(task, TolerantTask) else {}
+    if not isinstance(task, TolerantTask):
+        return {}
+    return {"tolerant": tolerant_verdict(task, example, text).reason}
 
 
 # --- the stored blocks --------------------------------------------------------------------------------------

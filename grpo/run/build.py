@@ -34,6 +34,7 @@ from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.sampler.kv_cache import SlotCache
 from grpo.tasks import Example, Task, WarmStartTask, get_task, opening
+from grpo.tasks.contract import check_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -254,8 +255,8 @@ def peak_memory_gb(device: str) -> float:
 # --- checks before a run ---------------------------------------------------------------------------------
 #
 # config.py checks settings alone. `check_run` checks them against the task and the model before the first
-# token is sampled: enough examples in each split, transcripts for the warm start, room for the longest
-# conversation. Left out: disk and memory, which other programs use too.
+# token is sampled: what the task's methods return, enough examples in each split, transcripts for the warm
+# start, room for the longest conversation. Left out: disk and memory, which other programs use too.
 
 LONGEST = 32  # prompts with the most characters, among which the one with the most tokens is looked for
 
@@ -277,7 +278,7 @@ def check_run(config: Config, parts: Parts) -> None:
 
 
 def _examples(config: Config, parts: Parts) -> list[Example]:
-    """All examples that the run will ask for."""
+    """All examples that the run will ask for, after the task has been checked on them."""
     train = {"num_examples": config.num_examples}
     if config.warm_start_steps:
         train["warm_start_examples"] = config.warm_start_examples
@@ -286,14 +287,7 @@ def _examples(config: Config, parts: Parts) -> list[Example]:
         "validation": {"num_validation": config.num_validation} if config.eval_steps else {},
         "heldout": {"num_eval": config.num_eval} if config.num_eval else {},
     }
-    examples = []
-    for split, need in needs.items():
-        try:
-            examples += parts.task.examples(split, sum(need.values())) if need else []
-        except ValueError as error:
-            settings = " and ".join(f"{name}={count}" for name, count in need.items())
-            raise ValueError(f"{settings} must not ask for more than the task has: {error}") from error
-    return examples
+    return check_task(parts.task, needs, parts.chat, transcripts=config.warm_start_steps > 0)
 
 
 def _characters(parts: Parts, example: Example) -> int:

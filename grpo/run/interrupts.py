@@ -46,6 +46,8 @@ class Interrupts:
     """Inside `with`, a SIGINT or SIGTERM raises KeyboardInterrupt at once, until `defer` is called.
 
     After that, the first signal makes `check` raise `Interrupted`, and a second raises KeyboardInterrupt.
+
+    A SystemExit becomes a RuntimeError: a task that calls sys.exit(0) must not make a run look finished.
     """
 
     def __init__(self) -> None:
@@ -62,6 +64,8 @@ class Interrupts:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, SystemExit):
+            raise RuntimeError(f"sys.exit({error.code!r}) was called, perhaps by the task") from error
 
     def defer(self) -> None:
         """Call it as soon as there is work to save."""

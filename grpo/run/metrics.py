@@ -18,6 +18,7 @@ from grpo.rollout import Attempt
 from grpo.run import files
 from grpo.run.diagnostics import Record, Warnings
 from grpo.tasks import Task, format_reasons
+from grpo.tasks.contract import leaks
 
 # Label and number format of what the console shows of a step.
 _CONSOLE = {
@@ -125,8 +126,8 @@ def rollout_metrics(
     reasons = [reason for episode in episodes for reason in episode.reasons]
     metrics = episode_metrics(episodes, train_on) | verdict_metrics(reasons, format_reasons(task))
     if train_on != "attempt":
-        leaks = [task.leaks(groups[e.group_id].example, e.texts["reflection"]) for e in episodes]
-        metrics["leaks"] = sum(leaks) / len(leaks)
+        leaking = [leaks(task, groups[e.group_id].example, e.texts["reflection"]) for e in episodes]
+        metrics["leaks"] = sum(leaking) / len(leaking)
     return metrics
 
 

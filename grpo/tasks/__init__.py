@@ -14,11 +14,16 @@ import importlib
 import inspect
 import pkgutil
 import random
+import sys
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
 
 SPLITS = ("train", "validation", "heldout")
+METHODS = ("examples", "verify", "leaks")
+MEMBERS = ("name", "system", "reflection_instruction", *METHODS)  # of every task
 RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
 
 
@@ -27,6 +32,10 @@ class Verdict:
     """What a verifier found: `reason` is "ok" or a short code for the first check that failed."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.reason, str) or not self.reason:
+            raise ValueError(f"a Verdict's reason must be 'ok' or a short code, got {self.reason!r}")
 
     @property
     def ok(self) -> bool:
@@ -171,13 +180,32 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
     """
     options = options or {}
     factory = _import_factory(spec) if ":" in spec else _registered_factory(spec)
+    _check_makes_tasks(spec, factory)
     _check_options(spec, factory, options)
-    task = factory(**options)
-    needed = ("name", "system", "reflection_instruction", "examples", "verify", "leaks")
-    missing = [attribute for attribute in needed if not hasattr(task, attribute)]
-    if missing:
-        raise ValueError(f"task {spec!r} must have {', '.join(needed)}; it lacks {', '.join(missing)}")
+    try:
+        task = factory(**options)
+    except (Exception, SystemExit) as error:
+        raise ValueError(raised(error, f"task {spec!r}: {factory.__name__}")) from error
+    if missing := [name for name in MEMBERS if not hasattr(task, name)]:
+        raise ValueError(f"task {spec!r} must have {', '.join(MEMBERS)}; it lacks {', '.join(missing)}")
     return task
+
+
+def raised(error: BaseException, where: str) -> str:
+    """One line about an exception in a task's code: `where`, the exception, and the file and line.
+
+    A ValueError of the tasks of this package is written for users: of it, the message alone.
+    """
+    package = Path(__file__).parent
+    callers = ("<frozen importlib", importlib.__file__, __file__, str(package / "contract.py"))
+    trace = traceback.extract_tb(error.__traceback__)
+    places = [(frame.filename, frame.lineno) for frame in trace if not frame.filename.startswith(callers)]
+    if isinstance(error, ValueError) and places and all(package in Path(file).parents for file, _ in places):
+        return str(error)
+    line = " ".join(f"{where} raised {type(error).__name__}: {error}".split())
+    # The last line in the file that was called: what it calls in turn may be a library.
+    numbers = [number for file, number in places if file == places[0][0]]
+    return f"{line} ({places[0][0]}, line {numbers[-1]})" if places else line
 
 
 def format_reasons(task: Task) -> frozenset[str]:
@@ -203,6 +231,7 @@ def _import_factory(spec: str) -> Callable[..., Any]:
     module_name, _, attribute = spec.partition(":")
     if not module_name or not attribute:
         raise ValueError(f"task must be a registered name or package.module:Name, got {spec!r}")
+    _print_files(spec, module_name)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -210,10 +239,59 @@ def _import_factory(spec: str) -> Callable[..., Any]:
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
         raise ValueError(f"task {spec!r}: no module {error.name!r} on the import path") from error
+    except (
+        ValueError,
+        OSError,
+        SystemExit,
+    ) as error:  # without its place it would read like a wrong argument
+        raise ValueError(raised(error, f"task {spec!r}: import")) from error
     if not hasattr(module, attribute):
         names = [name for name in dir(module) if not name.startswith("_")]
         raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
     return getattr(module, attribute)
+
+
+def _print_files(spec: str, module_name: str) -> None:
+    """Says which files an import is about to execute: a config.yaml, perhaps another person's, names them."""
+    if module_name not in sys.modules and module_name.partition(".")[0] != "grpo":
+        if files := files_of_module(module_name):
+            print(f"task {spec} runs code from {', '.join(map(str, files))}", flush=True)
+
+
+def files_of_module(name: str) -> list[Path]:
+    """The files that an import of `name` executes: of its packages, outermost first, then its own.
+
+    Nothing is executed: `importlib.util.find_spec` would import the packages. Files that these import in turn
+    are not listed, nor those of a package that changes its own path. Empty if there is no such module.
+    """
+    files, path = [], None
+    parts = name.split(".")
+    for depth in range(1, len(parts) + 1):
+        part = ".".join(parts[:depth])
+        finders = (getattr(finder, "find_spec", None) for finder in sys.meta_path)
+        specs = (find_spec(part, path) for find_spec in finders if find_spec)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is None:
+            return []
+        if spec.has_location and spec.origin:
+            files.append(Path(spec.origin))
+        path = spec.submodule_search_locations
+    return files
+
+
+def _check_makes_tasks(spec: str, factory: Any) -> None:
+    """Called before `factory` is: `--task os:system`, in a file with settings, must not run a command."""
+    product = factory
+    if not inspect.isclass(factory):
+        try:
+            product = get_type_hints(factory).get("return")
+        except (TypeError, NameError):
+            product = None
+    if missing := [name for name in METHODS if not callable(getattr(product, name, None))]:
+        raise ValueError(
+            f"task {spec!r} must be a class with the methods {', '.join(METHODS)}, or a function with the "
+            f"return annotation Task; it lacks {', '.join(missing)}"
+        )
 
 
 def _check_options(spec: str, factory: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
 from grpo.config import Config, to_yaml
 from grpo.evaluate import __main__ as command
@@ -99,7 +100,8 @@ def test_a_bug_in_a_task_is_no_wrong_argument(run, monkeypatch):
         sampler=SimpleNamespace(temperature=1.0, greedy=False),
         config=Config(),
         rollout=None,
-        task=SimpleNamespace(examples=lambda split, count: []),
+        task=tiny.Toy(),
+        chat=SimpleNamespace(takes_tools=False),
     )
     monkeypatch.setattr(command.build, "parts", lambda config, model_source: parts)
 

@@ -11,11 +11,29 @@ from typing import Any
 import pytest
 
 from grpo import tasks
-from grpo.tasks import Example, Transcript, Verdict, format_reasons, get_task, register, task_names
+from grpo.tasks import Example, Task, Transcript, Verdict, format_reasons, get_task, register, task_names
 from grpo.tasks.countdown import Countdown
 from grpo.tasks.function_calling import FunctionCalling
 
 DOC = Path(__file__).parents[2] / "docs" / "tasks.md"
+
+
+class Needy(Countdown):
+    """A task whose class needs an argument."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(high=length)
+
+
+class Nameless:
+    """The methods of a task without its attributes."""
+
+    examples = verify = leaks = lambda self, *_: None
+
+
+def make(high: int = 12) -> Task:
+    """A function that makes a task."""
+    return Countdown(high=high)
 
 
 def test_verdict_and_example() -> None:
@@ -38,6 +56,7 @@ def test_get_task_by_name() -> None:
 
 def test_get_task_by_path() -> None:
     assert isinstance(get_task("grpo.tasks.countdown:Countdown", {}), Countdown)
+    assert get_task("test_tasks:make", {"high": 13}).high == 13  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +76,11 @@ def test_get_task_by_path() -> None:
         ("countdown", {"max_target": "x"}, "task_options max_target must be an integer or null, got 'x'"),
         ("countdown", {"reflection_stop": True}, "task_options reflection_stop must be a number, got True"),
         ("countdown", {5: 1}, "must be among: .*; got 5"),
-        ("grpo.tasks:Verdict", {}, "do not fit: missing a required argument: 'reason'"),
+        ("test_tasks:Needy", {}, "do not fit: missing a required argument: 'length'"),
+        ("test_tasks:Nameless", {}, "lacks name, system, reflection_instruction"),
+        ("test_tasks:made", {}, "did you mean make"),
         (":Countdown", {}, "must be a registered name or package.module:Name, got ':Countdown'"),
-        ("grpo.tasks:Verdict", {"reason": "ok"}, "lacks name"),
+        ("grpo.tasks:Verdict", {"reason": "ok"}, "methods .*; it lacks examples, verify, leaks"),
     ],
 )
 def test_errors_name_what_is_near(spec: str, options: dict[str, Any], message: str) -> None:
@@ -74,6 +95,42 @@ def test_an_import_error_inside_the_users_module_is_shown_as_it_is(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         get_task("task_with_bad_import:Task", {})
+
+
+@pytest.mark.parametrize("spec", ["os:system", "subprocess:Popen", "builtins:exec", "shutil:rmtree"])
+def test_a_function_that_makes_no_task_is_not_called(spec: str, tmp_path: Path) -> None:
+    """Settings come from files, and `os:system` with the option `command` would be a command."""
+    for options in (
+        {"command": f"touch {tmp_path}/x"},
+        {"args": ["touch", f"{tmp_path}/x"]},
+        {"path": tmp_path},
+    ):
+        with pytest.raises(ValueError, match="must be a class with the methods examples, verify, leaks"):
+            get_task(spec, options)
+    assert tmp_path.is_dir() and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("spec", ["lone_task:Spelling", "outer.inner.task_file:Spelling"])
+def test_the_files_of_a_task_are_printed_before_they_run(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    *packages, name = spec.partition(":")[0].split(".")
+    files = [tmp_path.joinpath(*packages[: i + 1], "__init__.py") for i in range(len(packages))]
+    files.append(tmp_path.joinpath(*packages, f"{name}.py"))
+    files[-1].parent.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        file.write_text(f"print('running {file.stem}')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert tasks.files_of_module(spec.partition(":")[0]) == files and capsys.readouterr().out == ""
+    with pytest.raises(ValueError, match="has no 'Spelling'"):
+        get_task(spec)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"task {spec} runs code from {', '.join(map(str, files))}"
+    assert lines[1:] == [f"running {file.stem}" for file in files]
+    with pytest.raises(ValueError, match="has no 'Spelling'"):
+        get_task(spec)  # again: nothing is executed, so nothing is said
+    assert capsys.readouterr().out == "" and tasks.files_of_module("no.such.module") == []
 
 
 def test_tasks_declare_which_verdicts_are_format_errors() -> None:
