@@ -172,7 +172,8 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
     """Builds a task from `--task` and `--task_options`.
 
     Args:
-        spec: a registered name, or `package.module:Name` for a class or function anywhere on the import path.
+        spec: a registered name, or `package.module:Name` for a class, or a function annotated to return a
+            Task, anywhere on the import path.
         options: keyword arguments of that class or function.
     Raises:
         ValueError: unknown task or option (the message gives the nearest known one), an option of another
