@@ -24,7 +24,8 @@ def group_advantage(
         scale: "group" divides by (group std + eps), "batch" by (std of all B rewards + eps), "none" by 1.
         ddof: 1 divides a sum of squares by n - 1, 0 by n.
     Returns:
-        (B,) float32 (float64 for float64 rewards). Exactly 0 in a group of one or of equal rewards.
+        (B,) float32 (float64 for float64 rewards). Exactly 0 in a group of one or of equal rewards, and,
+        with eps 0, of rewards so close that the squares of their differences underflow.
     Raises:
         ValueError: shapes, scale, ddof or eps do not fit.
     """
@@ -50,7 +51,8 @@ def group_advantage(
         variance = (r - r.mean()).square().sum() / max(1, len(r) - ddof)
     else:
         variance = group_sum(centred.square()) / (size[group] - ddof).clamp_min(1)
-    return torch.where(centred == 0, 0.0, centred / (variance.sqrt() + eps))
+    deviation = variance.sqrt() + eps
+    return torch.where((centred == 0) | (deviation == 0), 0.0, centred / deviation)
 
 
 def check_advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> None:

@@ -22,14 +22,35 @@ The denominators are counted over the whole optimiser step. So the losses of its
 sum however the step is split, as long as a completion's tokens stay together. Left out: entropy bonus, value
 loss.
 
+Numbers are clamped before exp, so that the loss, its gradient and the metrics are finite for all log-probs
+from -inf to 0:
+
+    l, o, f    to at least LOWEST; a token of probability 0 has log-prob -inf
+    l - o      to [-BOUND, BOUND]; at sequence level the mean
+    x          to at most BOUND
+
+Beyond a bound the value stays constant, but the gradient is the one at the bound (`bounded`). The gradient of
+k is then 1 - exp(x), and that of r k is -x r, with clamped x and r. Both have the sign of -x: they pull the
+policy back to the reference from any distance. An ordinary clamp, with gradient 0, would let a distant policy
+go. It would even push it away: where k has no gradient, that of r k is r k > 0. The lower bound of l - o
+keeps r k at about 1 where r alone would underflow.
+
 M tokens, B completions of the optimiser step.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+# nats: a token is 3e6 times as likely under one model as under the other. The gradient -x r of r k is
+# computed as r k - r (exp(x) - 1). In float32, exp(15) is exact to 1/4, so the sign of this difference is
+# right; exp(20) is exact only to 32. Products and squares of such exponentials are far from overflow.
+BOUND = 15.0
+LOWEST = -1e4  # nats: its exp is 0 in every dtype, and unlike -inf it can be multiplied by 0
 LOSS_TYPES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo")
 LEVELS = ("token", "sequence")
 
@@ -80,6 +101,7 @@ def grpo_loss(
     old, ref = (logprobs if other is None else other for other in (old_logprobs, ref_logprobs))
     if mask is not None:  # selected, not multiplied by 0: so a masked NaN reaches no loss or gradient
         logprobs, old, ref, sequence_ids = (x[mask] for x in (logprobs, old, ref, sequence_ids))
+    logprobs, old, ref = (bounded(x, low=LOWEST) for x in (logprobs, old, ref))
     A = advantages[sequence_ids]  # (M,)
     length = sequence_ids.bincount(minlength=len(advantages))[sequence_ids]  # (M,)
 
@@ -87,16 +109,16 @@ def grpo_loss(
     if importance_sampling_level == "sequence":
         sums = log_ratio.new_zeros(len(advantages)).index_add(0, sequence_ids, log_ratio)
         log_ratio = sums[sequence_ids] / length
-    ratio = log_ratio.exp()
+    ratio = bounded(log_ratio, -BOUND, BOUND).exp()
 
     if loss_type == "cispo":
         token_loss = -ratio.detach().clamp(max=high) * A * logprobs
         low_clipped, high_clipped = ratio < 0, ratio > high  # there is no lower bound
     else:
-        bounded = ratio if delta is None else ratio.clamp(max=delta)
-        token_loss = -torch.minimum(bounded * A, ratio.clamp(1 - epsilon, 1 + high) * A)
+        free = ratio if delta is None else ratio.clamp(max=delta)
+        token_loss = -torch.minimum(free * A, ratio.clamp(1 - epsilon, 1 + high) * A)
         low_clipped, high_clipped = (ratio < 1 - epsilon) & (A < 0), (ratio > 1 + high) & (A > 0)
-    kl = _k3(ref.detach() - logprobs) * (ratio if use_bias_correction_kl else 1)
+    kl = _k3(bounded(ref.detach() - logprobs, high=BOUND)) * (ratio if use_bias_correction_kl else 1)
     if beta != 0:
         token_loss = token_loss + beta * kl
 
@@ -117,6 +139,21 @@ def grpo_loss(
     if ref_logprobs is not None:
         per_token["kl"] = kl
     return loss, {name: values.detach().sum() / num_loss_tokens for name, values in per_token.items()}
+
+
+def bounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """`x.clamp(low, high)`, NaN included, but its gradient is 1 everywhere, also beyond the bounds."""
+    return _Bounded.apply(x, low, high)
+
+
+class _Bounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0], None, None
 
 
 def _k3(x: Tensor) -> Tensor:

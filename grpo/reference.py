@@ -12,7 +12,8 @@ For a completion i of a group, with reward r_i and tokens t (GRPO, arXiv 2402.03
 the reflection, and the reward is 1 if the retry after it is right.
 
 Left out, but implemented in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits,
-micro-batches, bfloat16 weights with float32 masters. The other losses are in grpo/loss.py.
+micro-batches, bfloat16 weights with float32 masters. The other losses are in grpo/loss.py, and so is the
+reason why numbers are bounded before exp.
 
 B completions, T tokens of the longest row, H hidden size.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from grpo.advantage import group_advantage
 from grpo.logprob import plain_logprob
+from grpo.loss import BOUND, bounded
 from grpo.model.decoder import Decoder
 
 
@@ -59,9 +61,9 @@ def step_loss(
         logprobs, old_logprobs, ref_logprobs, masks, advantages, strict=True
     ):
         mask = torch.tensor(trained)
-        ratio = (new - old)[mask].exp()
+        ratio = bounded((new - old)[mask], -BOUND, BOUND).exp()
         surrogate = torch.minimum(ratio * A, ratio.clamp(1 - epsilon, 1 + epsilon) * A)
-        x = (ref - new)[mask]
+        x = bounded((ref - new)[mask], high=BOUND)
         total = total + (-surrogate + beta * ratio * (x.exp() - x - 1)).sum()
         count += int(mask.sum())
     return total / max(1, count)

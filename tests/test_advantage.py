@@ -93,3 +93,10 @@ def test_errors_name_the_argument(changes, message):
     arguments = {"rewards": torch.zeros(2), "group_ids": torch.zeros(2, dtype=torch.int64)} | changes
     with pytest.raises(ValueError, match=message):
         group_advantage(arguments.pop("rewards"), arguments.pop("group_ids"), **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_differences_whose_squares_underflow_are_none(dtype):
+    """Without eps the deviation is 0 there, and dividing by it would give infinite advantages."""
+    rewards = torch.tensor([0.0, torch.finfo(dtype).tiny], dtype=dtype)
+    assert group_advantage(rewards, torch.zeros(2, dtype=torch.int64), eps=0.0).tolist() == [0.0, 0.0]

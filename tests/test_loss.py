@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from grpo.loss import LOSS_TYPES, grpo_loss
+from grpo.loss import BOUND, LEVELS, LOSS_TYPES, grpo_loss
 
 SEQUENCES = [0, 0, 0, 1, 1, 2, 3, 3, 3, 3]  # completion 4 has no token; 2 is entirely masked below
 ADVANTAGES = [1.3, -0.7, 0.4, -2.0, 0.9]
@@ -251,6 +251,81 @@ def test_expected_kl_gradient_by_enumeration(correction):
     right, wrong = (reverse, forward) if correction else (forward, reverse)
     torch.testing.assert_close(gradient, torch.autograd.grad(right, logits, retain_graph=True)[0])
     assert not torch.allclose(gradient, torch.autograd.grad(wrong, logits)[0], rtol=0.1)
+
+
+EXTREMES = [0.0, -1.0, -101.0, -1e4, -math.inf]  # -inf: a token of probability 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", LEVELS)
+def test_everything_is_finite_for_extreme_inputs(level, dtype):
+    """All triples of extreme log-probs, in completions of five tokens with advantages from -1000 to 1000."""
+    rows = list(itertools.product([0.0, 1.0, -1.0, 1e3, -1e3], EXTREMES, EXTREMES, EXTREMES))
+    advantages, logprobs, old, ref = torch.tensor(rows, dtype=dtype).T.contiguous()
+    logprobs.requires_grad_()
+    for loss_type, at, high, delta, beta, correction in combinations():
+        if at != level:
+            continue
+        loss, metrics = grpo_loss(
+            logprobs,
+            old,
+            ref,
+            advantages[::5],
+            torch.arange(len(rows)) // 5,
+            epsilon_high=high,
+            delta=delta,
+            beta=beta,
+            loss_type=loss_type,
+            importance_sampling_level=level,
+            use_bias_correction_kl=correction,
+            max_completion_length=6,
+        )
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        assert loss.isfinite() and gradient.isfinite().all(), (loss_type, high, delta, beta, correction)
+        assert all(value.isfinite() for value in metrics.values()), (loss_type, metrics)
+
+
+@pytest.mark.parametrize("correction", [False, True])
+def test_the_kl_pulls_back_from_any_distance(correction):
+    """Its gradient has the sign of logprob - ref; a bound with gradient 0 would let a distant policy go."""
+    near = [-BOUND + 0.5, -BOUND, -BOUND - 0.5, -88.0, -89.0]  # float32's exp overflows above 88.7
+    rows = list(itertools.product(EXTREMES + near, repeat=3))
+    logprobs, old, ref = torch.tensor(rows).T.contiguous()
+    logprobs.requires_grad_()
+    loss, metrics = grpo_loss(
+        logprobs,
+        old,
+        ref,
+        torch.zeros(len(rows)),
+        torch.arange(len(rows)),
+        beta=1.0,
+        use_bias_correction_kl=correction,
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    apart = logprobs.detach().clamp(min=-1e4) - ref.clamp(min=-1e4)
+    assert torch.equal(gradient.sign(), apart.sign())
+    assert loss == metrics["kl"] > 1
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_a_distant_token_keeps_the_gradient_at_the_bound(advantage):
+    """A worse token that has become far likelier is still pushed down; clipping ends other gradients."""
+    logprobs = torch.tensor([-1.0], requires_grad=True)
+    arguments = (torch.tensor([-101.0]), None, torch.tensor([advantage]), torch.tensor([0]))
+    loss, metrics = grpo_loss(logprobs, *arguments, beta=0)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    ratio = math.exp(BOUND)
+    assert metrics["ratio/mean"].item() == pytest.approx(ratio)
+    assert loss.item() == pytest.approx(-1.2 if advantage > 0 else ratio)
+    assert gradient.item() == pytest.approx(0.0 if advantage > 0 else ratio)
+
+
+def test_a_log_prob_that_is_nan_is_not_hidden():
+    for column in range(3):
+        logprobs, old, ref = torch.full((3, 2), -1.0).unbind()
+        (logprobs, old, ref)[column][1] = math.nan
+        loss, _ = grpo_loss(logprobs, old, ref, torch.ones(1), torch.zeros(2, dtype=torch.int64))
+        assert loss.isnan()
 
 
 @pytest.mark.parametrize(

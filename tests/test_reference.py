@@ -1,12 +1,14 @@
 """The step of grpo/reference.py, which the other tests take for the truth."""
 
 import copy
+import itertools
 import math
 
 import pytest
 import tiny
 import torch
 
+from grpo.loss import grpo_loss
 from grpo.reference import completion_logprobs, grpo_step, step_loss
 
 
@@ -36,6 +38,20 @@ def test_the_loss_of_two_tokens_by_hand():
     new, old, ref = ([torch.tensor([x], dtype=torch.float64) for x in column] for column in columns)
     loss = step_loss(new, old, ref, [[True], [True]], torch.tensor([1.0, -1.0]), beta=0.5)
     assert loss.item() == pytest.approx((-1.2 + 1 + 0.5 / math.e) / 2)
+
+
+def test_extreme_log_probs_give_the_losses_of_loss_py():
+    """The same bounds as in grpo/loss.py: finite gradients at any distance between the three policies."""
+    rows = list(itertools.product([0.0, -1.0, -101.0, -1e4], repeat=3))
+    for dtype, advantage in itertools.product((torch.float32, torch.float64), (0.0, 1.0, -1.0)):
+        new, old, ref = torch.tensor(rows, dtype=dtype).T.contiguous()
+        new.requires_grad_()
+        A = torch.tensor([advantage], dtype=dtype)
+        loss = step_loss([new], [old], [ref], [[True] * len(rows)], A, beta=0.1)
+        expected, _ = grpo_loss(new, old, ref, A, torch.zeros(len(rows), dtype=torch.int64), beta=0.1)
+        (gradient,), (right,) = (torch.autograd.grad(value, new) for value in (loss, expected))
+        assert loss.isfinite() and gradient.isfinite().all()
+        torch.testing.assert_close((loss, gradient), (expected, right))
 
 
 def test_a_step_is_the_learners(parts, sampled):

@@ -6,13 +6,16 @@ last section.
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 
 import pytest
 import tiny
 import tiny_run
+import torch
 
+from grpo.loss import grpo_loss
 from grpo.run import checkpoint
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
@@ -101,5 +104,28 @@ def test_a_task_that_leaves_the_process_ends_no_run_with_status_0(model, tmp_pat
 # --- 9. editors and YAML -----------------------------------------------------------------------------------
 
 # --- 10. finite gradients ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "advantage", "delta"),
+    [
+        ((-1.0, -101.0, -1.0), 1.0, None),
+        ((-1.0, -101.0, -1.0), -1.0, 4.0),
+        ((-101.0, -101.0, -1.0), 1.0, None),
+        ((-101.0, -1.0, -1.0), 1.0, None),
+        ((-1.0, -math.inf, -math.inf), -1.0, None),
+    ],
+    ids=["old far below", "delta", "reference far above", "policy far below", "probability 0"],
+)
+def test_a_log_ratio_of_100_nats(columns, advantage, delta):
+    """exp overflowed (TRL #3015): the loss was finite and its gradient NaN, or the KL was infinite."""
+    logprobs, old, ref = (torch.tensor([x]) for x in columns)
+    logprobs.requires_grad_()
+    advantages, sequence_ids = torch.tensor([advantage]), torch.tensor([0])
+    loss, metrics = grpo_loss(logprobs, old, ref, advantages, sequence_ids, delta=delta, beta=0.1)
+    loss.backward()
+    assert loss.isfinite() and logprobs.grad.isfinite()
+    assert metrics["ratio/mean"].isfinite() and metrics["kl"].isfinite()
+
 
 # --- found by benchmarks/fuzz.py ---------------------------------------------------------------------------

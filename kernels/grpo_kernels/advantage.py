@@ -70,7 +70,7 @@ def advantage_kernel(
         if SCALE == "batch":
             count = size * 0 + B
         deviation = tl.sqrt(squares / tl.maximum(count - DDOF, 1.0)) + EPS
-        centred = tl.where(centred == 0, 0.0, centred / deviation)
+        centred = tl.where((centred == 0) | (deviation == 0), 0.0, centred / deviation)
     tl.store(out + i, centred, mask=i < B)
 
 

@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grpo.loss import check_options, check_tensors
+from grpo.loss import BOUND, LOWEST, check_options, check_tensors
 from grpo_kernels import checks
 from grpo_kernels.config import sum_dtype, sum_type
 
 METRICS = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
 BLOCK = 1024  # tokens per program
+_BOUND, _LOWEST = tl.constexpr(BOUND), tl.constexpr(LOWEST)  # globals of kernels must be constexpr
 
 
 def grpo_loss(
@@ -88,10 +89,19 @@ def _k3(x, TERMS: tl.constexpr):
 
 
 @triton.jit
+def _floored(logprob):
+    """At least LOWEST. NaN stays NaN, which a maximum could drop."""
+    return tl.where(logprob < _LOWEST, _LOWEST, logprob)
+
+
+@triton.jit
 def segment_sum_kernel(
     values, old, order, bounds, out, BLOCK: tl.constexpr, DIFFERENCE: tl.constexpr, ACC: tl.constexpr
 ):
-    """out[b] = sum of values, or of values - old, over the tokens of completion b, in a fixed order."""
+    """out[b] = sum of values, or of log-probs minus old ones, over the tokens of completion b.
+
+    The order of the sum is fixed.
+    """
     b = tl.program_id(0)
     first, stop = tl.load(bounds + b), tl.load(bounds + b + 1)
     total = tl.zeros((BLOCK,), dtype=ACC)
@@ -100,7 +110,7 @@ def segment_sum_kernel(
         token = tl.load(order + place, mask=place < stop, other=0)
         x = tl.load(values + token, mask=place < stop, other=0.0).to(ACC)
         if DIFFERENCE:
-            x -= tl.load(old + token, mask=place < stop, other=0.0).to(ACC)
+            x = _floored(x) - _floored(tl.load(old + token, mask=place < stop, other=0.0).to(ACC))
         total += x
     tl.store(out + b, tl.sum(total, 0))
 
@@ -127,12 +137,14 @@ def loss_kernel(
         live = live & (tl.load(mask + place, mask=live, other=0) != 0)
     sequence = tl.load(sequence_ids + place, mask=live, other=0)
     A = tl.load(advantages + sequence, mask=live, other=0.0).to(ACC)
-    logp = tl.load(logprobs + place, mask=live, other=0.0).to(ACC)
-    log_ratio = logp - tl.load(old + place, mask=live, other=0.0).to(ACC)
+    logp = _floored(tl.load(logprobs + place, mask=live, other=0.0).to(ACC))
+    log_ratio = logp - _floored(tl.load(old + place, mask=live, other=0.0).to(ACC))
     length = tl.load(lengths + sequence, mask=live, other=1).to(ACC)
     if SEQUENCE:
         log_ratio = tl.load(sequence_log_ratio + sequence, mask=live, other=0.0) / length
-    r = tl.exp(log_ratio)
+    # Values are bounded before exp; the derivatives below take the bounded r and x (see grpo/loss.py).
+    log_ratio = tl.where(log_ratio > _BOUND, _BOUND, log_ratio)
+    r = tl.exp(tl.where(log_ratio < -_BOUND, -_BOUND, log_ratio))
 
     # Tensors of type ACC: a Python number would become float32.
     floor = tl.full((BLOCK,), 0 if CISPO else 1 - EPSILON, ACC)
@@ -154,7 +166,8 @@ def loss_kernel(
         low, high = (r < floor) & (A < 0), (r > ceiling) & (A > 0)
     kl = r * 0
     if HAS_REF:
-        x = tl.load(ref + place, mask=live, other=0.0).to(ACC) - logp
+        x = _floored(tl.load(ref + place, mask=live, other=0.0).to(ACC)) - logp
+        x = tl.where(x > _BOUND, _BOUND, x)
         k3 = _k3(x, TERMS)
         kl = k3
         d_kl = -(k3 + x)
@@ -162,7 +175,7 @@ def loss_kernel(
             kl, d_kl = k3 * r, d_kl * r
             if BETA != 0:
                 d_r += BETA * k3
-        if BETA != 0:  # k3 can be infinite, and 0 times infinity is NaN
+        if BETA != 0:  # else even a reference that is NaN changes only the metric
             value += BETA * kl
             d_logp += BETA * d_kl
 
