@@ -7,8 +7,11 @@ last section.
 from __future__ import annotations
 
 import math
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -17,13 +20,16 @@ import torch
 
 from grpo.loss import grpo_loss
 from grpo.run import checkpoint
-from grpo.tasks import Verdict
+from grpo.tasks import SPLITS, Verdict, countdown, function_calling
 from grpo.tasks.contract import PROBES
+from grpo.tasks.function_calling import FunctionCalling
+from grpo.tasks.function_calling.data import tool
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_run.save_model(tmp_path_factory.mktemp("model"))
+
 
 
 # --- 1. checkpoints tell other programs everything the run used --------------------------------------------
@@ -32,13 +38,120 @@ def model(tmp_path_factory):
 
 # --- 3. thinking models ------------------------------------------------------------------------------------
 
+CALL = '{"name": "f", "arguments": {"x": 1}}'
+TAGGED = f"<tool_call>{CALL}</tool_call>"
+
+
+@pytest.mark.parametrize("opened", ["<think>", ""], ids=["by the text", "by the prompt"])
+@pytest.mark.parametrize(
+    "thought",
+    [f"I write {TAGGED}.", "I need a <tool_call> tag.", f"Draft: ```json\n{CALL}\n```", "", "x" * 9000],
+)
+@pytest.mark.parametrize("answer", [TAGGED, CALL, f"```json\n{CALL}\n```"])
+def test_calls_drafted_in_a_thought(opened: str, thought: str, answer: str) -> None:
+    text = f"{opened}\n{thought}\n</think>\n\n{answer}"
+    assert function_calling.verify(text, [json.loads(CALL)]).ok
+    assert function_calling.verify(text, []).reason == "wrong_count"
+    assert function_calling.verify(f"{opened}{thought}{answer}</think>No tool fits.", []).ok
+
+
+def test_countdown_answer_drafted_in_a_thought() -> None:
+    for text in ("<think><answer>3+5</answer></think>", "<answer>3+5</answer> fits.</think>"):
+        assert countdown.verify(text, [3, 5], 8).reason == "no_answer"
+        assert countdown.verify(f"{text}\n<answer>5 + 3</answer>", [3, 5], 8).ok
+        assert countdown.verify(f"{text}<answer>5-3</answer>", [3, 5], 8).reason == "wrong_value"
+
+
+def test_thought_without_an_end() -> None:
+    for text in ("<think>" + TAGGED, f"<think>a</think><think>{TAGGED}", "<think>" + "x" * 9000, "<think>"):
+        for gold in ([json.loads(CALL)], []):
+            assert function_calling.verify(text, gold).reason == "no_call", text
+    assert countdown.verify("<think><answer>3+5</answer>", [3, 5], 8).reason == "no_answer"
+
+
 # --- 4. tags, tokens and text ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "string", ["</tool_call>", "<tool_call>", f"see {TAGGED}", "```", "```json\n[]\n```"]
+)
+@pytest.mark.parametrize("python_syntax", [False, True])
+def test_tags_and_fences_inside_strings(string: str, python_syntax: bool) -> None:
+    gold = [{"name": "f", "arguments": {"x": string}}]
+    texts = [json.dumps(gold), *([f"[f(x={string!r})]"] if python_syntax else [])]
+    for text in texts:
+        for written in (
+            text,
+            f"<tool_call>\n{text}\n</tool_call>",
+            f"Well: <tool_call>{text}</tool_call> Done.",
+            f"```json\n{text}\n```",
+            f"Well: ```json {text}``` Done.",
+        ):
+            assert function_calling.verify(written, gold, python_syntax).ok, written
+        assert function_calling.verify(f"<tool_call>{text}", gold, python_syntax).reason == "parse"
+
 
 # --- 5. state outside the settings -------------------------------------------------------------------------
 
 # --- 6. RoPE that depends on the length --------------------------------------------------------------------
 
 # --- 7. data without a right answer ------------------------------------------------------------------------
+
+
+def xlam_file(folder: Path, tools: Any, *answers: Any) -> str:
+    """An xLAM file in which each record offers the same tools."""
+    path = folder / "xlam.json"
+    path.write_text(json.dumps([{"query": "q", "tools": tools, "answers": one} for one in answers]))
+    return str(path)
+
+
+PLAIN = [{"name": "f", "parameters": {"x": {"type": "int"}, "y": {"type": "str", "default": "a"}}}]
+
+
+@pytest.mark.parametrize("extra", [{"xx": 2}, {"z": None}], ids=["misspelled", "null-filled"])
+def test_gold_arguments_that_the_tool_does_not_have(tmp_path: Path, extra: dict[str, Any]) -> None:
+    bad, good = ([{"name": "f", "arguments": {"x": 1, **more}}] for more in (extra, {}))
+    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 .*'f' the unknown argument '{min(extra)}'"):
+        task = FunctionCalling(data_path=xlam_file(tmp_path, PLAIN, bad, good))
+    assert task.skipped.count == 1
+
+
+def test_columns_filled_with_null(tmp_path: Path) -> None:
+    # What pyarrow writes for a column of structs: each tool has all parameters, null where there is none.
+    x, y = ({"type": "int", "default": None}, {"type": "str", "default": "a"})
+    tools = [
+        {"name": "f", "description": None, "parameters": {"x": x, "y": y, "z": None}},
+        {"name": "g", "description": "G.", "parameters": {"x": None, "y": None, "z": x}},
+    ]
+    answers = [{"name": "f", "arguments": {"x": 1, "y": None, "z": None}}]
+    task = FunctionCalling(data_path=xlam_file(tmp_path, tools, answers))
+    (example,) = [
+        e for split in SPLITS for e in task.examples(split, task.size(split))
+    ]
+    assert example.data["gold"] == [{"name": "f", "arguments": {"x": 1}}]
+    first, second = (one["function"] for one in example.data["tools"])
+    assert first["description"] == "" and first["parameters"]["required"] == ["x"]
+    assert first["parameters"]["properties"] == {
+        "x": {"type": "integer"},
+        "y": {"type": "string", "default": "a"},
+    }
+    assert second["parameters"]["properties"] == {"z": {"type": "integer"}}
+
+
+@pytest.mark.parametrize("kind", ["Union[str, int]", "Callable[[float], float]"])
+def test_type_strings_with_commas_in_brackets(kind: str) -> None:
+    for suffix in ("", ", optional", ", default: [1, 2]"):
+        parameters = tool("f", "", {"x": {"type": kind + suffix}})["function"]["parameters"]
+        assert parameters["properties"]["x"]["type"] == kind
+        assert parameters["required"] == ([] if suffix else ["x"])
+
+
+def test_required_false_at_an_argument() -> None:
+    arguments = {"x": {"type": "int"}, "y": {"type": "int", "required": False}}
+    for given in (arguments, {"type": "object", "properties": arguments, "required": ["x", "y"]}):
+        parameters = tool("f", "", given)["function"]["parameters"]
+        assert parameters["required"] == ["x"] and parameters["properties"]["y"] == {"type": "integer"}
+
 
 # --- 8. contracts with user code ---------------------------------------------------------------------------
 

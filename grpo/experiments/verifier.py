@@ -28,7 +28,7 @@ from grpo.experiments.answers import changed_answers, right_answers
 from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study, evaluate
 from grpo.run import files
-from grpo.tasks import Example, get_task
+from grpo.tasks import Example, after_thought, get_task
 from grpo.tasks.function_calling import FunctionCalling
 from grpo.tasks.function_calling import verify as verify_calls
 from grpo.tasks.function_calling.berkeley import INSTALL
@@ -206,7 +206,7 @@ def model_answers(result: ModelResult, examples: Sequence[Example], operators: s
         values = expressions(tuple(example.data["numbers"]), operators)
         for turn in ("first", "retry"):
             if (tried := record[turn]) is not None:
-                inside = re.findall(r"<answer>([^<]*)</answer>", tried["text"])
+                inside = re.findall(r"<answer>([^<]*)</answer>", after_thought(tried["text"]))
                 text = re.sub(r"\s", "", inside[-1]) if inside else ""
                 yield (
                     f"a model's answers, {turn}",

@@ -25,6 +25,7 @@ SPLITS = ("train", "validation", "heldout")
 METHODS = ("examples", "verify", "leaks")
 MEMBERS = ("name", "system", "reflection_instruction", *METHODS)  # of every task
 RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
+THINK, END_THINK = "<think>", "</think>"  # around the thoughts of thinking models
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,17 @@ class Transcript:
     retry: str | None = None
 
 
+def after_thought(text: str) -> str:
+    """What a verifier judges: the text after the last `</think>`, or "" where a thought never ends.
+
+    `</think>` counts wherever it is, in a string too: chat templates cut answers there in the same way. It
+    needs no `<think>` before it, because a prompt may have opened the thought. A `<think>` after it opens
+    another thought. Tags are exact: `</THINK>` is text.
+    """
+    rest = text.rpartition(END_THINK)[2]
+    return "" if THINK in rest else rest
+
+
 class Task(Protocol):
     """What the trainer asks of a task. `system` is None if there is no system message.
 
@@ -91,11 +103,14 @@ class Task(Protocol):
         ...
 
     def verify(self, example: Example, text: str) -> Verdict:
-        """Judges an answer. Never raises, and its work is linear in the length of `text`."""
+        """Judges an answer. Never raises, and its work is linear in the length of `text`.
+
+        `text` includes the thoughts of a thinking model; see `after_thought`.
+        """
         ...
 
     def leaks(self, example: Example, reflection: str) -> bool:
-        """Whether the reflection already contains an accepted answer."""
+        """Whether the reflection, thoughts included, already contains an accepted answer."""
         ...
 
 

@@ -14,7 +14,16 @@ import math
 import random
 from collections.abc import Iterator
 
-from grpo.tasks import RIGHT_ATTEMPTS, SPLITS, Example, Transcript, Verdict, check_split, register
+from grpo.tasks import (
+    RIGHT_ATTEMPTS,
+    SPLITS,
+    Example,
+    Transcript,
+    Verdict,
+    after_thought,
+    check_split,
+    register,
+)
 from grpo.tasks.expression import contains, evaluate, literals, parse, reachable, worked
 
 MAX_ANSWER_CHARACTERS = 200
@@ -30,12 +39,13 @@ Problem = tuple[tuple[int, ...], int]  # sorted numbers, target
 
 
 def verify(text: str, numbers: list[int], target: int) -> Verdict:
-    """Judges the expression in the last <answer>...</answer> of a text.
+    """Judges the expression in the last <answer>...</answer> of a text, thoughts aside (`after_thought`).
 
     The checks run in this order, the first that fails names the verdict: no_answer, empty, too_long (over
     200 characters), illegal_char, syntax, wrong_numbers (not exactly `numbers`, each once), div_zero,
     wrong_value. Arithmetic is exact, fractions in between are allowed. Never raises; linear in the text.
     """
+    text = after_thought(text)
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start < 0:
@@ -139,7 +149,10 @@ class Countdown:
         return verify(text, example.data["numbers"], example.data["target"])
 
     def leaks(self, example: Example, reflection: str) -> bool:
-        """Whether a part of the reflection is an expression of exactly the numbers that equals the target."""
+        """Whether a part of the reflection is an expression of exactly the numbers that equals the target.
+
+        Thoughts count: the retry's context has all sampled ids of the reflection.
+        """
         return contains(reflection.translate(_SIGNS), example.data["numbers"], example.data["target"])
 
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:

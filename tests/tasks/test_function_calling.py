@@ -11,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo.tasks import END_THINK
 from grpo.tasks.function_calling import tolerant_verify, verify
 from grpo.tasks.function_calling.calls import MAX_CHARACTERS, find_calls, scattered_calls
 from grpo.tasks.function_calling.data import tool
 from grpo.tasks.function_calling.json_calls import MAX_DEPTH, MAX_DIGITS
 from grpo.tasks.function_calling.matching import compare, equal
+from grpo.tasks.function_calling.mistakes import text_of
 
 CASES = json.loads(
     (Path(__file__).parents[1] / "cases" / "function_calling.json").read_text(encoding="utf-8")
@@ -183,12 +185,112 @@ def test_backticks_inside_strings_are_no_fence() -> None:
         written,
         f"[{written}]",
         f"```json\n{written}\n```",
+        f"```json\n{written}```",
         f"Here:\n```\n{written}\n```\nDone.",
+        f"Here: ```{written}```",
         f"<tool_call>{written}</tool_call>",
     ):
         assert reason(text, gold) == "ok", text
-    # In mid-line they cannot be told from fences.
-    assert reason(f"Here: ```{written}```", gold) == "multi_block"
+    assert reason(f"```{written}``` or ```{written}```", gold) == "multi_block"
+
+
+BLOCK = f"<tool_call>{F1}</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "without_gold"),
+    [
+        (f"<think></think>{F1}", "ok", "wrong_count"),
+        (f"<think>\n\n</think> \n {F1}\n", "ok", "wrong_count"),
+        (f"<think>one</think> {BLOCK} <think>two</think> {F1}", "ok", "wrong_count"),
+        (f"{BLOCK}</think>", "empty", "ok"),  # a thought, whoever opened it, and then nothing
+        (f"<think>{BLOCK}</think>\n", "empty", "ok"),
+        ("<think>hm</think>None fits.", "no_call", "ok"),
+        (f"<think>hm</think>{BLOCK}<think>", "no_call", "no_call"),  # opened again
+        (f"{BLOCK} <think>or rather", "no_call", "no_call"),
+        (f"<think>{BLOCK}", "no_call", "no_call"),
+        (f"<think>```json\n{F1}\n```", "no_call", "no_call"),
+        ("<think>" + "x" * MAX_CHARACTERS, "no_call", "no_call"),
+        ("<tool_call>{ <think>", "no_call", "no_call"),
+        ("[ <think> ]", "no_call", "no_call"),
+        ("```\n<think>\n```", "no_call", "no_call"),
+        (f"<think>a <think>b</think>{F1}", "ok", "wrong_count"),  # opened twice, closed once
+        (f"<THINK>{F1}</THINK>", "no_call", "ok"),  # no tag, so prose
+        (f"</THINK>{BLOCK}", "ok", "wrong_count"),
+        (f"< think>{BLOCK}", "ok", "wrong_count"),
+        ("x" * MAX_CHARACTERS + f"</think>{F1}", "ok", "wrong_count"),
+        ("</think>" + "x" * (MAX_CHARACTERS + 1), "too_long", "too_long"),
+    ],
+)
+def test_thoughts(text: str, expected: str, without_gold: str) -> None:
+    for accepted in (False, True):
+        gold = [call(x=[1])] if accepted else GOLD
+        assert reason(text, gold, accepted=accepted) == expected
+        assert reason(text, [], accepted=accepted) == without_gold
+    assert tolerant_verify(text, GOLD, TOOLS).reason == expected
+
+
+def test_tags_of_thoughts_inside_strings() -> None:
+    # `<think>` in a string of a call is text. `</think>` ends a thought wherever it is; JSON can escape it.
+    gold = [call(x="a <think> b")]
+    for text in (
+        json.dumps(gold),
+        f"<tool_call>{json.dumps(gold[0])}</tool_call>",
+        f"```\n{json.dumps(gold)}```",
+    ):
+        assert reason(text, gold) == "ok"
+        assert reason(f"{text} <think>", gold) == "no_call"
+    assert reason("f(x='a <think> b')", gold, python_syntax=True) == "ok"
+    gold = [call(x="a </think> b")]
+    assert reason(json.dumps(gold), gold) == "no_call"
+    assert reason(text_of(gold), gold) == "ok" and json.loads(text_of(gold)) == gold
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"<tool_call>{F1}<tool_call>", "parse"),
+        (f"<tool_call>{F1} and {F1}</tool_call>", "parse"),
+        (f"<tool_call>{F1}{F1}</tool_call>", "parse"),
+        (f"<tool_call> {F1} </tool_call></tool_call>", "ok"),  # a tag that closes nothing is prose
+        ('<tool_call>{"name": "f", "arguments": {"x": "</tool_call>', "parse"),
+        ('<tool_call>{"name": "f</tool_call>"', "parse"),
+        ("<tool_call>12</tool_call>", "shape"),
+        ('<tool_call>"</tool_call>"</tool_call>', "shape"),
+        (f"```json\n{F1}\n``` <tool_call>", "parse"),
+        (f'```json\n{{"name": "<tool_call>"}}\n```\n{BLOCK}', "ok"),
+        (f"```\n{BLOCK}\n```", "ok"),
+        ('"<tool_call>"', "parse"),  # a string, but not in a call
+        (f"<tool_call></tool_call>{BLOCK}", "empty"),
+    ],
+)
+def test_where_blocks_end(text: str, expected: str) -> None:
+    assert reason(text, GOLD) == expected
+    assert reason(text, []) in (expected, "wrong_count")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<tool_call>f(x=1) # don't</tool_call>", "ok"),
+        ("<tool_call>f(x='</tool_call>')</tool_call>", "wrong_value"),
+        ("<tool_call>f(x='\\'</tool_call>')</tool_call>", "wrong_value"),
+        ('<tool_call>f(x="""a\n"</tool_call>""")</tool_call>', "wrong_value"),
+        ("<tool_call>f(x=r'''\n```''')</tool_call>", "wrong_value"),
+        ("<tool_call>f(x='</tool_call>", "parse"),
+        ("<tool_call>f(x=''')</tool_call>", "parse"),
+        ("<tool_call>[f(x=1)]", "parse"),
+        ("```python\nf(x='```')\n```", "wrong_value"),
+        ("```python\nf(x='''\n```\n''')\n```", "wrong_value"),
+        ("Well: ```python\nf(x='```')``` Done.", "wrong_value"),
+        ("f(x='<tool_call>')", "wrong_value"),
+        ("[f(x='<think>')]", "wrong_value"),
+        ("It's ```f(x=1)```", "ok"),
+        ("```\nf(x=1)  # isn't it\n```", "ok"),
+    ],
+)
+def test_where_blocks_of_python_end(text: str, expected: str) -> None:
+    assert reason(text, GOLD, python_syntax=True) == expected
 
 
 def test_python_values() -> None:
@@ -409,8 +511,13 @@ def test_tolerance_is_about_defaults_alone() -> None:
 
 NAMES = st.sampled_from(["f", "g", "get.weather", "set_it"])
 KEYS = st.sampled_from(["a", "b", "city", "x1"])
-# Backticks and tags are not escaped in JSON: no answer can hold them and be found by them.
-TEXTS = st.text(st.characters(exclude_characters="`<", exclude_categories=["Cs"]))
+# Tags and fences in strings are text; only `</think>` must be escaped.
+TEXTS = st.lists(
+    st.sampled_from(["<tool_call>", "</tool_call>", "<think>", "```", "```json\n", '"', "'", "\\", "#"])
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+    max_size=4,
+).map("".join)
+TEXTS = TEXTS.filter(lambda text: END_THINK not in text)
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | TEXTS
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3)
@@ -510,6 +617,11 @@ PIECES = st.sampled_from(
         *"[]{}(),:\"'`\\ \n=*-1fx",
         "<tool_call>",
         "</tool_call>",
+        "<think>",
+        "</think>",
+        '"""',
+        "'''",
+        "#",
         "```",
         "```json\n",
         '{"name":',
@@ -536,6 +648,7 @@ def test_never_raises(text: str, python_syntax: bool, accepted: bool) -> None:
     for gold in (GOLD, [], [call("f", x=[1, ""], y=[{"a": [1]}, [2]])]):
         assert reason(text, gold, python_syntax=python_syntax, accepted=accepted) in REASONS
     scattered_calls(text)
+    tolerant_verify(text, GOLD, TOOLS, python_syntax)
 
 
 FILL = MAX_CHARACTERS - 8  # what a hostile text may take before it is merely too long
@@ -561,6 +674,18 @@ HOSTILE = {
     "keywords": lambda n: "f(" + ",".join(f"a{i}=1" for i in range(n // 8)) + ")",
     "many calls": lambda n: "[" + ",".join(["f()"] * (n // 4)) + "]",
     "many equal calls": lambda n: json.dumps([call()] * (n // 40)),
+    "thoughts": lambda n: "<think></think>" * (n // 15),
+    "open thoughts": lambda n: "</think>" + "<think>" * (n // 7),
+    "calls between thoughts": lambda n: (F1 + "</think>") * (n // 50),
+    "blocks that begin strings": lambda n: '<tool_call>["</tool_call>' * (n // 25),
+    "tags in a string": lambda n: '<tool_call>"' + "</tool_call>" * (n // 12),
+    "fences that begin strings": lambda n: '```["' * (n // 5),
+    "fences and escaped quotes": lambda n: "```\\'" * (n // 5),
+    "fences and triple quotes": lambda n: "```\\'''\n" * (n // 8),
+    "strings of either parity": lambda n: '```["' + '","' * (n // 3),
+    "quotes of three": lambda n: "<tool_call>f(x=" + "'''\\" * (n // 4),
+    "comments": lambda n: "<tool_call>f(" + "# ' \n" * (n // 5),
+    "lines of fences": lambda n: "``` x\n" * (n // 6),
     "surrogates": lambda n: "f(x='" + "\ud800" * n + "')",
 }
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from typing import Any
 
-from grpo.tasks import RIGHT_ATTEMPTS, Example, Transcript, Verdict, check_split, register
+from grpo.tasks import END_THINK, RIGHT_ATTEMPTS, THINK, Example, Transcript, Verdict, check_split, register
 from grpo.tasks.function_calling.berkeley import CATEGORIES, Berkeley, category_of
 from grpo.tasks.function_calling.calls import find_calls, holds_prose_only, scattered_calls
 from grpo.tasks.function_calling.data import Record, Source, Splits, defaults_of
-from grpo.tasks.function_calling.json_calls import Call, Unreadable
+from grpo.tasks.function_calling.json_calls import Call, Unreadable, json_calls
 from grpo.tasks.function_calling.matching import Defaults, compare, includes
 from grpo.tasks.function_calling.mistakes import mistaken, reflection, right_calls, text_of
 from grpo.tasks.function_calling.xlam import Xlam
@@ -32,11 +33,12 @@ PLAIN_PROMPT = (
 
 
 def verify(text: str, gold: list[Call], python_syntax: bool = False, accepted: bool = False) -> Verdict:
-    """Judges the calls in a text. The first check that fails names the verdict, in this order:
+    """Judges the calls in what follows the last `</think>`. The first check that fails names the verdict:
 
     too_long (over 8,000 characters), multi_block (two code fences), empty, no_call (prose), parse, dup_key,
     nonfinite, shape; with Python's syntax also positional and non_literal; then against the gold calls, in
-    any order: wrong_count, wrong_name, wrong_keys, wrong_value. Never raises; linear in the text.
+    any order: wrong_count, wrong_name, wrong_keys, wrong_value. A thought that never ends is no_call. Never
+    raises; linear in the text.
 
     Args:
         gold: calls as {"name", "arguments"}. Where it is empty the right answer is no call: prose, nothing,
@@ -67,11 +69,8 @@ def _judge(text: str, gold: list[Call], python_syntax: bool, accepted: bool, def
     try:
         calls = find_calls(text, python_syntax)
     except Unreadable as fault:
-        reason = fault.reason
-        if not gold and reason != "too_long":
-            nothing = reason in ("empty", "no_call") or holds_prose_only(text, python_syntax)
-            reason = "ok" if nothing else reason
-        return Verdict(reason)
+        nothing_is_right = not gold and holds_prose_only(text, python_syntax)
+        return Verdict("ok" if nothing_is_right else fault.reason)
     return Verdict(compare(calls, gold, accepted, defaults))
 
 
@@ -178,12 +177,13 @@ class FunctionCalling:
     def leaks(self, example: Example, reflection: str) -> bool:
         """Whether the reflection contains all the right calls, anywhere in its text.
 
-        Where the right answer is no call there is nothing to look for: False.
+        Thoughts count: the retry's context has all sampled ids of the reflection. Where the right answer is
+        no call there is nothing to look for: False.
         """
         gold = example.data["gold"]
         if not gold:
             return False
-        if self.verify(example, reflection).ok:
+        if any(self.verify(example, part).ok for part in re.split(f"{THINK}|{END_THINK}", reflection)):
             return True
         return includes(scattered_calls(reflection), gold, self.accepted)
 
@@ -194,7 +194,7 @@ class FunctionCalling:
         """
         gold, tools = example.data["gold"], example.data["tools"]
         if attempt is not None:
-            calls = find_calls(attempt)
+            calls = json_calls(attempt)
         elif not (gold or tools) or rng.random() < RIGHT_ATTEMPTS:
             return Transcript(text_of(right_calls(gold, self.accepted)))
         else:

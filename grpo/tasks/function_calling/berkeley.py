@@ -54,12 +54,13 @@ class Berkeley:
 
     def read(self, number: int) -> Record:
         question, answer = self._lines[number]
-        entry, truth = json.loads(question), json.loads(answer)["ground_truth"]
-        tools = [
-            tool(given["name"], given["description"], given["parameters"]) for given in entry["function"]
-        ]
-        gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
-        return Record(entry["id"], _messages(entry["question"][0]), tools, gold)
+        try:
+            return _record(json.loads(question), json.loads(answer)["ground_truth"])
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            line = question[:80].decode(errors="replace")
+            raise ValueError(
+                f"{self}: {line}... or its answer cannot be read ({error!r}); {TESTED}"
+            ) from None
 
     def _pairs(self, category: str) -> Iterator[tuple[bytes, bytes]]:
         """Questions with their answers. If no tool fits, the files have no answer."""
@@ -81,6 +82,21 @@ class Berkeley:
 
 def category_of(record: Record) -> str:
     return record.id.rpartition("_")[0]  # live_simple_112-68-0
+
+
+def _record(entry: dict[str, Any], truth: list[dict[str, Any]]) -> Record:
+    """Raises whatever it meets where the lines have another form than those of the tested version."""
+    tools = [tool(given["name"], given["description"], given["parameters"]) for given in entry["function"]]
+    gold = [{"name": name, "arguments": args} for call in truth for name, args in call.items()]
+    messages = _messages(entry["question"][0])
+    texts = [entry["id"], *(text for message in messages for text in message.values())]
+    texts += [text for one in tools for text in (one["function"]["name"], one["function"]["description"])]
+    lists = [accepted for call in gold for accepted in call["arguments"].values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("id, messages, names and descriptions must be strings")
+    if not all(isinstance(accepted, list) for accepted in lists) or messages[-1]["role"] != "user":
+        raise TypeError("accepted values must be lists, and the last message the user's")
+    return Record(entry["id"], messages, tools, gold)
 
 
 def _file(category: str) -> str:

@@ -256,23 +256,59 @@ def defaults_of(tools: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _is_optional(entry: dict[str, Any]) -> bool:
-    return "default" in entry or "optional" in str(entry.get("type", "")).lower()
+    """Of a bare argument: a default, a mark, or a type such as "str, optional" or "int, default: 5"."""
+    kind = str(entry.get("type", "")).lower()
+    marked = "default" in entry or entry.get("optional") is True
+    return marked or "optional" in kind or "default" in kind
 
 
 def _schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """The schema with JSON Schema's type names. A type that JSON lacks ("any") is dropped."""
+    """The schema with JSON Schema's type names, and with a list of the required properties.
+
+    A type that JSON lacks ("any") is dropped. `"required": false` or true at a property, which JSON Schema
+    does not have, goes to the list.
+    """
     result = dict(schema)
-    kind = result.get("type")
-    if isinstance(kind, str):
-        base = kind.split(",")[0].strip()
-        result["type"] = _TYPES.get(base.split("[")[0].lower(), base)
-        if base.lower() == "any":
+    if isinstance(result.get("type"), str):
+        result["type"] = _type(result["type"])
+        if result["type"].lower() == "any":
             del result["type"]
-    if isinstance(result.get("properties"), dict):
-        result["properties"] = {
-            key: _schema(entry) if isinstance(entry, dict) else entry
-            for key, entry in result["properties"].items()
+    if isinstance(result.get("required"), bool):
+        del result["required"]
+    properties = result.get("properties")
+    if isinstance(properties, dict):
+        entries = {key: entry for key, entry in properties.items() if isinstance(entry, dict)}
+        result["properties"] = {**properties, **{key: _schema(entry) for key, entry in entries.items()}}
+        flags = {
+            key: entry["required"]
+            for key, entry in entries.items()
+            if isinstance(entry.get("required"), bool)
         }
+        if flags:
+            listed = result["required"] if isinstance(result.get("required"), list) else []
+            kept = [name for name in listed if isinstance(name, str) and flags.get(name, True)]
+            result["required"] = list(dict.fromkeys([*kept, *(key for key in flags if flags[key])]))
     if isinstance(result.get("items"), dict):
         result["items"] = _schema(result["items"])
     return result
+
+
+def _type(kind: str) -> str:
+    """A type without what follows it ("List[int], optional" -> "array"), in JSON Schema's name if it has one.
+
+    What JSON Schema has no name for stays as it is: "Union[str, int]", "Callable[[float], float]".
+    """
+    base = _first_type(kind)
+    if base.lower().startswith("optional[") and base.endswith("]"):
+        base = _first_type(base[len("optional[") : -1]) or base
+    return _TYPES.get(base.partition("[")[0].lower(), base)
+
+
+def _first_type(kind: str) -> str:
+    """What precedes the first comma, parenthesis, "=" or ":" outside brackets; all of it if that is blank."""
+    depth = 0
+    for end, character in enumerate(kind):
+        depth += (character in "[{") - (character in "]}")
+        if depth == 0 and character in ",(=:":
+            return kind[:end].strip() or kind
+    return kind.strip()

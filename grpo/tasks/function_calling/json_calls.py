@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 MAX_DEPTH = 500  # of nested JSON; Python's own parser gives up at about a thousand, by version
 MAX_DIGITS = 4_300  # of an integer: where Python refuses by default to convert a longer one
+
+BOUNDS = json.JSONDecoder(parse_int=len, parse_float=len)  # finds where a value ends; numbers do not matter
+_BLANKS = re.compile(r"\s*")
 
 Call = dict[str, Any]  # {"name": str, "arguments": dict}
 
@@ -73,6 +77,16 @@ def read_json(text: str) -> Any:
         if reason in faults:
             raise Unreadable(reason)
     return value
+
+
+def end_of_json(text: str, start: int) -> int | None:
+    """Where the JSON value ends that begins at `start`, blanks aside; None if there is none, or too deep."""
+    begin = _BLANKS.match(text, start)
+    assert begin is not None
+    try:
+        return BOUNDS.raw_decode(text, begin.end())[1]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _call(item: Any) -> Call:

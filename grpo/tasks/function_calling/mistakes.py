@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from grpo.tasks import END_THINK
 from grpo.tasks.function_calling.json_calls import Call
 from grpo.tasks.function_calling.matching import compare, equal
 
@@ -54,8 +55,11 @@ def alternatives(values: Any) -> list[Any]:
 
 
 def text_of(calls: list[Call]) -> str:
-    """The calls in the form that the prompt asks for: a JSON list, or prose if there is nothing to call."""
-    return json.dumps(calls, ensure_ascii=False) if calls else NO_CALL
+    """The calls in the form that the prompt asks for: a JSON list, or prose if there is nothing to call.
+
+    A `</think>` in a string is escaped, because it would end a thought.
+    """
+    return json.dumps(calls, ensure_ascii=False).replace(END_THINK, r"<\/think>") if calls else NO_CALL
 
 
 # --- making a mistake ---------------------------------------------------------------------------------------
@@ -101,7 +105,7 @@ def _spoil(call: Call, schemas: dict[str, dict[str, Any]], question: str, rng: r
 
 def _other(value: Any, schema: dict[str, Any], question: str, rng: random.Random) -> Any:
     """A plausible wrong value."""
-    choices = [choice for choice in schema.get("enum", []) if not equal(choice, value)]
+    choices = [choice for choice in _enum(schema) if not equal(choice, value)]
     if choices:
         return rng.choice(choices)
     if isinstance(value, bool):
@@ -127,12 +131,16 @@ def _properties(function: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def _enum(schema: dict[str, Any]) -> list[Any]:
+    return schema["enum"] if isinstance(schema.get("enum"), list) else []
+
+
 def _example(schema: dict[str, Any]) -> Any:
     """A neutral value of the schema's type."""
     if "default" in schema:
         return schema["default"]
-    if schema.get("enum"):
-        return schema["enum"][0]
+    if _enum(schema):
+        return _enum(schema)[0]
     return {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}.get(
         str(schema.get("type")), "any"
     )

@@ -2,8 +2,9 @@
 
 A file is a JSON array of records or JSON lines. It is read once as a whole, and then record by record as
 examples are asked for. So a file of gigabytes takes only the memory of its longest record and about a hundred
-bytes per record. Unusable records are counted and named. Damage that makes the rest of the file unreadable is
-an error. Left out: compressed files and Parquet.
+bytes per record. Unusable records, and those without a right answer, are counted and named. Damage that makes
+the rest of the file unreadable is an error. Left out: compressed files, Parquet, and checks of gold values
+against types and enums, which many good answers break (the Berkeley files show it).
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grpo.tasks.function_calling.calls import find_calls
 from grpo.tasks.function_calling.data import Record, Skipped, is_schema, tool
-from grpo.tasks.function_calling.json_calls import Call, Unreadable, read_json
+from grpo.tasks.function_calling.json_calls import BOUNDS, Call, Unreadable, read_json
+from grpo.tasks.function_calling.mistakes import text_of
 
 CHUNK = 1 << 20  # bytes read at a time
 MAX_RECORD = 1 << 22  # characters; with a longer "record" the file has another format
-_BOUNDS = json.JSONDecoder(parse_int=len, parse_float=len)  # finds where a value ends; numbers do not matter
 _WHY = {
     "parse": "is no JSON",
     "dup_key": "has a key twice in one object",
@@ -88,16 +90,16 @@ def _record(raw: bytes, offset: int) -> Record:
         raise Malformed(f"must be an object, got {_kind(entry)}")
     if missing := [key for key in ("query", "tools", "answers") if key not in entry]:
         raise Malformed(f"lacks {', '.join(missing)}")
-    query, identifier = entry["query"], entry.get("id", f"at {offset}")
+    query, identifier = entry["query"], entry.get("id")
+    identifier = f"at {offset}" if identifier is None else identifier
     if not isinstance(query, str) or not query.strip():
         raise Malformed("query must be a text that is not blank")
     if not isinstance(identifier, int | str) or isinstance(identifier, bool):
         raise Malformed(f"id must be an integer or a text, got {_kind(identifier)}")
-    tools = [_tool(entry) for entry in _list(entry["tools"], "tools")]
-    gold = [_answer(entry) for entry in _list(entry["answers"], "answers")]
-    known = {schema["function"]["name"] for schema in tools}
-    if unknown := [call["name"] for call in gold if call["name"] not in known]:
-        raise Malformed(f"answers call {unknown[0]!r}, which is not among the tools")
+    try:
+        tools, gold = _tools_and_gold(_list(entry["tools"], "tools"), _list(entry["answers"], "answers"))
+    except RecursionError:
+        raise Malformed("is nested too deep") from None
     record = Record(f"xlam:{identifier}", [{"role": "user", "content": query}], tools, gold)
     if b"\\u" in raw:  # half of a surrogate pair: valid JSON, but no tokenizer can read it
         try:
@@ -107,25 +109,88 @@ def _record(raw: bytes, offset: int) -> Record:
     return record
 
 
+def _tools_and_gold(listed: list[Any], answers: list[Any]) -> tuple[list[dict[str, Any]], list[Call]]:
+    """The tools and the right calls of a record.
+
+    A file that was converted from columns gives each tool the parameters of all tools, and each answer all
+    arguments: null where there is none. A null parameter shows this. Nulls are then dropped, because there
+    they mean "absent". In other records null is a value.
+    """
+    if any(None in _described(entry).values() for entry in listed):
+        listed, answers = _without_nulls(listed), _without_nulls(answers)
+    tools = [_tool(entry) for entry in listed]
+    gold = [_answer(entry) for entry in answers]
+    known: dict[str, list[dict[str, Any]]] = {}
+    for schema in tools:
+        known.setdefault(schema["function"]["name"], []).append(schema["function"]["parameters"])
+    for call in gold:
+        _check_call(call, known)
+    try:
+        if gold:
+            find_calls(text_of(gold))
+    except Unreadable as fault:
+        raise Malformed(f"has no right answer: the verifier finds its own answers {fault.reason}") from None
+    return tools, gold
+
+
+def _check_call(call: Call, known: dict[str, list[dict[str, Any]]]) -> None:
+    """Refuses a gold call that no reader of the tools could write. `known`: parameters by tool name.
+
+    One that leaves out a required argument passes. In xLAM files "required" only means that no default is
+    given, and descriptions often name one.
+    """
+    name, arguments = call["name"], call["arguments"]
+    if name not in known:
+        raise Malformed(f"answers call {_short(name)}, which is not among the tools")
+    unknown = {}
+    for parameters in known[name]:
+        unknown = arguments.keys() - parameters["properties"].keys()
+        if not unknown or parameters.get("additionalProperties"):
+            return
+    raise Malformed(f"answers give {_short(name)} the unknown argument {_short(min(unknown))}")
+
+
 def _tool(entry: Any) -> dict[str, Any]:
-    entry = entry.get("function", entry) if isinstance(entry, dict) else entry
-    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or not entry["name"]:
+    function = _function(entry)
+    if not isinstance(function.get("name"), str) or not function["name"]:
         raise Malformed("tools must be a list of objects with a name")
-    parameters = entry.get("parameters") or {}
-    described = parameters
-    if isinstance(parameters, dict) and is_schema(parameters):
-        described = parameters["properties"]
-    if not isinstance(described, dict) or not all(isinstance(entry, dict) for entry in described.values()):
-        raise Malformed(f"parameters of {entry['name']!r} must be an object of objects")
-    return tool(entry["name"], str(entry.get("description", "")), parameters)
+    parameters = function.get("parameters") or {}
+    described = _described(entry)
+    if not isinstance(parameters, dict) or not all(isinstance(about, dict) for about in described.values()):
+        raise Malformed(f"parameters of {_short(function['name'])} must be an object of objects")
+    if parameters and not described:
+        parameters = {**parameters, "properties": {}}
+    return tool(function["name"], str(function.get("description") or ""), parameters)
+
+
+def _function(entry: Any) -> dict[str, Any]:
+    """A tool without the wrapper {"type": "function", "function": ...}, {} where there is none."""
+    function = entry.get("function") or entry if isinstance(entry, dict) else None
+    return function if isinstance(function, dict) else {}
+
+
+def _described(entry: Any) -> dict[str, Any]:
+    """The arguments of a tool, each with what is said about it."""
+    parameters = _function(entry).get("parameters")
+    if not isinstance(parameters, dict):
+        return {}
+    if parameters.get("type") == "object" and parameters.get("properties") is None:
+        return {}  # a schema, and not bare arguments
+    return parameters["properties"] if is_schema(parameters) else parameters
 
 
 def _answer(entry: Any) -> Call:
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
         raise Malformed("answers must be a list of objects with name and arguments")
     if not isinstance(entry.get("arguments"), dict):
-        raise Malformed(f"arguments of {entry['name']!r} must be an object")
+        raise Malformed(f"arguments of {_short(entry['name'])} must be an object")
     return {"name": entry["name"], "arguments": entry["arguments"]}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _list(value: Any, what: str) -> list[Any]:
@@ -148,6 +213,10 @@ def _text(raw: bytes) -> str:
         return raw.decode()
     except UnicodeDecodeError:
         raise Malformed("is not UTF-8") from None
+
+
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 80 else f"{name[:77]}...")
 
 
 def _kind(value: Any) -> str:
@@ -234,7 +303,7 @@ class _Window:
         """The bytes of the JSON value that begins here."""
         while True:
             try:
-                _, end = _BOUNDS.raw_decode(self._text, self._at)
+                _, end = BOUNDS.raw_decode(self._text, self._at)
                 # A number at the end of the window may continue; any other value is complete.
                 if end < len(self._text) or not self._more(CHUNK):
                     break
