@@ -31,7 +31,6 @@ def model(tmp_path_factory):
     return tiny_run.save_model(tmp_path_factory.mktemp("model"))
 
 
-
 # --- 1. checkpoints tell other programs everything the run used --------------------------------------------
 
 # --- 2. no library or default silently replaces something --------------------------------------------------
@@ -125,9 +124,7 @@ def test_columns_filled_with_null(tmp_path: Path) -> None:
     ]
     answers = [{"name": "f", "arguments": {"x": 1, "y": None, "z": None}}]
     task = FunctionCalling(data_path=xlam_file(tmp_path, tools, answers))
-    (example,) = [
-        e for split in SPLITS for e in task.examples(split, task.size(split))
-    ]
+    (example,) = [e for split in SPLITS for e in task.examples(split, task.size(split))]
     assert example.data["gold"] == [{"name": "f", "arguments": {"x": 1}}]
     first, second = (one["function"] for one in example.data["tools"])
     assert first["description"] == "" and first["parameters"]["required"] == ["x"]

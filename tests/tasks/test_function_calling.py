@@ -280,6 +280,8 @@ def test_where_blocks_end(text: str, expected: str) -> None:
         ("<tool_call>f(x='</tool_call>", "parse"),
         ("<tool_call>f(x=''')</tool_call>", "parse"),
         ("<tool_call>[f(x=1)]", "parse"),
+        ("```\n<tool_call>f(x=1)</tool_call>\n```", "ok"),  # a tag outside strings is a tag
+        ("<tool_call>f(x=1) <think></tool_call>", "no_call"),
         ("```python\nf(x='```')\n```", "wrong_value"),
         ("```python\nf(x='''\n```\n''')\n```", "wrong_value"),
         ("Well: ```python\nf(x='```')``` Done.", "wrong_value"),

@@ -22,14 +22,14 @@ OPEN = "<tool_call>"
 _CLOSE, _FENCE, _FENCE_LINE = r"</tool_call>", r"`{3,}", r"^[ \t]*`{3,}(?=([^`\n]*)$)"
 _INFO = re.compile(r"[\w+.-]*[ \t]*\r?\n|(?:json|python)\s")  # what may follow the opening of a fence
 _PYTHON_CALL = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*\(")  # how a bare Python call begins
-# Python's strings and comments, which are passed over, and quotes that open a string without an end.
+# Python's strings and comments, which are passed over, and what no Python call holds outside them.
 _STRINGS = (
     r'"""(?:[^"\\]|\\.|"(?!""))*"""|'
     r"'''(?:[^'\\]|\\.|'(?!''))*'''|"
     r'(?!""")"(?:[^"\\\n]|\\.)*"|'
     r"(?!''')'(?:[^'\\\n]|\\.)*'|"
-    r"#(?:(?!</tool_call>|```)[^\n])*|"
-    r"(?P<endless>[\"'])"
+    r"#(?:(?!</?tool_call>|<think>|```)[^\n])*|"
+    rf"(?P<fault>[\"']|{OPEN}|{THINK})"
 )
 _ENDS = {end: re.compile(end, re.MULTILINE) for end in (_CLOSE, _FENCE, _FENCE_LINE)}
 _PYTHON_ENDS = {end: re.compile(f"(?P<end>{end})|{_STRINGS}", re.MULTILINE | re.DOTALL) for end in _ENDS}
@@ -75,8 +75,9 @@ def holds_prose_only(text: str, python_syntax: bool = False) -> bool:
         tagged, fenced, _ = _blocks(text, python_syntax)
     except Unreadable:
         return False
-    parts = [part.strip() for part in [*tagged, *fenced] or [text]]
-    return not any(parts[: len(tagged)]) and not any(_begins_calls(part, python_syntax) for part in parts)
+    if tagged:
+        return not any(part.strip() for part in tagged)
+    return not any(_begins_calls(part.strip(), python_syntax) for part in fenced or [text])
 
 
 def scattered_calls(text: str) -> list[Call]:
@@ -165,7 +166,7 @@ def _end(text: str, start: int, end: str, python_syntax: bool) -> re.Match[str] 
     for piece in _PYTHON_ENDS[end].finditer(text, start) if python_syntax else ():
         if piece["end"] is not None:
             return piece
-        if piece["endless"]:
+        if piece["fault"]:
             break
     return None
 
