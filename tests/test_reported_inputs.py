@@ -6,8 +6,8 @@ last section.
 
 from __future__ import annotations
 
-import math
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
