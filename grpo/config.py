@@ -16,6 +16,7 @@ import json
 import math
 import operator
 import re
+import reprlib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from transformers import HfArgumentParser
 
+from grpo import plain_yaml
 from grpo.tasks import nearest
+from grpo.tasks.contract import json_change
 
 # --- typed fields -------------------------------------------------------------------------------------------
 #
@@ -38,6 +41,7 @@ Positive = Annotated[float, ("above", 0)]
 Share = Annotated[float, ("at least", 0), ("at most", 1)]
 Decay = Annotated[float, ("at least", 0), ("below", 1)]
 _HOLDS = {"at least": operator.ge, "at most": operator.le, "above": operator.gt, "below": operator.lt}
+_LARGEST = 2**63 - 1  # what PyTorch takes
 _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -46,21 +50,38 @@ class TaskOptions(dict):
 
     def __init__(self, value: Any = ()) -> None:
         if isinstance(value, str):
-            value = json.loads(value) if value.lstrip().startswith("{") else self._pairs(value)
+            value = self._json(value) if value.lstrip().startswith("{") else self._pairs(value)
         super().__init__(value)
 
     @staticmethod
-    def _pairs(text: str) -> dict[str, Any]:
-        options: dict[str, Any] = {}
+    def _json(text: str) -> Any:
+        try:
+            return json.loads(text, object_pairs_hook=_without_repetition)
+        except RecursionError as error:
+            raise ValueError("too many levels of lists and mappings") from error
+
+    @classmethod
+    def _pairs(cls, text: str) -> dict[str, Any]:
+        options = []
         for pair in filter(None, text.split(",")):
             name, equals, value = pair.partition("=")
             if not equals:
                 raise ValueError(f"expected name=value, got {pair!r}")
             try:
-                options[name.strip()] = json.loads(value)
+                options.append((name.strip(), cls._json(value)))
             except json.JSONDecodeError:  # a bare word, such as operators=+-
-                options[name.strip()] = value
-        return options
+                options.append((name.strip(), value))
+        return _without_repetition(options)
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of the pairs. ValueError: a name is given twice, and one of the values would be dropped."""
+    options: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in options:
+            raise ValueError(f"{name!r} is given twice")
+        options[name] = value
+    return options
 
 
 def field(default: Any, help: str, **argument: Any) -> Any:
@@ -75,30 +96,34 @@ def field(default: Any, help: str, **argument: Any) -> Any:
 
 
 def coerce(name: str, value: Any, kind: Any) -> Any:
-    """`value` from YAML (where 5e-7 is a string) as the type `kind`. Raises ValueError naming the field."""
+    """`value` from YAML as the type `kind`. Raises ValueError naming the field."""
     if get_origin(kind) in (Union, types.UnionType):  # X | None
         if value is None:
             return None
         kind = next(part for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is Literal:
         return value  # `check` compares it with the choices
+    # A number in quotes is that number; one that YAML 1.1 reads otherwise, such as 010 or 1_000, is none.
+    number = plain_yaml.scalar(value) if isinstance(value, str) else value
     try:
         if kind is TaskOptions and isinstance(value, str | Mapping | None):
             return TaskOptions(value or ())
-        if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-            return float(value)
-        if kind is int and isinstance(value, str):
-            return int(value)
-    except ValueError:
+        if kind is float and isinstance(number, int | float) and not isinstance(number, bool):
+            return float(number)
+        if kind is int and type(number) is int:
+            return number
+    except (ValueError, OverflowError):
         pass  # reported below, like a value of another type
     else:
         if type(value) is kind:
             return value
-    raise ValueError(f"{name} must be {_EXPECTED.get(kind, 'a mapping')}, got {value!r}")
+    odd = kind in (int, float) and isinstance(value, str) and value[:1].isdigit()
+    hint = "; write it in decimal, without leading zeros or _" if odd else ""
+    raise ValueError(f"{name} must be {_EXPECTED.get(kind, 'a mapping')}, got {value!r}{hint}")
 
 
 def check(settings: Any) -> None:
-    """Checks choices, bounds and finiteness of settings. Raises ValueError for the first violation."""
+    """Checks choices, bounds and what a file can store. Raises ValueError for the first violation."""
     for name, kind in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
@@ -106,6 +131,15 @@ def check(settings: Any) -> None:
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}{hint}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError(f"{name} must be at most {_LARGEST}, got a number of {value.bit_length()} bits")
+        if isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+            raise ValueError(f"{name} must be text without NUL and lone surrogates, got {value!r}")
+        if isinstance(value, TaskOptions):
+            changes = (json_change(item, repr(option)) for option, item in value.items())
+            if change := next(filter(None, changes), None):
+                raise ValueError(f"{name} must be what JSON keeps, got {change}")
+            plain_yaml.write({name: value})  # raises, if config.yaml could not be read again
         for relation, bound in kind.__metadata__ if get_origin(kind) is Annotated else ():
             if not _HOLDS[relation](value, bound):
                 raise ValueError(f"{name} must be {relation} {bound}, got {value}")
@@ -142,7 +176,9 @@ class Config:
     kernels: Literal["auto", "torch", "triton"] = field(
         "auto", "for log-probs and loss; auto: triton on CUDA"
     )
-    threads: Natural = field(0, "CPU threads; 0: PyTorch's default")
+    threads: Annotated[int, ("at least", 0), ("at most", 1024)] = field(
+        0, "CPU threads; 0: PyTorch's default"
+    )
     cache_gb: Positive = field(2.0, "memory for the sampler's KV caches, in GB")
     max_rows: Count = field(64, "most rows that the sampler decodes together")
     stop_check_steps: Count = field(
@@ -238,7 +274,7 @@ def current_file(folder: Path, name: str) -> Path:
 
 
 class _Parser(HfArgumentParser):
-    """transformers' parser. It returns YAML as it is; the base class would skip our type check."""
+    """transformers' parser, for the command line."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -247,9 +283,6 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,
             exit_on_error=False,
         )
-
-    def parse_dict(self, args: dict[str, Any], allow_extra_keys: bool = False) -> tuple[Any, ...]:
-        return (args,)
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Only what `argv` names. Raises ValueError for unknown options and values of a wrong type."""
@@ -270,24 +303,24 @@ class _Parser(HfArgumentParser):
 
 def from_yaml(path: str | Path) -> dict[str, Any]:
     """The settings in a YAML file, each in its field's type. Raises ValueError naming file and setting."""
-    try:
-        (content,) = _Parser().parse_yaml_file(str(path))
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except Exception as error:  # classes of the YAML library, which the parser hides
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content or {}, dict):
+    content, lines = plain_yaml.read(path)
+    if not isinstance({} if content is None else content, dict):
         raise ValueError(f"{path} must hold KEY: VALUE lines, got {type(content).__name__}")
-    settings = {RETIRED_SETTINGS.get(name, name): value for name, value in (content or {}).items()}
-    try:
-        for name, value in settings.items():
+    settings: dict[str, Any] = {}
+    for key, value in (content or {}).items():
+        name = RETIRED_SETTINGS.get(key, key)
+        try:
             if name not in TYPES:
-                raise ValueError(f"unknown key {name}{nearest(str(name), TYPES)}")
+                shown = key if re.fullmatch(r"\w{1,60}", key) else reprlib.repr(key)
+                raise ValueError(f"unknown key {shown}{nearest(key, TYPES)}")
+            if name in settings:
+                raise ValueError(f"{key} is the old name of {name}: give one of the two")
             if name in ("config", "resume") and value is not None:
                 raise ValueError(f"{name} belongs on the command line")
-        return {name: coerce(name, value, TYPES[name]) for name, value in settings.items()}
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+            settings[name] = coerce(name, value, TYPES[name])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {lines[key]}: {error}") from None
+    return settings
 
 
 def is_complete(settings: Mapping[str, Any]) -> bool:
@@ -298,21 +331,8 @@ def is_complete(settings: Mapping[str, Any]) -> bool:
 def to_yaml(config: Config, path: str | Path) -> None:
     """Writes every setting, so that the file alone gives the same run again (`is_complete`)."""
     names = [name for name in TYPES if name not in ("config", "resume")]
-    text = "".join(f"{name}: {_yaml(getattr(config, name))}\n" for name in names)
+    text = "".join(f"{name}: {plain_yaml.write(getattr(config, name))}\n" for name in names)
     Path(path).write_text(text, encoding="utf-8")
-
-
-def _yaml(value: Any) -> str:
-    """JSON, which is YAML with one exception: YAML 1.1 reads 5e-07 as a string and 5.0e-07 as a number."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{_yaml(key)}: {_yaml(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ", ".join(_yaml(item) for item in value) + "]"
-    text = json.dumps(value)
-    if isinstance(value, float) and "." not in text:
-        return text.replace("e", ".0e")
-    # JSON escapes a character above U+FFFF as a pair, which YAML reads as two characters.
-    return re.sub(r"\\ud[89ab]..\\ud[c-f]..", lambda pair: json.loads(f'"{pair[0]}"'), text)
 
 
 def load(path: str | Path) -> Config:

@@ -1,6 +1,8 @@
 """Settings: where they come from, which layer wins, and what is said about the ones that do not fit."""
 
 import ast
+import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -135,7 +137,7 @@ def test_task_options_on_the_command_line(text, expected):
 
 def test_yaml_values_take_the_type_of_their_field(tmp_path):
     path = write(tmp_path / "c.yaml", "learning_rate: 5e-7\nbeta: 0\nmax_steps: '12'\ndelta: null\n")
-    settings = from_yaml(path)  # YAML 1.1 reads 5e-7 as a string
+    settings = from_yaml(path)
     assert settings == {"learning_rate": 5e-7, "beta": 0.0, "max_steps": 12, "delta": None}
     assert type(settings["learning_rate"]) is type(settings["beta"]) is float
 
@@ -195,7 +197,9 @@ def test_an_abbreviated_option_is_unknown():
 
 def test_unknown_yaml_key_names_the_file_and_the_nearest(tmp_path):
     path = write(tmp_path / "mine.yaml", "num_generation: 4\n")
-    with pytest.raises(ValueError, match=r"mine.yaml: unknown key num_generation; did you mean num_gen"):
+    with pytest.raises(
+        ValueError, match=r"mine.yaml, line 1: unknown key num_generation; did you mean num_gen"
+    ):
         parse(["--config", path])
 
 
@@ -208,6 +212,92 @@ def test_unusable_yaml_names_the_file(tmp_path, text, said):
     with pytest.raises(ValueError, match=said) as error:
         from_yaml(path)
     assert path in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("max_steps: 010", "must be an integer, got '010'; write it in decimal, without leading zeros or _"),
+        ("max_steps: 1_000", "must be an integer, got '1_000'; write it in decimal"),
+        ("max_steps: 0x10", "must be an integer, got '0x10'"),
+        ("max_steps: 0o10", "must be an integer, got '0o10'"),
+        ("max_steps: 12:30:00", "must be an integer, got '12:30:00'"),
+        ("max_steps: 1e5", "must be an integer, got 100000.0"),
+        ("max_steps: 2024-01-01", "must be an integer, got '2024-01-01'"),
+        ("max_steps: ~", "must be an integer, got None"),
+        ("learning_rate: 1_0.5", "must be a number, got '1_0.5'"),
+        (f"learning_rate: 1{'0' * 400}", "must be a number, got 1000"),
+        ("learning_rate: 1e999", "must be finite, got inf"),
+        (f"seed: 1{'0' * 400}", "seed must be at most 9223372036854775807, got a number of"),
+        ("threads: 1000000000", "threads must be at most 1024"),
+        ("tensorboard: yes", "must be true or false, got 'yes'"),
+        ("tensorboard: off", "must be true or false, got 'off'"),
+        ("run_name: 5", "must be a string, got 5"),
+        ('run_name: "\\ud800"', "run_name must be text without NUL and lone surrogates"),
+        ('chat_template: "\\0"', "chat_template must be text without NUL and lone surrogates"),
+        ("task_options: {a: 1, b: {c: 2, c: 3}}", "line 2: the key 'c' is given twice, first in line 2"),
+        ("task_options: {x: 1e999}", "task_options must be what JSON keeps, got 'x' = inf (Out of range"),
+        ("max_rows: 1", "line 2: the key 'max_rows' is given twice, first in line 1"),
+        ("<<: {max_steps: 5}", "line 2: the merge key << is not allowed"),
+        ("run_name: &name x\ntask: *name", "line 3: the alias *name is not allowed"),
+        (
+            "run_name: !!python/object/apply:os.getcwd []",
+            "line 2: the tag tag:yaml.org,2002:python/object/apply:os",
+        ),
+        ("max_steps: !!int 010", "line 2: the tag tag:yaml.org,2002:int is not allowed"),
+        ("? [a]\n: 1", "line 2: a key must be a plain string"),
+        ("max_steps: 5\n\tseed: 1", "line 3 is not valid YAML"),
+        ("---\nmax_steps: 5", "line 2: a second document (---) is not allowed"),
+        ("task_options: " + "[" * 60, "more than 50 levels"),
+        ('"a\\nb": 1', "unknown key 'a\\nb'"),
+    ],
+)
+def test_yaml_that_a_person_and_yaml_1_1_read_differently(tmp_path, text, said):
+    path = write(tmp_path / "mine.yaml", "max_rows: 2\n" + text + "\n")
+    with pytest.raises(ValueError) as error:
+        configuration.parse(["--config", path])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_words_and_dates_are_strings(tmp_path):
+    text = "run_name: no\nchat_template: 2024-01-01\ntask: 12:30\n"
+    text += "task_options: {on: off, x: .5, y: 1e-7, z: 007}\n"
+    settings = from_yaml(write(tmp_path / "mine.yaml", text))
+    assert settings == {
+        "run_name": "no",
+        "chat_template": "2024-01-01",
+        "task": "12:30",
+        "task_options": {"on": "off", "x": 0.5, "y": 1e-7, "z": "007"},
+    }
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("seed: 1\n".encode("utf-16"), "must be saved as UTF-8"),
+        (b"seed: \xe9\n", "must be saved as UTF-8"),
+        (b"#" * 300_000, "must have at most 262144 bytes"),
+        (b"a: &a [x]\n" + b"b: &b [*a, *a]\n", "line 2: the alias *a is not allowed"),
+    ],
+)
+def test_files_that_are_no_settings(tmp_path, content, said):
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        from_yaml(tmp_path / "mine.yaml")
+
+
+def test_a_folder_is_no_settings_and_windows_line_ends_are_fine(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*: Is a directory"):
+        from_yaml(tmp_path)
+    (tmp_path / "mine.yaml").write_bytes(b"seed: 1\r\nrun_name: x\r\n")
+    assert from_yaml(tmp_path / "mine.yaml") == {"seed": 1, "run_name": "x"}
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', "a=1,a=2", '{"a": {"b": 1, "b": 2}}', '{"a": NaN}'])
+@pytest.mark.parametrize("more", ["", "[" * 100_000])
+def test_task_options_that_json_would_change(text, more):
+    with pytest.raises(ValueError, match="task_options"):
+        parse(["--task_options", text + more])
 
 
 def test_an_empty_yaml_file_sets_nothing(tmp_path):
@@ -283,7 +373,13 @@ def test_validate_lets_sensible_settings_pass(changes):
 
 
 def test_yaml_round_trip_keeps_every_setting(tmp_path):
-    options = '{"operators": "a: #b", "x": 1e-7, "list": [1e-7, null, true]}'
+    odd = {
+        "k" * 3000: 1,
+        "\x7f": "\ud7ff\x00\u2028",
+        "é" * 200: [[-0.0, 1e300, 10**200, "010", "no", "~", ""]],
+        "": {},
+    }
+    options = json.dumps({"operators": "a: #b", "x": 1e-7, "list": [1e-7, None, True], **odd})
     config = parse(["--learning_rate", "5e-7", "--delta", "2", "--task_options", options, "--seed", "7"])
     to_yaml(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config

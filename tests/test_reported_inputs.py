@@ -6,8 +6,10 @@ last section.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ import tiny
 import tiny_run
 import torch
 
+from grpo import config
 from grpo.loss import grpo_loss
 from grpo.run import checkpoint
 from grpo.tasks import SPLITS, Verdict, countdown, function_calling
@@ -212,6 +215,41 @@ def test_a_task_that_leaves_the_process_ends_no_run_with_status_0(model, tmp_pat
 
 
 # --- 9. editors and YAML -----------------------------------------------------------------------------------
+
+
+def test_a_byte_order_mark_in_the_settings_the_template_and_the_model(model, tmp_path):
+    """As some editors write at the beginning of a file. The template's first token was another one."""
+    marked = shutil.copytree(model, tmp_path / "model")
+    name = "generation_config.json"  # transformers itself refuses one in the files that it reads
+    (marked / name).write_bytes(codecs.BOM_UTF8 + (marked / name).read_bytes())
+    (tmp_path / "chat.jinja").write_bytes(codecs.BOM_UTF8 + tiny.CHATML.encode())
+    (tmp_path / "mine.yaml").write_bytes(codecs.BOM_UTF8 + f"chat_template: {tmp_path}/chat.jinja".encode())
+    plain, done = (
+        started(folder, tmp_path / folder.name, max_steps=1, **more)
+        for folder, more in ((model, {}), (marked, {"config": tmp_path / "mine.yaml"}))
+    )
+    assert (plain.status, done.status) == (0, 0), done.err
+    prompts = [tiny_run.records(run.folder, "episodes.jsonl")[0]["prompt_ids"] for run in (plain, done)]
+    assert prompts[0] == prompts[1]
+
+
+def test_a_key_that_is_given_twice_in_yaml(tmp_path):
+    """The second one won without a word."""
+    path = tmp_path / "mine.yaml"
+    for text, key in (("seed: 1\nmax_steps: 5\nseed: 2\n", "seed"), ("task_options:\n  a: 1\n  a: 2\n", "a")):
+        path.write_text(text)
+        with pytest.raises(
+            ValueError, match=f"mine.yaml, line 3: the key '{key}' is given twice, first in line "
+        ):
+            config.from_yaml(path)
+
+
+def test_a_number_with_a_leading_zero_is_no_octal_number(tmp_path):
+    """010 was 8."""
+    (tmp_path / "mine.yaml").write_text("seed: 1\nmax_steps: 010\n")
+    with pytest.raises(ValueError, match="mine.yaml, line 2: max_steps must be an integer, got '010'; write"):
+        config.from_yaml(tmp_path / "mine.yaml")
+
 
 # --- 10. finite gradients ----------------------------------------------------------------------------------
 

@@ -79,7 +79,7 @@ def _from_hub(repo_id: str) -> Path:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads one JSON object. The error for a missing or damaged file names the file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist; a model folder needs it") from error
     except ValueError as error:

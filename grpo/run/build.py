@@ -104,7 +104,7 @@ def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
     template = None
     if config.chat_template is not None:
         try:
-            template = Path(config.chat_template).read_text(encoding="utf-8")
+            template = Path(config.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"chat_template must be a readable text file, got {error}") from error
     try:
