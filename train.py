@@ -44,7 +44,7 @@ from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.run import build, checkpoint, files, state
+from grpo.run import build, checkpoint, files, inputs, state
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
 from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
@@ -305,12 +305,16 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     """Builds the parts that the settings name, checks that they fit together, and stores the settings.
 
     Raises:
-        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine.
+        ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine, or an
+            input that changed since the run started.
     """
     kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
     parts = build.parts(config)
-    build.check_run(config, parts)
-    if config.resume is None:
+    content = inputs.sums(parts, build.check_run(config, parts))
+    if config.resume is not None:
+        inputs.check(folder, content)
+    else:
+        inputs.save(folder, content)
         with files.written_whole(folder / "config.yaml") as path:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"

@@ -46,7 +46,7 @@ _EXPECTED = {int: "an integer", float: "a number", bool: "true or false", str: "
 
 
 class TaskOptions(dict):
-    """Options of a task: a mapping in YAML, `numbers=3,high=10` or a JSON object on the command line."""
+    """Options of a task or chat template: a mapping in YAML, `numbers=3,high=10` or JSON in a command."""
 
     def __init__(self, value: Any = ()) -> None:
         if isinstance(value, str):
@@ -159,6 +159,9 @@ class Config:
         "HF folder, Hub id, FILE.gguf, or package:NAME/FILE.gguf inside an installed package",
     )
     chat_template: str | None = field(None, "file with a Jinja chat template; default: the model's own")
+    chat_template_kwargs: TaskOptions = field(
+        TaskOptions, "variables for the chat template, such as enable_thinking=false, or JSON"
+    )
     task: str = field("countdown", "registered task, or package.module:Name")
     task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
     preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
@@ -260,7 +263,7 @@ TYPES = get_type_hints(Config)
 FREE_ON_RESUME = "config output_dir preset resume run_name save_steps save_total_limit tensorboard".split()
 
 # What version 0.1 lacks or names differently. Its run directories still open.
-ADDED_SETTINGS: frozenset[str] = frozenset()  # new since 0.1; its config.yaml is complete without them
+ADDED_SETTINGS = frozenset({"chat_template_kwargs"})  # new since 0.1; its config.yaml is complete without
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 

@@ -165,6 +165,8 @@ class Rollout:
             "task": self.task.name,
             "task_options": self.task_options,
             "chat_template": self.chat.template_sha256,
+            # Only if set: records of version 0.1 lack it.
+            **({"chat_template_kwargs": kwargs} if (kwargs := self.chat.template_kwargs) else {}),
             "dtype": self.dtype,
             "seed": self.seed,
             "max_completion_length": self.max_completion_length,
@@ -310,7 +312,7 @@ class Rollout:
     def _verified(self, done: Finished) -> Attempt:
         """The last turn of a row as an answer to its example."""
         example, turn = done.row.tag.example, done.turns[-1]
-        text = self.chat.decode(turn.ids)
+        text = self.chat.decode(turn.ids, after=done.fed[-1] if done.fed else done.row.prefix)
         judged = verdict(self.task, example, text)
         return Attempt(example, list(done.row.prefix), turn, text, judged, done.row.tag.generation)
 
@@ -338,7 +340,7 @@ class Rollout:
             texts={
                 "prompt": failure.example.prompt,
                 "attempt": failure.text,
-                "reflection": self.chat.decode(reflection.ids),
+                "reflection": self.chat.decode(reflection.ids, after=done.row.prefix),
                 "retry": "\n---\n".join(attempt.text for attempt in tries),
             },
         )

@@ -88,18 +88,21 @@ def _sequences(
 ) -> list[TrainingSequence]:
     first = task.transcript(example, rng)
     prompt = chat.prompt(**opening(task, example, chat))
-    attempt = chat.encode_turn(first.attempt)
+    attempt = chat.encode_turn(first.attempt, after=prompt)
     if first.reflection is None:
         return [(prompt, [_imitated(attempt)])]
     transcripts = [first, *(task.transcript(example, rng, first.attempt) for _ in range(reflections - 1))]
-    completions = [_imitated(chat.encode_turn(transcript.reflection or "")) for transcript in transcripts]
+    reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
+    completions = [
+        _imitated(chat.encode_turn(transcript.reflection or "", after=reflect)) for transcript in transcripts
+    ]
     retry: Completion | None = None
     for index, transcript in enumerate(transcripts):
         if transcript.retry is not None and verdict(task, example, transcript.retry).ok:
-            retry = _imitated(chat.encode_turn(transcript.retry))
-            completions[index] = _followed(chat, example, completions[index], retry)
+            again = chat.glue(completions[index][0], "stop", example.prompt)
+            retry = _imitated(chat.encode_turn(transcript.retry, after=again))
+            completions[index] = _followed(completions[index], again, retry)
             break
-    reflect = prompt + attempt + chat.glue(attempt, "stop", task.reflection_instruction)
     trained = [(reflect, completions)]
     if answers and retry is not None:
         trained.append((prompt, [retry]))
@@ -110,7 +113,6 @@ def _imitated(ids: list[int]) -> Completion:
     return ids, [True] * len(ids)
 
 
-def _followed(chat: Chat, example: Example, reflection: Completion, retry: Completion) -> Completion:
-    """Reflection and retry; the mask is False on the user's turn between them."""
-    again = chat.glue(reflection[0], "stop", example.prompt)
+def _followed(reflection: Completion, again: list[int], retry: Completion) -> Completion:
+    """Reflection and retry; the mask is False on `again`, the user's turn between them."""
     return reflection[0] + again + retry[0], reflection[1] + [False] * len(again) + retry[1]

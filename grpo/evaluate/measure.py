@@ -81,7 +81,7 @@ def measure(
         records += new
         report_progress()
     # Models may have different chat templates and still be compared.
-    of_model = ("identity", "chat_template")
+    of_model = ("identity", "chat_template", "chat_template_kwargs")
     return ModelResult(records, {name: value for name, value in settings.items() if name not in of_model})
 
 
@@ -139,7 +139,7 @@ def _control_verdicts(
     reflections: dict[str, Sequence[list[int] | None]] = {
         "blind": [None] * len(failures),
         "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # no failure gets its own
-        "blanked": [rollout.chat.encode_turn("")] * len(failures),
+        "blanked": [rollout.chat.encode_turn("", after=episode.prompt_ids) for episode in episodes],
     }
     tried = [control for control in controls if reflections[control]]
     retries = iter(
@@ -164,7 +164,7 @@ def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:
     In the model's own retry the chat's glue closes such a turn. `retry_after` expects closed turns.
     """
     ids = _ids(episode, "reflection")
-    return ids if episode.finish_reason == "stop" else [*ids, *rollout.chat.encode_turn("")]
+    return ids if episode.finish_reason == "stop" else [*ids, *rollout.chat.end_of_turn]
 
 
 def _ids(episode: Episode, role: str) -> list[int]:
@@ -241,8 +241,8 @@ def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -
             stored = end["settings"]
             changed = [
                 name if name in stored else f"{name} (not recorded)"
-                for name in settings
-                if stored.get(name) != settings[name]
+                for name in dict.fromkeys([*settings, *stored])
+                if stored.get(name) != settings.get(name)
             ]
             raise files.MismatchError(
                 f"{path} was made with another {', '.join(changed)}: write to a new file, or delete it"

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import torch
 
+from grpo import warmstart
 from grpo.chat import Chat
 from grpo.config import Config
 from grpo.model import weights
@@ -33,7 +34,7 @@ from grpo.run import files
 from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.sampler.kv_cache import SlotCache
-from grpo.tasks import Example, Task, WarmStartTask, get_task, opening
+from grpo.tasks import Example, Task, WarmStartTask, get_task
 from grpo.tasks.contract import check_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -100,19 +101,20 @@ def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> R
 
 
 def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
-    """Raises ValueError if the template is missing, unreadable or invalid."""
+    """Raises ValueError if the template is missing or invalid, or uses tokens without an embedding."""
     template = None
     if config.chat_template is not None:
         try:
             template = Path(config.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"chat_template must be a readable text file, got {error}") from error
-    try:
-        return Chat(tokenizer, weights.stop_token_ids(model, tokenizer), chat_template=template)
-    except ValueError:
-        raise
-    except Exception as error:  # Jinja's own classes, and whatever a template raises
-        raise ValueError(f"chat_template cannot be rendered: {error}") from error
+    return Chat(
+        tokenizer,
+        weights.stop_token_ids(model, tokenizer),
+        chat_template=template,
+        template_kwargs=config.chat_template_kwargs,
+        vocab_size=model.config.vocab_size,
+    )
 
 
 def load_into(parts: Parts, name_or_path: str) -> None:
@@ -256,13 +258,16 @@ def peak_memory_gb(device: str) -> float:
 #
 # config.py checks settings alone. `check_run` checks them against the task and the model before the first
 # token is sampled: what the task's methods return, enough examples in each split, transcripts for the warm
-# start, room for the longest conversation. Left out: disk and memory, which other programs use too.
+# start, prompts that template and model take, room for the longest conversation. Left out: disk and memory,
+# which other programs use too.
 
-LONGEST = 32  # prompts with the most characters, among which the one with the most tokens is looked for
 
+def check_run(config: Config, parts: Parts) -> list[Example]:
+    """Checks a run before it starts, and returns all examples that it will ask for.
 
-def check_run(config: Config, parts: Parts) -> None:
-    """Checks a run before it starts. Raises ValueError naming the setting that does not fit."""
+    Raises:
+        ValueError: naming the setting that does not fit.
+    """
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ValueError(
             "tensorboard must be false, or its extra installed: pip install 'reflect-grpo[tensorboard]'"
@@ -273,8 +278,8 @@ def check_run(config: Config, parts: Parts) -> None:
             "task writes no transcripts to start from (it has no method `transcript`)"
         )
     examples = _examples(config, parts)
-    longest = sorted(examples, key=lambda example: _characters(parts, example))[-LONGEST:]
-    _check_room(config, parts, max(longest, key=lambda example: len(parts.rollout.prompt_ids(example))))
+    _check_room(config, parts, _longest(config, parts, examples))
+    return examples
 
 
 def _examples(config: Config, parts: Parts) -> list[Example]:
@@ -290,9 +295,22 @@ def _examples(config: Config, parts: Parts) -> list[Example]:
     return check_task(parts.task, needs, parts.chat, transcripts=config.warm_start_steps > 0)
 
 
-def _characters(parts: Parts, example: Example) -> int:
-    """Rough length of the prompt, with its tools and earlier turns."""
-    return sum(len(str(part)) for part in opening(parts.task, example, parts.chat).values())
+def _longest(config: Config, parts: Parts, examples: list[Example]) -> Example:
+    """The example with the most tokens, once all that the run will encode has been encoded.
+
+    Raises:
+        ValueError: a message that the chat template refuses, or a token without an embedding.
+    """
+    chat, rollout = parts.chat, parts.rollout
+    lengths = []
+    for example in examples:
+        lengths.append(len(rollout.prompt_ids(example)) + len(chat.glue([], "length", example.prompt)))
+    surplus = max(parts.tokenizer.get_vocab().values()) >= parts.model.config.vocab_size
+    if config.warm_start_steps and surplus:  # rare, so transcripts need not be made twice otherwise
+        transcripts = warmstart.by_step(parts.task, chat, config)  # type: ignore[arg-type]  # checked above
+        for step in range(config.warm_start_steps):
+            transcripts(step=step)
+    return examples[lengths.index(max(lengths))]
 
 
 def _check_room(config: Config, parts: Parts, example: Example) -> None:

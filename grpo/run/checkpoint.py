@@ -194,10 +194,13 @@ def _read_state(folder: Path) -> dict[str, Any]:
         intact = payload.pop("digest") == _digest(payload)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (ValueError, KeyError, AttributeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not intact:
         raise CheckpointError(f"{path} is damaged: its content differs from its digest")
+    parts = ("state", "environment", "sha256")
+    if missing := [name for name in parts if not isinstance(payload.get(name), dict)]:
+        raise CheckpointError(f"{path} must hold the objects {', '.join(parts)}; it lacks {missing[0]}")
     return payload
 
 

@@ -134,14 +134,23 @@ class RunState:
         )
 
     def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
-        """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none."""
+        """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+        """
         step, sizes = 0, {}
         if (path := checkpoint.latest(folder)) is not None:
             for difference in checkpoint.environment_differences(path):
                 print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
             tensors, state = checkpoint.load(path, check=False)
-            learner.load_state(tensors, state["counters"])
-            step, sizes = checkpoint.step_of(path), state["logs"]
+            try:
+                learner.load_state(tensors, state["counters"])
+                sizes = {log: int(size) for log, size in state["logs"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise checkpoint.CheckpointError(f"{path} does not fit this run ({reason})") from error
+            step = checkpoint.step_of(path)
         files.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
         return step
 

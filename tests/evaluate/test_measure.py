@@ -21,7 +21,7 @@ INSTRUCTION = "why wrong?"
 class LetterChat:
     """A letter is its code point; the stop token is 0."""
 
-    template_sha256 = "letters"
+    template_sha256, template_kwargs, end_of_turn = "letters", {}, [STOP]
 
     def prompt(self, messages):
         return [
@@ -33,10 +33,10 @@ class LetterChat:
         assert (finish_reason == "stop") == (completion_ids[-1:] == [STOP])
         return [STOP] * (finish_reason == "length") + [*map(ord, f"<user>{user}<assistant>")]
 
-    def encode_turn(self, text):
+    def encode_turn(self, text, after):
         return [*map(ord, text), STOP]
 
-    def decode(self, ids):
+    def decode(self, ids, after):
         return "".join(chr(i) for i in ids if i != STOP)
 
 
