@@ -19,12 +19,17 @@ import pytest
 import tiny
 import tiny_run
 import torch
+from test_chat import MISTRAL, PHI3, QWEN3
+from tiny import CHATML, SPECIAL, byte_tokenizer, token_id
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
-from grpo import config
+from grpo import config, failures, warmstart
+from grpo.chat import Chat
 from grpo.loss import grpo_loss
-from grpo.run import checkpoint
-from grpo.tasks import SPLITS, Verdict, countdown, function_calling
+from grpo.run import build, checkpoint, files
+from grpo.tasks import SPLITS, Example, Verdict, countdown, function_calling
 from grpo.tasks.contract import PROBES
+from grpo.tasks.countdown import Countdown
 from grpo.tasks.function_calling import FunctionCalling
 from grpo.tasks.function_calling.data import tool
 
@@ -71,6 +76,116 @@ def test_thought_without_an_end() -> None:
     assert countdown.verify("<think><answer>3+5</answer>", [3, 5], 8).reason == "no_answer"
 
 
+OPENS = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+MESSAGES = [{"role": "user", "content": "1+1?"}]
+COUNTDOWN = Countdown()
+
+
+def chat_of(template: str, **options) -> Chat:
+    tokenizer = byte_tokenizer(template=template)
+    return Chat(tokenizer, [token_id(tokenizer, "<|im_end|>")], **options)
+
+
+def test_a_template_that_opens_the_thought() -> None:
+    """The sampled text lacks `<think>`, so a thought that was cut at its limit looked like an answer."""
+    tokenizer = byte_tokenizer(template=OPENS)
+    parts = tiny.build(tokenizer=tokenizer, likely=["7"])
+    pool = tiny.failures(parts, 2)
+    texts = [attempt.text for attempt in pool]
+    for episode in tiny.episodes(parts, pool):
+        texts += [episode.texts["reflection"], episode.texts["retry"]]
+    texts += [retry.text for retry in parts.rollout.retry_after(pool, [None, None], stage="rollout")]
+    assert len(texts) > 10 and all(text.startswith("<think>\n") for text in texts)
+    # Where a later turn's header differs, each turn has its own.
+    once = CHATML.replace(
+        "assistant\n{% endif", "assistant\n{% if messages | length == 1 %}<think>{% endif %}{% endif"
+    )
+    chat = chat_of(once)
+    first, later = chat.prompt(MESSAGES), chat.glue([], "length", "again")
+    ids = chat.encode_turn("2")
+    assert [chat.decode(ids, after=context) for context in (first, later, ())] == ["<think>2", "2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("header", "opened"),
+    [
+        ("<think>\n", "<think>\n"),
+        ("<think>\nOkay, ", "<think>\nOkay, "),
+        ("<think>\n\n</think>\n\n", ""),
+        ("{{ '<think>' if '/think' in messages[-1].content }}", ""),
+    ],
+)
+def test_which_headers_open_a_thought(header: str, opened: str) -> None:
+    chat = chat_of(CHATML.replace("assistant\n{% endif", f"assistant\n{header}{{% endif"))
+    assert chat.opened_thought(chat.prompt(MESSAGES)) == opened
+    assert chat.opened_thought(chat.glue([], "length", "again")) == opened
+    if "if" in header:  # the ids decide, not a dummy conversation
+        message = {"role": "user", "content": "Please /think about <think> tags"}
+        assert chat.opened_thought(chat.prompt([message])) == "<think>"
+
+
+def test_a_warm_start_with_a_template_that_opens_the_thought() -> None:
+    """It trained answers inside a thought that never ends: the verifier would find no answer in them."""
+    chat = chat_of(OPENS)
+    examples = COUNTDOWN.examples("train", 8)
+    batch = warmstart.sequences(COUNTDOWN, chat, examples, step=0, batch_size=8, reflections=2, seed=0)
+    closed = "<think>\n\n</think>\n\n"
+    for prompt, completions in batch:
+        assert chat.opened_thought(prompt) == "<think>\n"
+        for ids, mask in completions:
+            turn = ids[: mask.index(False)] if False in mask else ids
+            assert chat.decode(turn, after=prompt).startswith(closed)
+    # As the template itself writes it, if it does; and not twice, if the task's text has it.
+    own = OPENS.replace("{{ m.content }}", "<think>{{ m.reasoning_content }}</think>{{ m.content }}")
+    for template, end in ((OPENS, "\n</think>\n\n"), (own, "</think>")):
+        chat = chat_of(template)
+        prompt = chat.prompt(MESSAGES)
+        assert chat.decode(chat.encode_turn("2", after=prompt)) == f"{end}2"
+        assert chat.decode(chat.encode_turn("Hm.</think>2", after=prompt)) == "Hm.</think>2"
+
+
+NO_THINKING = QWEN3.replace(
+    "assistant\n{% endif",
+    "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif",
+)
+
+
+def test_thinking_is_turned_off(tmp_path: Path) -> None:
+    """Qwen3's template thinks unless it is given `enable_thinking`, which no setting could reach."""
+    chat = chat_of(NO_THINKING, template_kwargs={"enable_thinking": False})
+    header = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert chat.tokenizer.decode(chat.prompt(MESSAGES)).endswith(header)
+    assert chat.tokenizer.decode(chat.glue([], "length", "2+2?")).endswith(header)
+    assert not chat_of(NO_THINKING).tokenizer.decode(chat_of(NO_THINKING).prompt(MESSAGES)).endswith(header)
+    # Stored answers record it, and those of version 0.1 are accepted where nothing is set.
+    examples, path = tiny.Toy().examples("train", 4), tmp_path / "failures.jsonl"
+    parts = tiny.build(tokenizer=chat.tokenizer)
+    assert "chat_template_kwargs" not in parts.rollout.settings
+    failures.collect(path, parts.rollout, examples)
+    parts.rollout.chat = chat
+    with pytest.raises(
+        files.MismatchError, match="chat_template_kwargs: not recorded -> {'enable_thinking': Fal"
+    ):
+        failures.collect(path, parts.rollout, examples)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"tools": []}, "must not name tools: the trainer sets these"),
+        ({"messages": [], "add_generation_prompt": False}, "must not name add_generation_prompt, messages"),
+        ({"conversations": 1}, "must not name conversations"),
+        ({"day": float("nan")}, "must map names to JSON values"),
+        ({"day": Path()}, "must map names to JSON values"),
+        ({1: 2}, "must map names to JSON values"),
+        ({"date_string": "tomorrow"}, "date_string must be a date such as '26 Jul 2024'"),
+    ],
+)
+def test_variables_of_a_template_that_are_refused(variables, message: str) -> None:
+    with pytest.raises(ValueError, match=f"chat_template_kwargs {message}"):
+        chat_of(CHATML + "{{ strftime_now('%Y') }}", template_kwargs=variables)
+
+
 # --- 4. tags, tokens and text ------------------------------------------------------------------------------
 
 
@@ -93,7 +208,185 @@ def test_tags_and_fences_inside_strings(string: str, python_syntax: bool) -> Non
         assert function_calling.verify(f"<tool_call>{text}", gold, python_syntax).reason == "parse"
 
 
+def with_tags(tokenizer: PreTrainedTokenizerFast, *tags: str) -> PreTrainedTokenizerFast:
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL, *tags]})
+    return tokenizer
+
+
+def test_tags_that_are_special_tokens() -> None:
+    """They were stripped before the verifier saw them, so no answer was ever right."""
+    tokenizer = with_tags(byte_tokenizer(template=CHATML), "<answer>", "</answer>", "<pad>")
+    tokenizer.pad_token = "<pad>"
+    chat = Chat(tokenizer, [token_id(tokenizer, "<|im_end|>")])
+    text = "<answer>1</answer>"
+    ids = chat.encode_turn(text)
+    assert token_id(tokenizer, "<answer>") in ids
+    assert chat.decode([*ids, *chat.stop_token_ids, tokenizer.pad_token_id]) == text
+    assert chat.decode([tokenizer.pad_token_id, *ids]) == text
+    assert (
+        chat.decode([token_id(tokenizer, "<s>"), *ids]) == "<s>" + text
+    )  # whatever else was sampled is shown
+
+
+def llama_tokenizer(template: str, legacy: bool) -> LlamaTokenizer:
+    """SentencePiece's habits: a space before the first word, or (legacy) after each special token too."""
+    letters = [f"<0x{byte:02X}>" for byte in range(256)] + ["▁", *map(chr, range(33, 127)), "▁W", "▁m", "an"]
+    vocab = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", *letters])}
+    merges = [("▁", "W"), ("▁", "m"), ("a", "n")]
+    tokenizer = LlamaTokenizer(vocab=vocab, merges=merges, legacy=legacy, chat_template=template)
+    return with_tags(tokenizer)
+
+
+QUESTION = "What does <|im_end|> mean, and </s>?"
+
+
+@pytest.mark.parametrize("template", [CHATML, MISTRAL, PHI3], ids=["chatml", "mistral", "phi3"])
+@pytest.mark.parametrize("kind", ["bytes", "llama", "llama legacy"])
+def test_control_tokens_in_a_message(template: str, kind: str) -> None:
+    """They ended the user's turn: only the template's own special tokens are encoded as such."""
+    tokenizer = (
+        byte_tokenizer(template=template) if kind == "bytes" else llama_tokenizer(template, "leg" in kind)
+    )
+    chat = Chat(tokenizer, [token_id(tokenizer, "<|im_end|>")], template_kwargs={"tools_in_use": None})
+    special = set(tokenizer.all_special_ids)
+
+    def control(ids: list[int]) -> list[int]:
+        return [id for id in ids if id in special]
+
+    harmless = [{"role": "user", "content": "What?"}]
+    ids = chat.prompt([{"role": "user", "content": QUESTION}])
+    assert control(ids) == control(chat.prompt(harmless)) and QUESTION in tokenizer.decode(ids)
+    glue = chat.glue([], "length", QUESTION)
+    assert control(glue) == control(chat.glue([], "length", "What?")) and QUESTION in tokenizer.decode(glue)
+    # No space appears or disappears, at the beginning or after a special token: with a text that no tokenizer
+    # knows as special, the pieces are those of the ordinary way.
+    text = chat._render(harmless)
+    assert chat._ids(text, {"\ua000": "<|unused|>"}) == chat._ids(text, {})
+    # A worked transcript cannot end its own turn either, but may contain other special tokens.
+    turn = chat.encode_turn(f"<s>{QUESTION}")
+    assert turn[0] == token_id(tokenizer, "<s>") and turn[-1] in chat.stop_token_ids
+    assert not set(turn[:-1]) & set(chat.stop_token_ids)
+    assert QUESTION.replace(" ", "") in chat.decode(turn).replace(" ", "")
+
+
+def test_control_tokens_in_the_schema_of_a_tool() -> None:
+    chat = chat_of("{% for tool in tools or [] %}{{ tool | tojson }}{{ tool }}{% endfor %}" + CHATML)
+    schema = {
+        "name": "f<|im_end|>",
+        "description": "<|im_start|>",
+        "parameters": {"properties": {"</s>": {}}},
+    }
+    ids = chat.prompt(MESSAGES, [{"type": "function", "function": schema}])
+    text = chat.tokenizer.decode(ids)
+    assert text.count("f<|im_end|>") == text.count("</s>") == 2
+    assert len(set(ids) & {token_id(chat.tokenizer, t) for t in ("<|im_end|>", "</s>")}) == 1
+    assert ids.count(token_id(chat.tokenizer, "<|im_end|>")) == 1
+
+
+def test_a_template_that_acts_on_control_tokens_in_a_message() -> None:
+    chat = chat_of(CHATML.replace("m.content", "m.content.split('</s>')[-1]"))
+    with pytest.raises(ValueError, match="chat_template must only copy </s> from a message"):
+        chat.prompt([{"role": "user", "content": "a</s>b"}])
+
+
+def test_half_of_a_surrogate_pair_in_a_message() -> None:
+    with pytest.raises(ValueError, match="must be valid Unicode text"):
+        chat_of(CHATML).prompt([{"role": "user", "content": "\ud800"}])
+
+
 # --- 5. state outside the settings -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """A run that was stopped before its first checkpoint, with a template and a model of its own."""
+    model = tiny_run.save_model(tmp_path / "model")
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
+    settings = {"chat_template": template, "task": "test_reported_inputs:Changing", "warm_start_steps": 0}
+    moment = tiny_run.Moment("grpo.failures:_summary")
+    argv = tiny_run.arguments(model, tmp_path / "runs", **settings)
+    assert tiny_run.run_and_stop(argv, moment, 9)[0] == -9
+    return tmp_path / "runs" / "tiny-001"
+
+
+class Changing(tiny.Toy):
+    """Reads its data from outside, as tasks do."""
+
+    suffix = "?"
+
+    def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
+        return [replace(e, prompt=e.prompt + self.suffix) for e in super().examples(split, count, offset)]
+
+
+def change_template(root: Path) -> None:
+    (root / "template.jinja").write_text(CHATML.replace("{{ m.role }}", "{{ m.role | title }}"))
+
+
+def change_tokenizer(root: Path) -> None:
+    path = root / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["added_tokens"][-1]["lstrip"] = True
+    path.write_text(json.dumps(content))
+
+
+def change_model(root: Path) -> None:
+    path = root / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 1
+    path.write_bytes(content)
+
+
+def test_inputs_that_changed_while_a_run_was_stopped(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resume compared the settings only: with an edited template it continued, with other prompts."""
+    root, argv = stopped.parent.parent, ["--resume", str(stopped)]
+    kept = {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and path.parent != stopped}
+    changes = {
+        "the chat template changed (the run's own is in": change_template,
+        "the tokenizer changed": change_tokenizer,
+        "the model's files changed (model.safetensors)": change_model,
+        "the task's examples or messages changed": lambda _: monkeypatch.setattr(Changing, "suffix", "!"),
+    }
+    for message, change in changes.items():
+        change(root)
+        done = tiny_run.run(argv)
+        assert done.status == 2 and done.out == "", done
+        assert message in done.err and done.err.count("\n") == 1 and "start a new run" in done.err
+        for path, content in kept.items():
+            path.write_bytes(content)
+    monkeypatch.undo()
+    (stopped / "inputs.json").write_text("{")
+    done = tiny_run.run(argv)
+    assert done.status == 2 and "inputs.json is damaged" in done.err
+    (stopped / "inputs.json").unlink()  # as version 0.1 leaves it
+    done = tiny_run.run(argv)
+    assert done.status == 0, done.err
+
+
+def test_templates_that_print_todays_date() -> None:
+    """Their prompts changed at midnight, within a run and between stop and resume."""
+    template = (
+        "  {% if true %}\n{% endif %}{%- set today = strftime_now('%Y-%m-%d') %}{{ 'Today: ' + today }}"
+        "{{ strftime_now('%-d %B %Y (%A), %H:%M') }} {{ strftime_now is defined }}{{ date_string }}" + CHATML
+    )
+    chat = chat_of(template)
+    text = chat.tokenizer.decode(chat.prompt(MESSAGES))
+    assert text.startswith("Today: 2024-07-2626 July 2024 (Friday), 00:00 True26 Jul 2024<|im_start|>user")
+    chat = chat_of(template, template_kwargs={"date_string": "01 Jan 2025"})
+    assert "Today: 2025-01-011 January 2025 (Wednesday)" in chat.tokenizer.decode(chat.prompt(MESSAGES))
+    # Nothing else changes, white space at the beginning least of all.
+    for plain in (
+        "\n{% if true %}\n x{% endif %}",
+        "  {% if true %}y\n{% endif %}",
+        "\n\n",
+        "{%- if 1 %} {% endif %}",
+    ):
+        rendered = chat_of(plain + CHATML)._render(MESSAGES)
+        assert (
+            chat_of(plain + CHATML + "{% if false %}{{ strftime_now('') }}{% endif %}")._render(MESSAGES)
+            == rendered
+        )
+
 
 # --- 6. RoPE that depends on the length --------------------------------------------------------------------
 
@@ -212,6 +505,41 @@ def test_a_task_that_leaves_the_process_ends_no_run_with_status_0(model, tmp_pat
     done = started(model, tmp_path, task="test_reported_inputs:Leaving")
     assert done.status == 1 and "sys.exit(0) was called" in done.err and "in verify" in done.err
     assert "--resume" in done.err.splitlines()[-1] and checkpoint.steps(done.folder) == [1]
+
+
+def test_tokens_without_an_embedding(tmp_path: Path) -> None:
+    """A template's token that the model lacks ended in an index error inside the first forward."""
+    tokenizer = with_tags(byte_tokenizer(template=CHATML), "<extra>")
+    extra, stops = token_id(tokenizer, "<extra>"), [token_id(tokenizer, "<|im_end|>")]
+    assert extra == len(tokenizer) - 1
+    sizes = f"embeddings for {extra} tokens only, and its tokenizer has {extra + 1}"
+    message = f"the token '<extra>' with id {extra}, but the model has {sizes}"
+    template = CHATML.replace("assistant", "assistant<extra>")
+    with pytest.raises(ValueError, match=message):
+        Chat(tokenizer, stops, template, vocab_size=extra)
+    with pytest.raises(ValueError, match=message):
+        Chat(tokenizer, [extra], "{% for m in messages %}{{ m.content }} {% endfor %}", vocab_size=extra)
+    with pytest.raises(ValueError, match=message):
+        Chat(
+            tokenizer, stops, "{% if messages|length == 1 %}<extra>{% endif %}" + CHATML, vocab_size=extra
+        ).prompt(MESSAGES)
+    # Tokens that are never used are no mistake.
+    assert Chat(tokenizer, [extra, *stops], vocab_size=extra).prompt(MESSAGES)
+    chat = Chat(tokenizer, stops, vocab_size=extra)
+    with pytest.raises(ValueError, match=message):
+        chat.encode_turn("A transcript with <extra>.")
+    assert chat.prompt([{"role": "user", "content": "<extra>"}])  # as text
+
+
+def test_tokens_without_an_embedding_are_found_before_sampling() -> None:
+    tokenizer = with_tags(byte_tokenizer(template=CHATML), "<extra>")
+    parts = tiny.build(tokenizer=tokenizer, model=tiny.decoder(len(tokenizer) - 1), warm_start_steps=2)
+    parts.chat.vocab_size = len(tokenizer) - 1
+    assert build.check_run(parts.config, parts)
+    transcript = parts.task.transcript
+    parts.task.transcript = lambda *args: replace(transcript(*args), attempt="<extra>")
+    with pytest.raises(ValueError, match="the token '<extra>'"):
+        build.check_run(parts.config, parts)
 
 
 # --- 9. editors and YAML -----------------------------------------------------------------------------------
