@@ -13,13 +13,20 @@ Left out: coverage guidance, and the network.
 from __future__ import annotations
 
 import copy
+import hashlib
+import io
+import json
 import resource
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
@@ -30,7 +37,15 @@ from lib.measure import command_line, hide_benchmarks  # noqa: E402
 
 hide_benchmarks()
 
-EXPECTED = (ValueError, OSError)  # files.MismatchError and configuration errors are ValueErrors
+import torch  # noqa: E402
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
+from transformers import PreTrainedTokenizerFast  # noqa: E402
+
+from grpo.config import Config, TaskOptions  # noqa: E402
+from grpo.run import build, checkpoint, inputs, state  # noqa: E402
+from grpo.run.files import RunDirError  # noqa: E402
+
+EXPECTED = (ValueError, OSError, RunDirError)  # configuration errors are ValueErrors
 LIMIT_SECONDS = 20
 LIMIT_GB = 4  # beyond what the process holds at the start
 BATCH = 100  # inputs between two looks at the clock
@@ -120,6 +135,165 @@ def entry_point(inputs: Callable[[], st.SearchStrategy[Any]]) -> Callable[[Targe
         return target
 
     return register
+
+
+# A chat template in pieces, and pieces to put into it. None has a large loop: its time is not bounded.
+TEMPLATE = [
+    "{% if tools %}",
+    "{{ tools | tojson }}",
+    "{% endif %}",
+    "{% for m in messages %}",
+    "<|im_start|>",
+]
+TEMPLATE += ["{{ m.role }}", "\n", "{{ m.content }}", "<|im_end|>", "\n", "{% endfor %}"]
+TEMPLATE += ["{% if add_generation_prompt %}", "<|im_start|>assistant\n", "<think>\n", "{% endif %}"]
+PIECES = [*TEMPLATE, "{{ strftime_now('%Y-%m-%d') }}", "{{ strftime_now(messages) }}", "{{ date_string }}"]
+PIECES += [
+    "{{ m.content.split('</think>')[-1] | trim }}",
+    "{{ m.content | upper }}",
+    "{{ m }}",
+    "{{ tools }}",
+]
+PIECES += ["{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ 'x' * 10000 }}", "{{ m.reasoning_content }}"]
+PIECES += ["{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "{% set messages = [] %}", "{% set m = 1 %}"]
+PIECES += ["{% break %}", "{% include 'x' %}", "{{ namespace(a=1).a }}", "{{ messages.clear() }}", "</think>"]
+PIECES += [
+    "{{ cycler.__init__.__globals__.os.mkdir('escaped') }}",
+    "{{ ''.__class__.__mro__ }}",
+    "</s>",
+    "\0",
+]
+PIECES += ["{% if enable_thinking %}", "{% if '<|im_end|>' in m.content %}", "{% if m.content[3:] %}", "{%-"]
+CONTENTS = [
+    "1+1?",
+    "What does <|im_end|> mean?",
+    "</s>",
+    "",
+    " ",
+    "\n\n",
+    "<think>",
+    "\ua000",
+    "e\u0301\U0001f600",
+    "\x00",
+]
+
+
+def pieces() -> st.SearchStrategy[str]:
+    edit = st.tuples(st.integers(0, len(TEMPLATE)), st.integers(0, 2), st.sampled_from(PIECES))
+
+    def apply(chosen: list[tuple[int, int, str]]) -> str:
+        parts = list(TEMPLATE)
+        for start, length, piece in chosen:
+            parts[start : start + length] = [piece]
+        return "".join(parts)
+
+    return st.lists(edit, max_size=4).map(apply)
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({symbol: id for id, symbol in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+
+
+@entry_point(
+    lambda: st.tuples(
+        pieces().map(str.encode) | pieces().flatmap(lambda text: mutated_bytes(text.encode())),
+        mutated_json({"enable_thinking": False, "date_string": "26 Jul 2024"}) | st.just({}),
+        st.sampled_from(CONTENTS) | st.text(max_size=20),
+    )
+)
+def chat_template(value: Any) -> None:
+    """A template, its variables and the content of a message: nothing is executed, and all ids are right."""
+    template, variables, content = value
+    if not isinstance(variables, dict):
+        return  # config.py's part
+    tokenizer = byte_tokenizer()
+    model = SimpleNamespace(source=None, config=SimpleNamespace(vocab_size=len(tokenizer)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "template.jinja")
+        path.write_bytes(template)
+        config = Config(chat_template=str(path), chat_template_kwargs=TaskOptions(variables))
+        chat = build.build_chat(config, model, tokenizer)  # type: ignore[arg-type]
+    message = {"role": "user", "content": content}
+    tool = {"type": "function", "function": {"name": content, "description": "", "parameters": {}}}
+    prompt = chat.prompt([message], [tool] if chat.takes_tools else None)
+    turn = chat.encode_turn(content, after=prompt)
+    glue = chat.glue(turn, "stop", content)
+    assert all(0 <= id < len(tokenizer) for id in [*prompt, *turn, *glue])
+    assert content in chat.decode(turn, after=prompt)
+    assert not set(turn[: -len(chat.end_of_turn)]) & set(chat.stop_token_ids)
+    assert not Path("escaped").exists()
+
+
+@cache
+def run_directory() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    counters = {"num_updates": 1, "num_steps": 1, "num_tokens": 7}
+    content = {"counters": counters, "logs": {"metrics.jsonl": 0}}
+    checkpoint.save(folder, 1, write_model=lambda _: None, tensors={"a": torch.zeros(1)}, state=content)
+    inputs.save(folder, INPUTS)
+    return folder
+
+
+INPUTS = {
+    "chat_template": "0" * 64,
+    "tokenizer": {"versions": {"tokenizers": "1", "transformers": "5"}, "sha256": "1" * 64},
+    "examples": "2" * 64,
+    "model": {"config.json": {"bytes": 7, "sha256": "3" * 64}},
+}
+
+
+@cache
+def valid_state() -> Any:
+    return json.loads(state_file().read_text(encoding="utf-8"))
+
+
+def state_file() -> Path:
+    return run_directory() / "checkpoints" / "step-000001" / checkpoint.STATE
+
+
+class Counting:
+    """Stands for the learner: reads what it reads."""
+
+    def load_state(self, tensors: Any, counters: Any) -> None:
+        torch.tensor(float(counters["num_updates"]))
+        self.counted = counters["num_steps"], counters["num_tokens"]
+
+
+def resume(content: bytes) -> None:
+    state_file().write_bytes(content)
+    run = state.RunState(*([None] * 5))  # type: ignore[arg-type]
+    run.folder = run_directory()
+    with redirect_stderr(io.StringIO()):  # warnings of another environment
+        run.restore(Counting(), run.folder, state.LOGS)  # type: ignore[arg-type]
+
+
+@entry_point(lambda: mutated_bytes(json.dumps(valid_state()).encode()))
+def state_bytes(value: bytes) -> None:
+    resume(value)
+
+
+@entry_point(lambda: st.tuples(mutated_json(valid_state()), st.booleans()))
+def state_json(value: Any) -> None:
+    """The state of a checkpoint; with a right digest too, as only an attacker would write it."""
+    content, signed = value
+    if signed and isinstance(content, dict):
+        content.pop("digest", None)
+        content["digest"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    resume(json.dumps(content).encode())
+
+
+@entry_point(
+    lambda: mutated_json(INPUTS).map(json.dumps).map(str.encode) | mutated_bytes(json.dumps(INPUTS).encode())
+)
+def inputs_json(value: bytes) -> None:
+    (run_directory() / inputs.INPUTS).write_bytes(value)
+    inputs.check(run_directory(), INPUTS)
 
 
 # --- the search ------------------------------------------------------------------------------------------
