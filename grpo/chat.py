@@ -89,6 +89,7 @@ class Chat:
             for id, token in tokenizer.added_tokens_decoder.items()
             if token.special and token.content.strip()
         }
+        self._special_ids = {id for id, _ in self._special.values()}
         self._glue: dict[str, list[int]] = {}
         self._has_system_role = self._probe_system_role()
 
@@ -326,8 +327,7 @@ class Chat:
         for i, token in enumerate(ids):
             if token in stop_token_ids:
                 return ids[: i + 1]
-        special = {id for id, _ in self._special.values()}
-        return ids[:1] if ids and ids[0] in special else []
+        return ids[:1] if ids and ids[0] in self._special_ids else []
 
     def _encode(self, text: str, marks: _Marks | None = None, *, after: str = "") -> list[int]:
         """Ids of `text` as a continuation of `after`: some tokenizers put a space before the first word.
@@ -352,8 +352,13 @@ class Chat:
             # As the tokenizer does: some special tokens take in the white space next to them.
             piece = piece.lstrip() if index and before and before[1].rstrip else piece
             piece = piece.rstrip() if after and after[1].lstrip else piece
-            ids += self._text_ids(piece, begins=index == 0)
-            ids += [after[0]] if after else []
+            text_ids = self._text_ids(piece, begins=index == 0)
+            if self._special_ids.intersection(text_ids):
+                raise ValueError(
+                    f"{', '.join(marks.values())} is a special token even in text, for this tokenizer: "
+                    "remove it from the task's messages"
+                )
+            ids += [*text_ids, after[0]] if after else text_ids
         return ids
 
     def _text_ids(self, text: str, begins: bool) -> list[int]:
