@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import random
 import shutil
 import sys
 from dataclasses import replace
@@ -96,6 +97,13 @@ def test_a_template_that_opens_the_thought() -> None:
         texts += [episode.texts["reflection"], episode.texts["retry"]]
     texts += [retry.text for retry in parts.rollout.retry_after(pool, [None, None], stage="rollout")]
     assert len(texts) > 10 and all(text.startswith("<think>\n") for text in texts)
+    # A draft in a thought that was cut is no answer.
+    chat, (example,) = chat_of(OPENS), COUNTDOWN.examples("train", 1)
+    transcript = COUNTDOWN.transcript(example, random.Random(1))
+    answer = transcript.retry or transcript.attempt
+    prompt, ids = chat.prompt(MESSAGES), chat.encode_turn(answer)
+    assert COUNTDOWN.verify(example, chat.decode(ids)).ok
+    assert COUNTDOWN.verify(example, chat.decode(ids, after=prompt)).reason == "no_answer"
     # Where a later turn's header differs, each turn has its own.
     once = CHATML.replace(
         "assistant\n{% endif", "assistant\n{% if messages | length == 1 %}<think>{% endif %}{% endif"
@@ -129,12 +137,19 @@ def test_a_warm_start_with_a_template_that_opens_the_thought() -> None:
     chat = chat_of(OPENS)
     examples = COUNTDOWN.examples("train", 8)
     batch = warmstart.sequences(COUNTDOWN, chat, examples, step=0, batch_size=8, reflections=2, seed=0)
-    closed = "<think>\n\n</think>\n\n"
+    closed, right = "<think>\n\n</think>\n\n", 0
     for prompt, completions in batch:
         assert chat.opened_thought(prompt) == "<think>\n"
         for ids, mask in completions:
             turn = ids[: mask.index(False)] if False in mask else ids
             assert chat.decode(turn, after=prompt).startswith(closed)
+            if False in mask:
+                start = len(mask) - mask[::-1].index(False)
+                answer = chat.decode(ids[start:], after=ids[:start])
+                verdicts = [COUNTDOWN.verify(example, answer) for example in examples]
+                assert answer.startswith(closed) and any(verdict.ok for verdict in verdicts)
+                right += 1
+    assert right
     # As the template itself writes it, if it does; and not twice, if the task's text has it.
     own = OPENS.replace("{{ m.content }}", "<think>{{ m.reasoning_content }}</think>{{ m.content }}")
     for template, end in ((OPENS, "\n</think>\n\n"), (own, "</think>")):
