@@ -230,9 +230,12 @@ def chat_template(value: Any) -> None:
     assert not Path("escaped").exists()
 
 
+FOLDER = tempfile.TemporaryDirectory(prefix="fuzz-")  # deleted when the program ends
+
+
 @cache
 def run_directory() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    folder = Path(FOLDER.name)
     counters = {"num_updates": 1, "num_steps": 1, "num_tokens": 7}
     content = {"counters": counters, "logs": {"metrics.jsonl": 0}}
     checkpoint.save(folder, 1, write_model=lambda _: None, tensors={"a": torch.zeros(1)}, state=content)

@@ -375,7 +375,7 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
     monkeypatch.setattr("grpo.model.weights.save_file", fill)
     done = quick()
     assert_error(done, 1, "the disk is full")
-    assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml"]
+    assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml", "inputs.json"]
 
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
