@@ -16,6 +16,8 @@ import copy
 import hashlib
 import io
 import json
+import math
+import os
 import resource
 import signal
 import sys
@@ -38,10 +40,13 @@ from lib.measure import command_line, hide_benchmarks  # noqa: E402
 hide_benchmarks()
 
 import torch  # noqa: E402
+from grpo_kernels import backend  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from grpo.config import Config, TaskOptions  # noqa: E402
+from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
+from grpo.model.rope import Rope, frequencies  # noqa: E402
 from grpo.run import build, checkpoint, inputs, state  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
 
@@ -297,6 +302,81 @@ def state_json(value: Any) -> None:
 def inputs_json(value: bytes) -> None:
     (run_directory() / inputs.INPUTS).write_bytes(value)
     inputs.check(run_directory(), INPUTS)
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {"short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.0, 2.0, 3.0, 5.0]},
+    "yarn": {"factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5, "attention_factor": None},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    "dynamic": {"factor": 2.0},
+    "linear": {"factor": 2.0},
+}
+
+
+def _rope_configs() -> st.SearchStrategy[Any]:
+    configs = []
+    for rope_type, parameters in ROPES.items():
+        shared = {"original_max_position_embeddings": 32, "rope_theta": 1e4, "partial_rotary_factor": 1.0}
+        rope = {"rope_type": rope_type, "beta_fast": 32, "beta_slow": 1, "truncate": False} | parameters
+        configs.append({"max_position_embeddings": 64, "rope_parameters": rope | shared} | shared)
+    return st.tuples(st.sampled_from(configs).flatmap(mutated_json), st.just(8) | st.sampled_from(ODD))
+
+
+@entry_point(_rope_configs)
+def rope_config(value: Any) -> None:
+    config, head_dim = value
+    if not isinstance(config, dict):
+        return  # a file without a dict never gets here
+    rope = Rope.from_hf(config, head_dim)
+    for length in (0, 33, 10**6):
+        inv_freq, scale = frequencies(rope, length)
+        assert inv_freq.isfinite().all() and (inv_freq >= 0).all() and 0 < scale < math.inf, rope
+
+
+def _loss_inputs() -> st.SearchStrategy[Any]:
+    special = [0.0, -0.0, 1e-7, -1e-30, -1.0, -BOUND, -88.7, -101.0, -1e4, -3.4e38, -math.inf]
+    logprob = st.sampled_from(special) | st.floats(-200, 0, width=32) | st.floats(max_value=0, width=32)
+    advantage = st.sampled_from([0.0, 1.0, -1.0, 1e3, -1e3]) | st.floats(-1e3, 1e3, width=32)
+    token = st.tuples(logprob, logprob, logprob, st.integers(0, 2), st.booleans())
+    options = {
+        "loss_type": st.sampled_from(LOSS_TYPES),
+        "importance_sampling_level": st.sampled_from(LEVELS),
+        "use_bias_correction_kl": st.booleans(),
+        "delta": st.none() | st.floats(1.3, 1e6),
+        "beta": st.sampled_from([0.0, 0.001, 1.0]),
+        "epsilon_high": st.none() | st.floats(0, 10),
+        "max_completion_length": st.just(4),
+    }
+    advantages = st.lists(advantage, min_size=3, max_size=3)
+    return st.tuples(
+        st.lists(token, min_size=1, max_size=8),
+        advantages,
+        st.fixed_dictionaries(options),
+        st.sampled_from([torch.float32, torch.float64]),
+    )
+
+
+@entry_point(_loss_inputs)
+def loss_of_extreme_numbers(value: Any) -> None:
+    """With TRITON_INTERPRET=1 also compares PyTorch with the Triton kernel."""
+    tokens, advantages, options, dtype = value
+    numbers = torch.tensor([token[:3] for token in tokens], dtype=dtype)
+    mask = torch.tensor([token[4] for token in tokens])
+    numbers[~mask] = math.nan  # masked tokens count nowhere
+    logprobs, old, ref = numbers.T.contiguous()
+    logprobs.requires_grad_()
+    sequence_ids = torch.tensor([token[3] for token in tokens])
+    results = []
+    for name in ("torch", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch",):
+        loss, metrics = backend("cpu", name).grpo_loss(
+            logprobs, old, ref, torch.tensor(advantages, dtype=dtype), sequence_ids, mask=mask, **options
+        )
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        assert loss.isfinite() and gradient.isfinite().all(), (loss, gradient)
+        assert all(metric.isfinite() for metric in metrics.values()), metrics
+        results.append((loss, gradient))
+    if dtype == torch.float64:  # the gradient of k3 times the ratio is a difference of large numbers
+        torch.testing.assert_close(results[0], results[-1], rtol=1e-6, atol=1e-6)
 
 
 # --- the search ------------------------------------------------------------------------------------------

@@ -26,8 +26,11 @@ from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from grpo import config, failures, warmstart
 from grpo.chat import Chat
+from grpo.episode import Episode
+from grpo.evaluate import __main__ as evaluate
 from grpo.loss import grpo_loss
 from grpo.run import build, checkpoint, files
+from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.tasks import SPLITS, Example, Verdict, countdown, function_calling
 from grpo.tasks.contract import PROBES
 from grpo.tasks.countdown import Countdown
@@ -404,6 +407,77 @@ def test_templates_that_print_todays_date() -> None:
 
 
 # --- 6. RoPE that depends on the length --------------------------------------------------------------------
+
+LONGROPE = {  # as in Phi-3: other frequencies in texts of more than 32 tokens (transformers #33129)
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.3, 1.7],
+        "long_factor": [1.0, 3.0, 9.0, 30.0],
+        "original_max_position_embeddings": 32,
+    }
+}
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 32}
+LIMITS = {
+    "longrope": (LONGROPE, "original_max_position_embeddings, 32, beyond which its RoPE changes"),
+    "dynamic": (DYNAMIC, "max_position_embeddings, 32"),
+}
+
+
+@pytest.mark.parametrize(("rope", "limit"), LIMITS.values(), ids=LIMITS)
+def test_a_text_that_outgrows_the_short_factors(rope, limit):
+    """Within the limit a row's log-probs are those of a plain forward pass, whatever its neighbours' length;
+    a longer row is refused. The cached keys of its beginning had other frequencies than those of its end."""
+    model = tiny.decoder(64, likely=[63], **rope)
+    short = Row(tuple(range(1, 6)), [Sample(20, (0,))])
+    rows = [short, Row(tuple(range(7, 27)), [Sample(12, (1,))])]  # the longest text has 32 tokens
+    sampler = Sampler(model, stop_token_ids=[63])
+    alone, *together = *sampler.run([short]), *sampler.run(rows)
+    assert alone.turns[0].ids == together[0].turns[0].ids
+    for row, finished in zip(rows, together, strict=True):
+        ids = finished.turns[0].ids
+        with torch.no_grad():
+            logits = model.logits(model(torch.tensor([[*row.prefix, *ids]])))[0, len(row.prefix) - 1 : -1]
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0].tolist()
+        assert finished.turns[0].logprobs == pytest.approx(expected, abs=1e-4)
+    rows[1] = Row(rows[1].prefix, [Sample(13, (1,))])
+    with pytest.raises(ValueError, match=rf"rows\[1\]: a prompt of 20 tokens .* the model's {limit}"):
+        sampler.run(rows)
+
+
+@pytest.mark.parametrize(("rope", "limit"), LIMITS.values(), ids=LIMITS)
+def test_a_micro_batch_of_texts_below_and_above_the_limit(rope, limit):
+    """The split into micro-batches moved log-probs by 4 nats, as a short text took its neighbour's length."""
+    parts = tiny.build(model=tiny.decoder(64, **rope), train_on="attempt")
+    lengths = (5, 20, 28)  # with the completion of 4 tokens: up to 32
+    batch = [
+        Episode("", i, 0, list(range(1, 1 + n)), [8, i, 9, 9], ["attempt"] * 4, [-4.0] * 4, "stop", 0.0)
+        for i, n in enumerate(lengths)
+    ]
+    whole, split = (tiny.token_logprobs(parts, batch, max_tokens_per_micro_batch=most) for most in (1000, 1))
+    for one, other in zip(whole, split, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    batch[2].prompt_ids += [1, 2]  # the last token is only predicted, so 33 go through the model
+    with pytest.raises(ValueError, match=f"a text of 33 tokens must fit the model's {limit}"):
+        tiny.update(parts, batch, beta=0.1)
+
+
+@pytest.mark.parametrize("command", ["train", "failures", "evaluate"])
+def test_conversations_beyond_the_short_factors_are_refused_before_sampling(command, tmp_path, capsys):
+    folder = tiny_run.save_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | LONGROPE))
+    settings = tiny_run.arguments(folder, tmp_path / "runs")
+    if command == "train":
+        done = tiny_run.run(settings)
+        status, error = done.status, done.err
+    else:
+        module = {"failures": failures, "evaluate": evaluate}[command]
+        first = ["--output", str(tmp_path / "f.jsonl")] if command == "failures" else [str(folder)]
+        status, error = module.main([*first, *settings]), capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1, error
+    assert "a conversation of up to" in error and f"must fit the model's {LIMITS['longrope'][1]}" in error
+    assert "lower max_reflection_length or max_completion_length" in error
+
 
 # --- 7. data without a right answer ------------------------------------------------------------------------
 

@@ -246,6 +246,7 @@ def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) 
     built = build.parts(config, model_source=model.path)
     built.sampler.top_p, built.sampler.top_k = options.top_p, options.top_k
     examples = check_task(built.task, {options.split: {"num_eval": config.num_eval}}, built.chat)
+    build.check_room(replace(config, warm_start_steps=0), built, examples)
     with (
         build.evaluation_sampling(built),
         tqdm(total=len(examples), desc=model.label, unit="problem") as bar,

@@ -136,6 +136,7 @@ class Learner:
             `entropy` and `sampling/*` cover the tokens that went through the model; they are absent if none
             did. `episode_metrics` (grpo/episode.py) has the rewards and lengths.
         Raises:
+            ValueError: an episode is longer than the model's RoPE allows (`Rope.length_limit`).
             NonFiniteError: the update was not taken. With num_iterations > 1, earlier updates of this step
                 may have been.
         """
@@ -213,6 +214,9 @@ class Learner:
             sequences: (prompt_ids, [(completion_ids, loss_mask), ...]) each, as for `packing.pack_sequences`.
         Returns:
             loss (nats per token), grad_norm, learning_rate, num_loss_tokens.
+        Raises:
+            ValueError: no token is marked, or a sequence is longer than the model's RoPE allows.
+            NonFiniteError: the update was not taken.
         """
         count = sum(sum(mask) for _, branches in sequences for _, mask in branches)
         if count == 0:

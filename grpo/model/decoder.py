@@ -234,7 +234,8 @@ class Decoder(nn.Module):
                 (R, 1, T, T): which keys each query sees; a layer's sliding window is still applied.
             attend: `attend(layer, q, k, v) -> out` with q, out (R, N, T, D) and k, v (R, K, T, D). q and k
                 are rotated, q is not scaled, key/value heads are not repeated. `attend` scales by 1/sqrt(D),
-                masks, and honours `config.windows[layer]`. Default: `causal_attend`.
+                masks, and honours `config.windows[layer]`. Default: `causal_attend`. With `attend`, a RoPE
+                that depends on the length refuses texts beyond `Rope.length_limit`.
             gradient_checkpointing: recompute each layer in the backward pass instead of keeping activations.
         Returns:
             (R, T, H), in the parameters' dtype.
@@ -250,10 +251,10 @@ class Decoder(nn.Module):
         if position_ids.shape[-1:] != input_ids.shape[-1:] or position_ids.ndim != 2:
             expected, given = tuple(input_ids.shape), tuple(position_ids.shape)
             raise ValueError(f"position_ids must be {expected} like input_ids, or one row, got {given}")
+        x = self.embed_tokens(input_ids)
+        cos, signed_sin = self.config.rope.tables(position_ids, x.dtype, limited=attend is not None)
         if attend is None:
             attend = causal_attend(self.config.windows, position_ids, attention_mask)
-        x = self.embed_tokens(input_ids)
-        cos, signed_sin = self.config.rope.tables(position_ids, x.dtype)
         for layer in self.layers:
             if gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, signed_sin, attend, use_reentrant=False)

@@ -12,6 +12,8 @@ frequencies so that a model can read sequences longer than those it was pretrain
 
 `dynamic` and `longrope` depend on the length, which is, as in transformers, the largest position of the
 forward pass plus one. Unlike transformers' `dynamic`, ours remembers nothing from earlier forward passes.
+The sampler and the learner refuse texts that are longer than that up to which the frequencies are constant
+(`length_limit`): they rotate a key once, for texts that grow or that have different lengths.
 
 Left out: multimodal and per-layer-type RoPE. Formulas follow transformers' `modeling_rope_utils.py`.
 """
@@ -40,11 +42,11 @@ _OPTIONAL = (
     "beta_slow",
     "mscale",
     "mscale_all_dim",
-    "truncate",
     "low_freq_factor",
     "high_freq_factor",
 )
 _DEPENDS_ON_LENGTH = ("dynamic", "longrope")
+MOST = 1e12  # no number of a real config is larger, or smaller than 1 / MOST; neither overflows
 
 
 @dataclass(frozen=True)
@@ -72,38 +74,57 @@ class Rope:
     def depends_on_length(self) -> bool:
         return self.rope_type in _DEPENDS_ON_LENGTH
 
+    @property
+    def length_limit(self) -> tuple[int, str]:
+        """The most tokens of a text that is sampled or trained, and the config's key for it, in words.
+
+        `longrope` changes all frequencies beyond the pretraining length. Keys in a cache keep the frequencies
+        of the length at which they were rotated, and texts packed together share one length. The log-probs
+        would not be those of a plain forward pass of the text alone.
+        """
+        original, maximum = self.original_max_position_embeddings, self.max_position_embeddings
+        if self.rope_type == "longrope" and original < maximum:
+            return original, f"original_max_position_embeddings, {original}, beyond which its RoPE changes"
+        return maximum, f"max_position_embeddings, {maximum}"
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], head_dim: int) -> "Rope":
         """Reads `rope_parameters` (transformers 5) or `rope_theta` + `rope_scaling` (transformers 4).
 
         Raises:
-            ValueError: an unknown rope type, a missing parameter, or factors of the wrong length.
+            ValueError: an unknown rope type, a missing parameter, or a value of the wrong type or size.
         """
-        given = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"rope_parameters must be a dict, got {given!r:.100}")
         if any(isinstance(value, Mapping) for value in given.values()):
             raise ValueError(f"rope_parameters must be one flat dict, got one for each of {sorted(given)}")
         rope_type = given.get("rope_type") or given.get("type") or "default"
         if rope_type == "su":  # the first name of longrope, in early Phi-3 configs
             rope_type = "longrope"
-        if rope_type not in _REQUIRED:
-            raise ValueError(f"rope_type must be one of {', '.join(_REQUIRED)}, got {rope_type!r}")
+        if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
+            raise ValueError(f"rope_type must be one of {', '.join(_REQUIRED)}, got {rope_type!r:.100}")
         missing = [name for name in _REQUIRED[rope_type] if given.get(name) is None]
         if missing:
-            raise ValueError(f"rope_type {rope_type!r} needs {', '.join(missing)}, got {given}")
+            raise ValueError(f"rope_type {rope_type!r} needs {', '.join(missing)}, got {dict(given)!r:.200}")
 
-        partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-        maximum = config["max_position_embeddings"]
+        values = {**config, **{name: value for name, value in given.items() if value is not None}}
         # Phi-3 stores the pretraining length outside the rope parameters; that value has priority.
         original = "original_max_position_embeddings"
+        if config.get(original) is not None:
+            values[original] = config[original]
+        maximum = _integer(values, "max_position_embeddings")
+        head_dim = _integer({"head_dim": head_dim}, "head_dim", most=2**16)
         rope = cls(
             rope_type=rope_type,
-            theta=float(given.get("rope_theta") or config.get("rope_theta") or 10_000.0),
-            rotary_dim=int(head_dim * partial),
+            theta=float(_number(values, "rope_theta", 10_000.0, least=2)),
+            rotary_dim=int(head_dim * _number(values, "partial_rotary_factor", 1.0, most=1)),
             max_position_embeddings=maximum,
-            original_max_position_embeddings=config.get(original) or given.get(original) or maximum,
-            short_factor=tuple(given.get("short_factor") or ()),
-            long_factor=tuple(given.get("long_factor") or ()),
-            **{name: given[name] for name in _OPTIONAL if given.get(name) is not None},
+            original_max_position_embeddings=_integer(values, original, maximum),
+            truncate=True if given.get("truncate") is None else given["truncate"],
+            short_factor=_divisors(given, "short_factor"),
+            long_factor=_divisors(given, "long_factor"),
+            **{name: _number(given, name) for name in _OPTIONAL if given.get(name) is not None},
         )
         rope.check()
         return rope
@@ -111,6 +132,13 @@ class Rope:
     def check(self) -> None:
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(f"the rotated part of a head must be even and positive, got {self.rotary_dim}")
+        if self.rope_type == "dynamic" and self.rotary_dim == 2:
+            raise ValueError("the rotated part of a head must be above 2 with rope_type 'dynamic', got 2")
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate must be true or false, got {self.truncate!r:.100}")
+        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            factors = f"{self.high_freq_factor:g} and {self.low_freq_factor:g}"
+            raise ValueError(f"high_freq_factor must be above low_freq_factor, got {factors}")
         if self.rope_type == "longrope":
             for name in ("short_factor", "long_factor"):
                 if len(getattr(self, name)) != self.rotary_dim // 2:
@@ -119,21 +147,57 @@ class Rope:
                         f"got {len(getattr(self, name))}"
                     )
 
-    def tables(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, position_ids: Tensor, dtype: torch.dtype, *, limited: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin for each position, computed in float32 and rounded once to `dtype`.
 
         Args:
             position_ids: (R, T) int64.
+            limited: keys of other forward passes, or of several texts, are attended to; see `length_limit`.
         Returns:
             cos, signed_sin: (R, T, 1, r), ready for heads at dimension 2. The first half of `signed_sin` is
             negated, so that `rotate` is `x * cos + roll(x, r/2) * signed_sin`: few passes over x.
+        Raises:
+            ValueError: `limited`, and at this length the frequencies are not those of shorter texts.
         """
         # Reading the length waits for the device; only `dynamic` and `longrope` need it.
         length = int(position_ids.max()) + 1 if self.depends_on_length else 0
+        if limited and length > self.length_limit[0]:
+            raise ValueError(f"a text of {length} tokens must fit the model's {self.length_limit[1]}")
         inv_freq, scale = frequencies(self, length, position_ids.device)
         angles = position_ids[..., None, None].float() * inv_freq  # (R, T, 1, r/2)
         cos, sin = angles.cos() * scale, angles.sin() * scale
         return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
+
+
+def _number(
+    values: Mapping[str, Any],
+    name: str,
+    default: float | None = None,
+    *,
+    least: float = 1 / MOST,
+    most: float = MOST,
+) -> float:
+    """values[name], or `default` if it is missing or None. ValueError unless it is a number in the range."""
+    value = default if values.get(name) is None else values[name]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ValueError(f"{name} must be a number from {least:g} to {most:g}, got {value!r:.100}")
+    return value
+
+
+def _integer(values: Mapping[str, Any], name: str, default: int | None = None, *, most: float = MOST) -> int:
+    value = _number(values, name, default, least=2, most=most)
+    if not isinstance(value, int):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    return value
+
+
+def _divisors(given: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    values = given.get(name) or ()
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of numbers, got {values!r:.100}")
+    return tuple(_number({name: value}, name) for value in values)
 
 
 def rotate(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:

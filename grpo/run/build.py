@@ -278,7 +278,7 @@ def check_run(config: Config, parts: Parts) -> list[Example]:
             "task writes no transcripts to start from (it has no method `transcript`)"
         )
     examples = _examples(config, parts)
-    _check_room(config, parts, _longest(config, parts, examples))
+    check_room(config, parts, examples)
     return examples
 
 
@@ -313,18 +313,23 @@ def _longest(config: Config, parts: Parts, examples: list[Example]) -> Example:
     return examples[lengths.index(max(lengths))]
 
 
-def _check_room(config: Config, parts: Parts, example: Example) -> None:
-    """Checks the conversation about `example`, every turn at its limit, against positions and cache."""
-    rollout, model = parts.rollout, parts.model.config
+def check_room(config: Config, parts: Parts, examples: list[Example]) -> None:
+    """Checks the longest conversation, every turn at its limit, against the model's RoPE and the cache.
+
+    Raises:
+        ValueError: it does not fit, or one of the examples cannot be encoded (`_longest`).
+    """
+    rollout, model, example = parts.rollout, parts.model.config, _longest(config, parts, examples)
     answer, reflection = config.max_completion_length, config.max_reflection_length
     total = len(rollout.prompt_ids(example)) + answer
     if config.train_on != "attempt" or config.eval_steps or config.num_eval:
         asked = len(parts.chat.glue([], "length", parts.task.reflection_instruction))
         total += asked + reflection + len(parts.chat.glue([], "length", example.prompt)) + answer
     sizes = f"a conversation of up to {total} tokens (answers up to {answer}, reflection up to {reflection})"
-    if total > model.max_position_embeddings:
+    most, setting = model.rope.length_limit
+    if total > most:
         raise ValueError(
-            f"{sizes} must fit the model's max_position_embeddings, {model.max_position_embeddings}: lower "
+            f"{sizes} must fit the model's {setting}: lower "
             "max_reflection_length or max_completion_length, or choose a task with shorter prompts"
         )
     per_token = SlotCache(model, dtype=parts.dtype, device=torch.device("cpu")).token_bytes

@@ -101,13 +101,13 @@ class Sampler:
         Returns:
             one Finished per row, in the order of `rows`.
         Raises:
-            ValueError: a setting or script is invalid, or a row exceeds the model's positions or `cache_gb`.
+            ValueError: a setting or script is invalid, or a row exceeds `Rope.length_limit` or `cache_gb`.
             DivergedError: the logits are NaN or infinite.
         """
         start = time.perf_counter()
         self._check_settings()
-        stop, positions = frozenset(self.stop_token_ids), self.model.config.max_position_embeddings
-        states = [RowState(row, f"rows[{i}]", stop, positions, self.greedy) for i, row in enumerate(rows)]
+        stop, limit = frozenset(self.stop_token_ids), self.model.config.rope.length_limit
+        states = [RowState(row, f"rows[{i}]", stop, limit, self.greedy) for i, row in enumerate(rows)]
         self.stats = {}
         if not states:
             return []

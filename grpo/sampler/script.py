@@ -82,7 +82,7 @@ class RowState:
     row: Row
     name: str  # for error messages
     stop_token_ids: frozenset[int]
-    max_positions: int
+    length_limit: tuple[int, str]  # of tokens, see `Rope.length_limit`
     greedy: bool
     ids: list[int] = field(default_factory=list)
     cached: int = 0
@@ -164,8 +164,9 @@ class RowState:
 
     def _check_positions(self) -> None:
         prompt, rest = len(self.row.prefix), self.need(unknown=0) - 1
-        if prompt + rest > self.max_positions:
+        most, setting = self.length_limit
+        if prompt + rest > most:
             raise ValueError(
                 f"{self.name}: a prompt of {prompt} tokens and up to {rest} sampled and fed after it are "
-                f"more than the model's max_position_embeddings, {self.max_positions}"
+                f"more than the model's {setting}"
             )

@@ -104,6 +104,7 @@ def test_a_bug_in_a_task_is_no_wrong_argument(run, monkeypatch):
         chat=SimpleNamespace(takes_tools=False),
     )
     monkeypatch.setattr(command.build, "parts", lambda config, model_source: parts)
+    monkeypatch.setattr(command.build, "check_room", lambda *_: None)
 
     def failing(error):
         def measure(*_, **__):
