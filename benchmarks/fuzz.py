@@ -15,9 +15,11 @@ from __future__ import annotations
 import copy
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import random
 import resource
 import signal
 import sys
@@ -30,6 +32,7 @@ from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
 
@@ -49,6 +52,11 @@ from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
 from grpo.model.rope import Rope, frequencies  # noqa: E402
 from grpo.run import build, checkpoint, inputs, state  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
+from grpo.tasks import SPLITS, Example, countdown, function_calling  # noqa: E402
+from grpo.tasks.countdown import Countdown  # noqa: E402
+from grpo.tasks.function_calling import FunctionCalling, berkeley, calls  # noqa: E402
+from grpo.tasks.function_calling.data import tool  # noqa: E402
+from grpo.tasks.function_calling.mistakes import right_calls, text_of  # noqa: E402
 
 EXPECTED = (ValueError, OSError, RunDirError)  # configuration errors are ValueErrors
 LIMIT_SECONDS = 20
@@ -377,6 +385,216 @@ def loss_of_extreme_numbers(value: Any) -> None:
         results.append((loss, gradient))
     if dtype == torch.float64:  # the gradient of k3 times the ratio is a difference of large numbers
         torch.testing.assert_close(results[0], results[-1], rtol=1e-6, atol=1e-6)
+
+
+# Task data: xLAM files and the Berkeley files.
+
+
+XLAM = [
+    {
+        "id": number,
+        "query": f"Question {number}?",
+        "tools": [
+            {
+                "name": f"f{number}",
+                "description": "Does it.",
+                "parameters": {
+                    "x": {"description": "A number.", "type": "int", "required": True},
+                    "y": {"type": "List[Union[str, int]], optional", "default": [None]},
+                },
+            },
+            {
+                "type": "function",
+                "function": {
+                    "name": "g",
+                    "parameters": {
+                        "type": "object",
+                        "properties": {"z": {"type": "string", "enum": ["a", "b"]}, "w": None},
+                        "required": ["z"],
+                    },
+                },
+            },
+        ],
+        "answers": [
+            {"name": f"f{number}", "arguments": {"x": number, "y": ["a"]}},
+            {"name": "g", "arguments": {"z": "a", "w": None}},
+        ],
+    }
+    for number in range(3)
+]
+
+
+def xlam_files() -> st.SearchStrategy[bytes]:
+    def written(records: Any, as_lines: bool, as_strings: bool) -> bytes:
+        if as_strings and isinstance(records, list):  # tools and answers as JSON in strings, as published
+            records = [
+                {key: json.dumps(value) if isinstance(value, list) else value for key, value in one.items()}
+                if isinstance(one, dict)
+                else one
+                for one in records
+            ]
+        if as_lines and isinstance(records, list):
+            return "\n".join(map(json.dumps, records)).encode()
+        return json.dumps(records).encode()
+
+    changed = st.builds(written, mutated_json(XLAM), st.booleans(), st.booleans())
+    return changed | st.one_of(
+        mutated_bytes(written(XLAM, as_lines, as_strings))
+        for as_lines in (False, True)
+        for as_strings in (False, True)
+    )
+
+
+@entry_point(xlam_files)
+def xlam_file(content: bytes) -> None:
+    """A usable record must also be usable in every later stage, and its own answer must be right."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "xlam.json"
+        path.write_bytes(content)
+        _use(FunctionCalling(data_path=str(path)))
+
+
+BERKELEY = {
+    "id": "multiple_0",
+    "question": [[{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Well?"}]],
+    "function": [
+        {
+            "name": "a.f",
+            "description": "Does it.",
+            "parameters": {
+                "type": "dict",
+                "properties": {
+                    "x": {"type": "integer", "description": "A number.", "default": 1, "optional": True},
+                    "y": {"type": "array", "items": {"type": "dict", "properties": {"k": {"type": "any"}}}},
+                },
+                "required": ["y"],
+            },
+        }
+    ],
+    "ground_truth": [{"a.f": {"x": [1, ""], "y": [[{"k": [1, "a"]}]]}}],
+}
+
+
+def berkeley_files() -> st.SearchStrategy[tuple[bytes, bytes]]:
+    def written(entry: Any) -> tuple[bytes, bytes]:
+        line = json.dumps(entry).encode()
+        return line, line  # answers have only two of the keys, and more do no harm
+
+    line = json.dumps(BERKELEY).encode()
+    return mutated_json(BERKELEY).map(written) | st.tuples(mutated_bytes(line), mutated_bytes(line))
+
+
+@entry_point(berkeley_files)
+def berkeley_lines(lines: tuple[bytes, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "possible_answer").mkdir()
+        for category in berkeley.CATEGORIES:
+            used = category == "multiple"
+            (folder / f"BFCL_v4_{category}.json").write_bytes(lines[0] if used else b"")
+            (folder / f"possible_answer/BFCL_v4_{category}.json").write_bytes(lines[1] if used else b"")
+        with mock.patch.object(berkeley, "_folder", return_value=folder):
+            _use(FunctionCalling(categories="all"))
+
+
+def _use(task: FunctionCalling) -> None:
+    """What later stages do with the examples: none of it may raise, since the records were accepted."""
+    for split in SPLITS:
+        for example in task.examples(split, task.size(split)):
+            try:
+                _use_example(task, example)
+            except EXPECTED as error:
+                raise AssertionError("an error from a record that was accepted") from error
+
+
+def _use_example(task: FunctionCalling, example: Example) -> None:
+    gold = example.data["gold"]
+    for with_tools in (False, True):
+        json.dumps(task.opening(example, with_tools), ensure_ascii=False).encode()
+    right = text_of(right_calls(gold, task.accepted))
+    if not task.accepted:  # the answers of the Berkeley files may contradict themselves
+        assert task.verify(example, right).ok and task.tolerant(example, right).ok
+    task.leaks(example, f"It is {right}.")
+    for number in range(4):
+        transcript = task.transcript(example, random.Random(number))
+        if transcript.retry is not None:
+            assert not task.verify(example, transcript.attempt).ok
+            task.transcript(example, random.Random(number), transcript.attempt)
+
+
+# Model output. A verifier may raise nothing at all, not even a ValueError.
+
+CALL = '{"name": "f", "arguments": {"x": 1}}'
+TEXT_PIECES = [*"[]{}(),:\"'`\\ \n=*-+/#1fx\u00e9\u00d7\ud800\x00\ufeff", '"""', "'''", "**{}", "\\u"]
+TEXT_PIECES += [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<answer>",
+    "</answer>",
+    "```",
+    "```json\n",
+]
+TEXT_PIECES += [CALL, '{"name": ', '"f"', '"arguments": ', '{"x": 1}', "NaN", "1e999", "1+2", "1j"]
+TEXT_PIECES += ["f(", "f(x=1)", "[f(x=1)]", "lambda:"]
+TEXT_PIECES += ["9" * 5000, "[" * 600, "(" * 300, '{"a":' * 300, "-" * 300, " " * 300]
+GOLDS: list[list[Any]] = [[], [{"name": "f", "arguments": {"x": 1}}]]
+ACCEPTED: list[list[Any]] = [[], [{"name": "f", "arguments": {"x": [1, ""], "y": [{"a": [1]}, [2], ""]}}]]
+TOOLS = [tool("f", "", {"x": {"type": "int"}, "y": {"default": {"a": 1}}})]
+COUNTDOWN = Example("c", "", {"numbers": [1, 2], "target": 3})
+
+
+def texts(size: int = 40) -> st.SearchStrategy[str]:
+    piece = st.sampled_from(TEXT_PIECES) | st.text(max_size=4)
+    return st.lists(piece, max_size=size).map("".join)
+
+
+@entry_point(texts)
+def verifiers(text: str) -> None:
+    try:
+        _judge(text)
+    except Exception as error:
+        raise AssertionError("a verifier raised") from error
+
+
+def _judge(text: str) -> None:
+    for answer in (text, f"<answer>{text}</answer>"):
+        assert countdown.verify(answer, [1, 2], 3).reason
+    Countdown.leaks(_COUNTDOWN_TASK, COUNTDOWN, text)
+    for python_syntax, (golds, accepted) in itertools.product(
+        (False, True), ((GOLDS, False), (ACCEPTED, True))
+    ):
+        for gold in golds:
+            for answer in (text, f"<tool_call>{text}</tool_call>"):
+                strict = function_calling.verify(answer, gold, python_syntax, accepted)
+                tolerant = function_calling.tolerant_verify(answer, gold, TOOLS, python_syntax, accepted)
+                assert not strict.ok or tolerant.ok, "right, but not to the tolerant verifier"
+        task = FunctionCalling.__new__(FunctionCalling)  # without its data
+        task.python_syntax, task.accepted = python_syntax, accepted
+        task.leaks(Example("f", "", {"gold": golds[1], "tools": TOOLS}), text)
+    calls.scattered_calls(text)
+
+
+@entry_point(lambda: st.tuples(texts(4), texts(4), texts(2)))
+def verifier_growth(parts: tuple[str, str, str]) -> None:
+    """Sixteen times as many repetitions may take sixteen times the work, not 256 times."""
+    before, unit, after = parts
+
+    def seconds(length: int) -> float:
+        # No longer than what the verifier reads: the rest is dismissed by its length.
+        text = f"{before}{unit * (length // max(len(unit), 1))}{after}"
+        begin = time.process_time()
+        _judge(text)
+        return time.process_time() - begin
+
+    for _ in range(3):  # a busy machine may spoil one comparison
+        if seconds(7_000) <= 100 * max(seconds(7_000 // 16), 1e-3):
+            return
+    raise AssertionError("the work grows faster than the text")
+
+
+_COUNTDOWN_TASK = Countdown()
 
 
 # --- the search ------------------------------------------------------------------------------------------

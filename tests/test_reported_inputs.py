@@ -7,6 +7,7 @@ last section.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 import math
 import random
@@ -34,7 +35,7 @@ from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.tasks import SPLITS, Example, Verdict, countdown, function_calling
 from grpo.tasks.contract import PROBES
 from grpo.tasks.countdown import Countdown
-from grpo.tasks.function_calling import FunctionCalling
+from grpo.tasks.function_calling import FunctionCalling, berkeley
 from grpo.tasks.function_calling.data import tool
 
 
@@ -694,3 +695,20 @@ def test_a_log_ratio_of_100_nats(columns, advantage, delta):
 
 
 # --- found by benchmarks/fuzz.py ---------------------------------------------------------------------------
+
+
+def test_nan_among_the_accepted_values_of_a_berkeley_answer(tmp_path, monkeypatch) -> None:
+    (tmp_path / "possible_answer").mkdir()
+    function = {"name": "f", "description": "", "parameters": {"type": "dict", "properties": {"x": {}}}}
+    entry = {
+        "id": "multiple_0",
+        "question": [[{"role": "user", "content": "q"}]],
+        "function": [function],
+        "ground_truth": [{"f": {"x": [float("nan")]}}],
+    }
+    for folder, category in itertools.product((tmp_path, tmp_path / "possible_answer"), berkeley.CATEGORIES):
+        text = json.dumps(entry) if category == "multiple" else ""
+        (folder / f"BFCL_v4_{category}.json").write_text(text)
+    monkeypatch.setattr(berkeley, "_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match="multiple_0.*cannot be read.*nonfinite"):
+        FunctionCalling(categories="multiple")

@@ -88,7 +88,21 @@ def test_last_closing_tag_and_nearest_opening_tag() -> None:
     assert verify("<answer</answer>", [1, 2], 3).reason == "no_answer"
 
 
-HOSTILE = ["\ud800", "<answer>", "</answer>", *"()+-*/×−", "0", "1", "2", "13", " ", "\x00", "é"]
+HOSTILE = [
+    "\ud800",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+    *"()+-*/×−",
+    "0",
+    "1",
+    "2",
+    "13",
+    " ",
+    "\x00",
+    "é",
+]
 PIECES = st.one_of(st.sampled_from(HOSTILE), st.characters())
 
 
@@ -100,7 +114,22 @@ def test_never_raises(text: str, wrapped: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "unit", ["(", ")", "-", "9", "<answer>", "</answer>", "<answer>1", " ", "1+", "\ud800", "1+(2-"]
+    "unit",
+    [
+        "(",
+        ")",
+        "-",
+        "9",
+        "<answer>",
+        "</answer>",
+        "<answer>1",
+        "<think>",
+        "</think>",
+        " ",
+        "1+",
+        "\ud800",
+        "1+(2-",
+    ],
 )
 def test_work_is_linear(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the parser gets to see is counted, and everything else is a fixed number of string searches.
@@ -347,6 +376,8 @@ def test_leaks() -> None:
         "3 - (1 - 8), or",
         "-(1-8-3)",
         "12 3+8-1",
+        "<think>3+8-1</think> I should try again.",  # the retry's context has the thought
+        "<think>3+8-1",
     ):
         assert task.leaks(example, text), text
     for text in ("", "make 10", "13+8-1", "3+8-10", "3+8-1.5", "3 and 8-1", "3+8+1 = 12", "3 8 1", "03+8-1"):

@@ -4,6 +4,7 @@ import csv
 import inspect
 import itertools
 import json
+import random
 import re
 import subprocess
 import sys
@@ -153,6 +154,12 @@ BAD = {
     "name and arguments": json.dumps(record(1, answers='["f"]')),
     "arguments of 'tool_1'": json.dumps(record(1, answers='[{"name": "tool_1", "arguments": "x"}]')),
     "not among the tools": json.dumps(record(1, answers='[{"name": "g", "arguments": {}}]')),
+    "'tool_1' the unknown argument 'X'": json.dumps(
+        record(1, answers='[{"name": "tool_1", "arguments": {"x": 1, "X": 1}}]')
+    ),
+    "finds its own answers too_long": json.dumps(
+        record(1, answers=json.dumps([{"name": "tool_1", "arguments": {"y": "a" * 8000}}]))
+    ),
     "NaN or infinity": json.dumps(record(1, answers='[{"name": "tool_1", "arguments": {"x": NaN}}]')),
     "a key twice": '{"query": "a", "query": "b"}',
     "id must be": json.dumps(record(1, id=[1])),
@@ -188,6 +195,90 @@ def test_a_bad_record_is_counted_and_named(tmp_path: Path, why: str, layout: str
         task = FunctionCalling(data_path=str(path))
     assert task.skipped.count == 1
     assert sum(map(len, everything(task).values())) == 3
+
+
+def only(tmp_path: Path, tools: list[Any], answers: list[Any], **changes: Any) -> Example:
+    """The example of a file with one record."""
+    task = FunctionCalling(
+        data_path=lines(tmp_path / "data.jsonl", [record(1, tools=tools, answers=answers, **changes)])
+    )
+    (example,) = itertools.chain(*everything(task).values())
+    answer = json.dumps(example.data["gold"])
+    assert task.verify(example, answer).ok and task.tolerant(example, answer).ok
+    return example
+
+
+X = {"x": {"type": "int"}}
+SCHEMA = {"type": "object", "properties": X, "required": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("tools", "arguments"),
+    [
+        # A required argument is left out: descriptions often name a default.
+        ([{"name": "f", "parameters": X}], {}),
+        ([{"name": "f", "parameters": SCHEMA}], {}),
+        ([{"name": "f", "parameters": X}], {"x": None}),  # null is a value here
+        ([{"name": "f", "parameters": {"x": {"type": "str", "enum": ["a"]}}}], {"x": "b"}),
+        # equal to the default
+        ([{"name": "f", "parameters": {"x": {"type": "int", "default": 1}}}], {"x": 1}),
+        ([{"name": "f", "parameters": {**SCHEMA, "additionalProperties": True}}], {"x": 1, "y": 2}),
+        ([{"name": "f", "parameters": {"y": {}}}, {"name": "f", "parameters": X}], {"x": 1}),  # listed twice
+        ([{"name": "f", "parameters": X}, {"name": "f", "parameters": {"y": {}}}], {"x": 1}),
+        ([{"name": "f", "parameters": {"type": "object"}}], {}),
+        ([{"name": "f", "parameters": {"type": "object", "properties": None}}], {}),
+        ([{"name": "f"}], {}),
+    ],
+)
+def test_gold_that_has_a_right_answer_is_kept(
+    tmp_path: Path, tools: list[Any], arguments: dict[str, Any]
+) -> None:
+    answers = [{"name": "f", "arguments": arguments}]
+    assert only(tmp_path, tools, answers, id=None).data["gold"] == answers
+
+
+def test_arguments_must_all_fit_one_of_two_tools_of_a_name(tmp_path: Path) -> None:
+    tools = [{"name": "f", "parameters": {"y": {}}}, {"name": "f", "parameters": X}]
+    with pytest.raises(ValueError, match="unknown argument 'y'"):
+        only(tmp_path, tools, [{"name": "f", "arguments": {"x": 1, "y": 1}}])
+
+
+def test_nulls_inside_values_and_schemas_of_columns(tmp_path: Path) -> None:
+    place = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "enum": None}, "zip": None},
+        "required": None,
+    }
+    tools = [
+        {
+            "name": "f",
+            "parameters": {"type": "object", "properties": {"at": place, "z": None}, "required": ["at"]},
+        }
+    ]
+    example = only(
+        tmp_path, tools, [{"name": "f", "arguments": {"at": {"city": "Ulm", "zip": None}, "z": None}}]
+    )
+    assert example.data["gold"] == [{"name": "f", "arguments": {"at": {"city": "Ulm"}}}]
+    (schema,) = example.data["tools"]
+    assert schema["function"]["parameters"] == {
+        "type": "object",
+        "properties": {"at": {"type": "object", "properties": {"city": {"type": "string"}}}},
+        "required": ["at"],
+    }
+
+
+def test_the_end_of_a_thought_in_an_argument(tmp_path: Path) -> None:
+    gold = [{"name": "f", "arguments": {"x": "a</think>b"}}]
+    records = [record(i, tools=[{"name": "f", "parameters": X}], answers=gold) for i in range(20)]
+    task = FunctionCalling(data_path=lines(tmp_path / "data.jsonl", records))
+    (example,) = task.examples("train", 1)
+    for seed in range(20):
+        transcript = task.transcript(example, random.Random(seed))
+        if transcript.retry is None:
+            assert r"<\/think>" in transcript.attempt and task.verify(example, transcript.attempt).ok
+        else:
+            assert not task.verify(example, transcript.attempt).ok
+            assert task.transcript(example, random.Random(seed), transcript.attempt).reflection
 
 
 def test_many_bad_records_are_all_counted_and_the_first_named(tmp_path: Path) -> None:
@@ -299,6 +390,49 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
     path.write_text(" " * 10_000)
     with pytest.raises(ValueError, match="has changed since"):
         task.examples("train", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "required"),
+    [
+        ({"type": "str"}, "string", True),
+        ({"type": "str, optional"}, "string", False),
+        ({"type": "List[List[str]], optional, default: []"}, "array", False),
+        ({"type": "int, default is 5"}, "integer", False),
+        ({"type": "int (optional)"}, "integer", False),
+        ({"type": "float = 0.5"}, "number", True),  # whether 0.5 is a default is not said
+        ({"type": "Optional[str]"}, "string", False),
+        ({"type": "Optional[Dict[str, int]], default: None"}, "object", False),
+        ({"type": "Tuple[int, int]"}, "array", True),
+        ({"type": "Union[str, int], optional"}, "Union[str, int]", False),
+        ({"type": "Literal['a', 'b']"}, "Literal['a', 'b']", True),
+        ({"type": "Dict[str, Union[int, float]]"}, "object", True),
+        ({"type": "(int, str)"}, "(int, str)", True),
+        ({"type": ""}, "", True),
+        ({"type": "bool", "optional": True}, "boolean", False),
+        ({"type": "bool", "required": True, "default": True}, "boolean", True),
+        ({"type": ["string", "null"]}, ["string", "null"], True),
+        ({"type": "Any"}, None, True),
+    ],
+)
+def test_type_strings(given: dict[str, Any], kind: Any, required: bool) -> None:
+    parameters = tool("f", "", {"x": given})["function"]["parameters"]
+    assert parameters["properties"]["x"].get("type") == kind
+    assert parameters["required"] == (["x"] if required else [])
+
+
+def test_required_flags_and_lists_together() -> None:
+    properties = {
+        "a": {"type": "string", "required": True},
+        "b": {"type": "string", "required": False},
+        "c": {"type": "object", "properties": {"d": {"required": True}}, "required": True},
+        "e": {"type": "string"},
+    }
+    for listed, expected in ((["e", "b"], ["e", "a", "c"]), (None, ["a", "c"])):
+        schema = {"type": "object", "properties": properties, **({"required": listed} if listed else {})}
+        made = tool("f", "", schema)["function"]["parameters"]
+        assert made["required"] == expected
+        assert made["properties"]["c"] == {"type": "object", "properties": {"d": {}}, "required": ["d"]}
 
 
 def test_types_and_schemas() -> None:
@@ -503,7 +637,9 @@ def test_the_choice_of_categories_moves_no_example(berkeley: FunctionCalling) ->
     assert all(len(e.data["tools"]) <= 2 for part in everything(few).values() for e in part)
 
 
-@pytest.mark.parametrize("damage", ["no file", "no JSON", "no answer"])
+@pytest.mark.parametrize(
+    "damage", ["no file", "no JSON", "no answer", "a name", "values", "arguments", "NaN", "surrogate"]
+)
 def test_files_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
     folder = tmp_path / "bfcl_eval/data"
     (folder / "possible_answer").mkdir(parents=True)
@@ -522,8 +658,18 @@ def test_files_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     if damage == "no file":
         broken.unlink()
     else:
-        broken.write_text("" if damage == "no answer" else "{")
-    with pytest.raises(ValueError, match="BFCL_v4_multiple|no answer to multiple_0"):
+        truths = {
+            "a name": {"f": {}, "g": 1},
+            "values": {"f": {"x": 1}},
+            "arguments": {"f": None},
+            "NaN": {"f": {"x": [float("nan")]}},
+            "surrogate": {"f": {"x": ["\ud800"]}},
+        }
+        other = json.dumps({"id": "multiple_0", "ground_truth": [truths.get(damage)]})
+        broken.write_text({"no answer": "", "no JSON": "{"}.get(damage, other))
+    with pytest.raises(
+        ValueError, match="BFCL_v4_multiple|no answer to multiple_0|multiple_0.* cannot be read"
+    ):
         FunctionCalling()
 
 
@@ -727,6 +873,9 @@ def test_leaks(task: FunctionCalling) -> None:
     (gold,) = example.data["gold"]
     right, wrong = json.dumps(gold), json.dumps({**gold, "arguments": {"x": -1}})
     for text in (right, f"I wrote {wrong}, but it is {right}.", f"<tool_call>{right}</tool_call>"):
+        assert task.leaks(example, text), text
+    # In a thought of the reflection too: the retry's context has it.
+    for text in (f"<think>{right}</think>Hm.", f"Is it {right}?</think>Hm.", f"<think>{right}"):
         assert task.leaks(example, text), text
     for text in ("", wrong, "Call it with the right number.", right[:-1]):
         assert not task.leaks(example, text), text

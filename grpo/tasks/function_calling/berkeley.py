@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.tasks.function_calling.data import Record, Skipped, tool
-from grpo.tasks.function_calling.json_calls import Call
+from grpo.tasks.function_calling.json_calls import Call, Unreadable, read_json
 
 CATEGORIES = (
     "simple_python multiple parallel parallel_multiple irrelevance "
@@ -55,12 +55,13 @@ class Berkeley:
     def read(self, number: int) -> Record:
         question, answer = self._lines[number]
         try:
-            return _record(json.loads(question), json.loads(answer)["ground_truth"])
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            record = _record(read_json(question.decode()), read_json(answer.decode())["ground_truth"])
+            if b"\\ud" in (question + answer).lower():  # half of a surrogate pair is no text
+                json.dumps(vars(record), ensure_ascii=False).encode()
+            return record
+        except (Unreadable, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             line = question[:80].decode(errors="replace")
-            raise ValueError(
-                f"{self}: {line}... or its answer cannot be read ({error!r}); {TESTED}"
-            ) from None
+            raise ValueError(f"{self}: {line}... cannot be read ({error!r}); {TESTED}") from None
 
     def _pairs(self, category: str) -> Iterator[tuple[bytes, bytes]]:
         """Questions with their answers. If no tool fits, the files have no answer."""
@@ -68,7 +69,7 @@ class Berkeley:
         no_calls = dict.fromkeys(questions, b'{"ground_truth": []}')
         answers = no_calls if "irrelevance" in category else self._by_id(f"possible_answer/{_file(category)}")
         if missing := questions.keys() - answers.keys():
-            raise ValueError(f"{self}: no answer to {min(missing)}; {TESTED}")
+            raise ValueError(f"{self}: no answer to {min(map(str, missing))}; {TESTED}")
         for identifier, line in questions.items():
             yield line, answers[identifier]
 
@@ -76,7 +77,7 @@ class Berkeley:
         try:
             lines = (self.folder / name).read_bytes().splitlines()
             return {json.loads(line)["id"]: line for line in lines if line.strip()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{self.folder / name} cannot be read ({error}); {TESTED}") from None
 
 
