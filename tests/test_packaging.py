@@ -17,7 +17,7 @@ from grpo import config as configuration
 
 ROOT = Path(__file__).parent.parent
 REQUIREMENTS = ["setup.cfg", "pyproject.toml", "constraints.txt"]
-TARGETS = ["train", "test", "lint", "bench"]
+TARGETS = ["train", "test", "test-transformers4", "lint", "bench"]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ def project(tmp_path) -> Path:
     (tmp_path / "benchmarks/speed.py").touch()
     stamps = tmp_path / ".venv/stamps"
     stamps.mkdir(parents=True)
-    for name in ["venv", "demo", "dev", "bench"]:
+    for name in ["venv", "demo", "dev", "bench", "transformers4"]:
         (stamps / name).touch()
         os.utime(stamps / name, (2000, 2000))
     return tmp_path

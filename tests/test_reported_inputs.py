@@ -19,17 +19,23 @@ from typing import Any
 
 import pytest
 import tiny
+import tiny_model
 import tiny_run
+import tokenizers
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 from test_chat import MISTRAL, PHI3, QWEN3
 from tiny import CHATML, SPECIAL, byte_tokenizer, token_id
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 from grpo import config, failures, warmstart
 from grpo.chat import Chat
+from grpo.config import Config
 from grpo.episode import Episode
 from grpo.evaluate import __main__ as evaluate
 from grpo.loss import grpo_loss
+from grpo.model import weights
 from grpo.run import build, checkpoint, files
 from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.tasks import SPLITS, Example, Verdict, countdown, function_calling
@@ -46,7 +52,106 @@ def model(tmp_path_factory):
 
 # --- 1. checkpoints tell other programs everything the run used --------------------------------------------
 
+# transformers 4 itself reads checkpoints in tests/model/test_transformers4.py.
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A random Llama as a Hugging Face folder."""
+    tiny_model.make().save_pretrained(tmp_path / "llama")
+    tiny_model.tokenizer().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def test_a_gguf_checkpoint_has_theta_and_tokenizer_class_for_transformers_4(tmp_path):
+    """vLLM #42624, transformers #47553: version 4 read a theta of 10,000, and knew no TokenizersBackend."""
+    theirs = tiny_model.make(rope_parameters=tiny_model.LLAMA3 | {"rope_theta": 1e5})
+    tiny_model.write_gguf(tmp_path / "model.gguf", theirs, extra=tiny_model.llama3_divisors_of(1e5))
+    saved = weights.save(*weights.load(tmp_path / "model.gguf"), tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text())
+    scaling = {key: value for key, value in tiny_model.LLAMA3.items() if key != "rope_theta"}
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e5
+    assert config["rope_scaling"] == scaling
+    assert json.loads((saved / "tokenizer_config.json").read_text())["tokenizer_class"] == (
+        "PreTrainedTokenizerFast"
+    )
+
+
+def test_chatml_on_a_base_model_saves_its_stop_and_its_template(tmp_path):
+    """LlamaFactory #7454 and #5904, unsloth #468: saved models that never stop, or have no template."""
+    source = tmp_path / "base"
+    tokenizer = tiny.byte_tokenizer()
+    ends = [tiny.token_id(tokenizer, text) for text in ("<|endoftext|>", "<|im_end|>")]
+    model = tiny.decoder(len(tokenizer), likely=ends)
+    config = {**tiny.HF_CONFIG, "vocab_size": len(tokenizer), "architectures": ["LlamaForCausalLM"]}
+    model.source = weights.Source(config, {"eos_token_id": ends[0]})
+    weights.save(model, tokenizer, source)
+    (tmp_path / "chatml.jinja").write_text(tiny.CHATML)
+
+    done = tiny_run.run(
+        tiny_run.arguments(source, tmp_path / "runs", chat_template=tmp_path / "chatml.jinja")
+    )
+    assert done.status == 0, done.err
+    sha = Chat(tokenizer, ends[:1], chat_template=tiny.CHATML).template_sha256
+    for saved in (done.folder / "start", checkpoint.latest(done.folder)):
+        generation = json.loads((saved / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == ends
+        again = build.build_chat(Config(), *weights.load(saved))  # a new run from here needs no chat_template
+        assert again.stop_token_ids == tuple(ends) and again.template_sha256 == sha
+
+
 # --- 2. no library or default silently replaces something --------------------------------------------------
+
+
+@pytest.mark.parametrize(("label", "model_type"), [("LlamaTokenizerFast", "llama"), (None, "qwen2")])
+def test_a_byte_level_tokenizer_under_another_label_is_read_from_its_tokenizer_json(
+    label, model_type, folder
+):
+    """transformers 5.0 to 5.21 lose the spaces of the first; every version 5 splits the second as Qwen's."""
+    backend = tiny.byte_tokenizer([("1", "2")]).backend_tokenizer
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": label} if label else {}))
+    edit_json(folder / "config.json", model_type=model_type)
+    tokenizer = weights.load_tokenizer(folder)
+    text = "<answer>12 + 3</answer>"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == backend.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_a_tokenizer_that_the_library_mangles_is_refused_with_the_version_to_install(folder, monkeypatch):
+    vocab = {token: index for index, token in enumerate(tiny_model.VOCAB)}
+    mangled = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unused1>"))
+    mangled.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    stand_in = transformers.PreTrainedTokenizerFast(tokenizer_object=mangled)
+    monkeypatch.setattr(transformers.PreTrainedTokenizerFast, "from_pretrained", lambda *_, **__: stand_in)
+    with pytest.raises(ValueError, match=r"otherwise than its tokenizer.json .* 'transformers>=5.22'"):
+        weights.load(folder)
+
+
+def test_another_lm_head_next_to_the_tied_flag_is_refused(folder):
+    """transformers #42612."""
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+        weights.load(folder)
+    tensors = load_file(folder / "model.safetensors")
+    save_file(
+        tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+        folder / "model.safetensors",
+    )
+    assert weights.load(folder)[0].config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("key", ["tokenizer.ggml.pre", "tokenizer.ggml.token_type", "llama.rope.freq_base"])
+def test_a_gguf_without_a_key_whose_default_changes_the_meaning_is_refused(key, tmp_path):
+    tiny_model.write_gguf(tmp_path / "model.gguf", tiny_model.make(), without=[key])
+    with pytest.raises(ValueError, match=f"has no {key}.*convert the model again"):
+        weights.load(tmp_path / "model.gguf")
+
 
 # --- 3. thinking models ------------------------------------------------------------------------------------
 
@@ -667,6 +772,34 @@ def test_a_number_with_a_leading_zero_is_no_octal_number(tmp_path):
     (tmp_path / "mine.yaml").write_text("seed: 1\nmax_steps: 010\n")
     with pytest.raises(ValueError, match="mine.yaml, line 2: max_steps must be an integer, got '010'; write"):
         config.from_yaml(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["quantization_config", "rope_scaling", "eos_token_id", "bos_token_id", "pad_token_id", "head_dim"]
+    + ["attention_bias", "mlp_bias", "tie_word_embeddings", "layer_types", "torch_dtype", "num_labels"],
+)
+def test_null_in_a_config_means_not_given(key, folder, tmp_path):
+    expected, tokenizer = weights.load(folder)
+    edit_json(folder / "config.json", **{key: None})
+    ours, _ = weights.load(folder)
+    assert ours.config == expected.config
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        weights.save(ours, tokenizer, tmp_path / "saved")
+    )
+    tiny_model.assert_same(ours, again)
+
+
+def test_phi3_with_rope_type_su(tmp_path):
+    """The first name of longrope, in the configs of Phi-3 from before July 2024."""
+    theirs = tiny_model.make("Phi3", **tiny_model.PHI3)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    scaling = {key: config["rope_parameters"][key] for key in ("short_factor", "long_factor")}
+    del config["rope_parameters"]
+    config |= {"rope_scaling": scaling | {"type": "su"}, "rope_theta": 10000.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tiny_model.assert_same(weights.load_model(tmp_path, torch.float32), theirs)
 
 
 # --- 10. finite gradients ----------------------------------------------------------------------------------

@@ -18,11 +18,12 @@ dimensions of a head (r = D except in some Phi-3 models).
 Left out: dropout (the published configs have none), mixture of experts, KV cache (see sampler/kv_cache.py).
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,12 @@ from grpo.model.rope import Rope, rotate
 # --- configuration ---------------------------------------------------------------------------------------
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-_NEEDED = (
+_SIZES = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
     "num_attention_heads",
-    "rms_norm_eps",
     "max_position_embeddings",
 )
 
@@ -49,6 +49,8 @@ _NEEDED = (
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture. Most names are transformers'; the others are explained in this file."""
+
+    NEEDED: ClassVar[tuple[str, ...]] = (*_SIZES, "rms_norm_eps")  # keys that a config must have
 
     model_type: str
     vocab_size: int
@@ -79,9 +81,14 @@ class ModelConfig:
         model_type = config["model_type"]
         if config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"hidden_act must be 'silu', got {config['hidden_act']!r}")
-        missing = [name for name in _NEEDED if config.get(name) is None]
+        missing = [name for name in cls.NEEDED if config.get(name) is None]
         if missing:
             raise ValueError(f"the config of a {model_type} model must have {', '.join(missing)}")
+        for name in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
+            if (size := config.get(name)) is not None and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} must be a positive integer, got {size!r}")
+        if not 0 < config["rms_norm_eps"] < math.inf:
+            raise ValueError(f"rms_norm_eps must be a positive number, got {config['rms_norm_eps']}")
 
         num_heads = config["num_attention_heads"]
         num_kv_heads = config.get("num_key_value_heads") or num_heads

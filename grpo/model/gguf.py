@@ -5,10 +5,14 @@ things need undoing: the names; the order of the rows of the query and key proje
 architecture, which llama.cpp permutes because its RoPE pairs neighbouring dimensions; and the RoPE scaling,
 which Llama 3.1 and Phi-3 files keep as a tensor of divisors.
 
+A missing key is an error if a default could silently change what the model computes.
+
 Left out: mixture of experts, architectures that decoder.py lacks, and split files.
 """
 
+import mmap
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,6 +53,9 @@ _LLAMA3 = (
 )
 _PRETOKENIZERS = {"gpt-2": None, "smollm": None, "llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", "")}
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_ROPE_KEYS = ["freq_base", "dimension_count", "scale_linear"]
+_ROPE_KEYS += [f"scaling.{key}" for key in ("type", "factor", "attn_factor", "original_context_length")]
+_ROPE_KEYS += ["scaling.finetuned"]  # says nothing about the computation
 
 
 class GGUFFile:
@@ -68,35 +75,52 @@ class GGUFFile:
             ) from error
         self.path = path
         try:
+            check_header(path)
             # Memory-mapped: only the parts that are used are read.
             reader = GGUFReader(path)
         except Exception as error:  # the reader checks little: a short file can raise any NumPy error
             raise ValueError(f"{path} is damaged or cut short ({error}); fetch it again") from error
         self._fields = reader.fields
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
-        self.architecture = self._get("general.architecture")
+        self.architecture = self._text("general.architecture")
         if self.architecture not in _ARCHITECTURES:
             known = ", ".join(_ARCHITECTURES)
             raise ValueError(
                 f"{path}: general.architecture must be one of {known}, got {self.architecture!r}"
             )
+        self._check_tokenizer_keys()
         self.config = self._config()
 
     _MISSING = object()
 
     def _get(self, key: str, default: Any = _MISSING) -> Any:
         if key in self._fields:
-            return self._fields[key].contents()
+            try:
+                return self._fields[key].contents()
+            except (ValueError, IndexError) as error:  # bytes that are no UTF-8, or an empty array
+                raise ValueError(f"{self.path}: {key} is damaged ({error}); fetch the file again") from error
         if default is GGUFFile._MISSING:
             raise ValueError(f"{self.path} has no {key}; it is not a complete model file")
         return default
 
+    def _text(self, key: str) -> str:
+        if not isinstance(value := self._get(key), str):
+            raise ValueError(f"{self.path}: {key} must be a string, got {_shorten(value)}")
+        return value
+
     def _of_model(self, key: str, default: Any = _MISSING) -> Any:
-        return self._get(f"{self.architecture}.{key}", default)
+        """A number."""
+        key = f"{self.architecture}.{key}"
+        value = self._get(key, default)
+        if value is not default and (not isinstance(value, int | float) or value < 0):
+            raise ValueError(f"{self.path}: {key} must be a number from 0, got {_shorten(value)}")
+        return value
 
     def _config(self) -> dict[str, Any]:
         heads, hidden = self._of_model("attention.head_count"), self._of_model("embedding_length")
-        head_dim = self._of_model("attention.key_length", hidden // heads)
+        head_dim = self._of_model("attention.key_length", hidden // heads if heads else 0)
+        if head_dim < 2 or head_dim % 2:
+            raise ValueError(f"{self.path}: the size of an attention head must be even, got {head_dim}")
         config = {
             "architectures": [_ARCHITECTURES[self.architecture]],
             "model_type": self.architecture,
@@ -126,12 +150,15 @@ class GGUFFile:
         return config
 
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
+        self._check_rope_keys()
         theta = float(self._of_model("rope.freq_base", 10_000.0))
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": theta}
         partial = self._of_model("rope.dimension_count", head_dim) / head_dim
         if partial != 1:
             rope["partial_rotary_factor"] = partial
-        kind = self._of_model("rope.scaling.type", "none")
+        factor = self._of_model("rope.scaling.factor", 0) or self._of_model("rope.scale_linear", 0)
+        # llama.cpp's default: a factor without a type is a linear one.
+        kind = self._get(f"{self.architecture}.rope.scaling.type", "linear" if factor else "none")
         if "rope_freqs.weight" in self._tensors:
             return rope | self._llama3_scaling(theta, head_dim)
         if "rope_factors_long.weight" in self._tensors:
@@ -142,13 +169,26 @@ class GGUFFile:
                 rope["attention_factor"] = attention_factor
             return rope | {"rope_type": "longrope"}
         if kind in ("linear", "yarn"):
-            rope |= {"rope_type": kind, "factor": self._of_model("rope.scaling.factor")}
+            rope |= {"rope_type": kind, "factor": factor or self._of_model("rope.scaling.factor")}
             if kind == "yarn":
                 original = self._of_model("rope.scaling.original_context_length")
                 rope["original_max_position_embeddings"] = original
         elif kind != "none":
             raise ValueError(f"{self.path}: rope.scaling.type {kind!r} is not supported")
         return rope
+
+    def _check_rope_keys(self) -> None:
+        prefix = f"{self.architecture}.rope."
+        for key in self._fields:
+            if key.startswith(prefix) and key.removeprefix(prefix) not in _ROPE_KEYS:
+                raise ValueError(f"{self.path}: {key} is not supported; pass the HF folder instead")
+        # Files of 2023 lack the key for Llama 1 and 2, where 10,000 is right; they have SentencePiece
+        # vocabularies. Elsewhere a converter did not find rope_theta in config.json, and 10,000 is wrong.
+        if f"{prefix}freq_base" not in self._fields and self._text("tokenizer.ggml.model") == "gpt2":
+            raise ValueError(
+                f"{self.path} has no {prefix}freq_base: convert the model again with a newer llama.cpp, "
+                "or pass its HF folder"
+            )
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The published parameters of Llama 3.1's scaling, of which the file stores only the divisors."""
@@ -178,6 +218,12 @@ class GGUFFile:
             raise ValueError(f"{self.path} has no tensor {name}; it is not a complete model file")
         # GGUF lists the innermost dimension first.
         return tuple(int(size) for size in reversed(self._tensors[name].shape))
+
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(HF name, shape) of each tensor that `tensors` yields."""
+        return [
+            (self._hf_name(name), self._shape(name)) for name in self._tensors if name not in _ROPE_TENSORS
+        ]
 
     def _read(self, name: str) -> Tensor:
         """One tensor, dequantised to float32."""
@@ -211,15 +257,37 @@ class GGUFFile:
         return (f"model.layers.{match[1]}." if match[1] else "") + f"{part}.{match[3]}"
 
     def tokenizer(self) -> Any:
-        """The file's tokenizer, with chat template and special tokens, as a transformers tokenizer."""
-        if self._get("tokenizer.ggml.model") == "gpt2":
+        """The file's tokenizer, with chat template and special tokens, as a transformers tokenizer.
+
+        A damaged tokenizer can raise any exception.
+        """
+        if self._text("tokenizer.ggml.model") == "gpt2":
             return self._byte_level_tokenizer()
         from transformers import AutoTokenizer
 
         # SentencePiece vocabularies (Llama 2, Mistral, Phi-3): transformers reads the file and converts them.
-        tokenizer = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            self.path.parent, gguf_file=self.path.name, trust_remote_code=False, local_files_only=True
+        )
         tokenizer.chat_template = self._get("tokenizer.chat_template", None)
         return tokenizer
+
+    def _check_tokenizer_keys(self) -> None:
+        """Each default of these keys splits strings otherwise than the model was trained with."""
+        needed = ["tokens", "token_type"]
+        if self._text("tokenizer.ggml.model") == "gpt2":
+            needed += ["merges", "pre"]
+        for key in needed:
+            if f"tokenizer.ggml.{key}" not in self._fields:
+                raise ValueError(
+                    f"{self.path} has no tokenizer.ggml.{key}, without which strings are split otherwise "
+                    "than in training: convert the model again with a newer llama.cpp, or pass its HF folder"
+                )
+        if "pre" in needed and (pre := self._text("tokenizer.ggml.pre")) not in _PRETOKENIZERS:
+            raise ValueError(
+                f"{self.path}: tokenizer.ggml.pre must be one of {', '.join(_PRETOKENIZERS)}, "
+                f"got {_shorten(pre)}"
+            )
 
     def _byte_level_tokenizer(self) -> Any:
         # Built here: transformers' reader ignores `tokenizer.ggml.pre`, and reads the file a second time.
@@ -228,15 +296,11 @@ class GGUFFile:
 
         tokens = self._get("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
-        pre = self._get("tokenizer.ggml.pre", "gpt-2")
-        if pre not in _PRETOKENIZERS:
-            raise ValueError(
-                f"{self.path}: tokenizer.ggml.pre must be one of {', '.join(_PRETOKENIZERS)}, got {pre!r}"
-            )
+        pre = self._get("tokenizer.ggml.pre")
         vocab = {token: index for index, token in enumerate(tokens)}
         tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
         _set_byte_level(tokenizer, pre)
-        kinds = self._get("tokenizer.ggml.token_type", [1] * len(tokens))
+        kinds = self._get("tokenizer.ggml.token_type")
         tokenizer.add_tokens(
             [
                 AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -247,7 +311,7 @@ class GGUFFile:
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {name: self._get(f"tokenizer.ggml.{key}_token_id", None) for name, key in names.items()}
         special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-        if self._get("tokenizer.ggml.add_bos_token", False) and "bos_token" in special:
+        if self._get("tokenizer.ggml.add_bos_token", pre == "llama-bpe") and "bos_token" in special:
             bos = special["bos_token"]
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{bos} $A", special_tokens=[(bos, ids["bos"])]
@@ -279,3 +343,80 @@ def _set_byte_level(tokenizer: Any, pre: str) -> None:
 def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
     """From llama.cpp's order of a head's rows, x0, x_{D/2}, x1, x_{D/2 + 1}, ..., to x0, x1, x2, ..."""
     return tensor.unflatten(0, (num_heads, -1, 2)).transpose(1, 2).reshape(tensor.shape)
+
+
+def _shorten(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+# --- the header ------------------------------------------------------------------------------------------
+#
+# GGUFReader believes the counts in the header: an array that claims 10^12 elements fills the memory. So the
+# header is walked once before, with limits far above those of real files.
+
+MAX_ENTRIES = 100_000  # keys, and tensors
+MAX_ELEMENTS = 4_000_000  # of all arrays together; vocabularies of 256,000 tokens need a third
+_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_STRING, _ARRAY = 8, 9
+_MAX_DIMENSIONS = 4
+
+
+class _Header:
+    """A place in the header of a GGUF file. Reading past the end raises struct.error."""
+
+    def __init__(self, data: Any):
+        self.data, self.at, self.order, self.elements = data, 0, "<", 0
+
+    def number(self, kind: str) -> int:
+        (value,) = struct.unpack_from(self.order + kind, self.data, self.at)
+        self.at += struct.calcsize(kind)
+        return int(value)
+
+    def skip(self, size: int) -> None:
+        self.at += size
+        if self.at > len(self.data):
+            raise ValueError("the header ends early")
+
+    def string(self) -> None:
+        self.skip(self.number("Q"))
+
+    def count(self) -> int:
+        if (count := self.number("Q")) > MAX_ENTRIES:
+            raise ValueError(f"the header claims {count} entries")
+        return count
+
+    def value(self, kind: int) -> None:
+        if kind == _STRING:
+            self.string()
+        elif kind == _ARRAY:
+            kind, length = self.number("I"), self.number("Q")
+            self.elements += length
+            if self.elements > MAX_ELEMENTS or kind == _ARRAY:
+                raise ValueError(f"an array of type {kind} claims {length} elements")
+            if kind == _STRING:
+                for _ in range(length):
+                    self.string()
+            else:
+                self.skip(length * _SCALAR_BYTES[kind])
+        else:
+            self.skip(_SCALAR_BYTES[kind])
+
+
+def check_header(path: Path) -> None:
+    """Raises an exception if the header of a GGUF file is cut short or claims absurd sizes."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        header = _Header(data)
+        if data[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        header.skip(4)
+        if header.number("I") & 65535 == 0:  # the version, which is small: a file of the other byte order
+            header.order = ">"
+        tensors, keys = header.count(), header.count()
+        for _ in range(keys):
+            header.string()
+            header.value(header.number("I"))
+        for _ in range(tensors):
+            header.string()
+            if (dimensions := header.number("I")) > _MAX_DIMENSIONS:
+                raise ValueError(f"a tensor claims {dimensions} dimensions")
+            header.skip(8 * dimensions + 4 + 8)

@@ -5,14 +5,19 @@ Tensors are copied one by one into the decoder's fused parameters, so loading ne
 one tensor. `layout` maps each HF tensor to a range of rows of one of our parameters. Loading fills these
 ranges; saving cuts them out.
 
+A model's files may come from a stranger. Loading runs no code of theirs, opens no file outside the model's
+folder, and compares config and tensors before it takes memory for the weights. Errors are one line.
+
 Left out: pickled checkpoints (*.bin), which can run code when read, and quantised HF checkpoints.
 """
 
 import importlib.util
 import json
+import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.model.decoder import Decoder, ModelConfig
+from grpo.model.rope import frequencies
 
 # --- finding a model's files -----------------------------------------------------------------------------
 #
@@ -36,7 +42,10 @@ def resolve(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name.startswith("package:"):
         return _in_package(name.removeprefix("package:"))
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:  # ~NAME of no user
+        raise FileNotFoundError(f"{name}: {error}") from error
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.is_file():
@@ -48,6 +57,8 @@ def resolve(name_or_path: str | Path) -> Path:
 
 def _in_package(name: str) -> Path:
     package, _, file = name.partition("/")
+    if ".." in Path(file).parts or Path(file).is_absolute():
+        raise ValueError(f"package:{name} must name a file inside the package {package}")
     # find_spec of a top-level name runs none of the package's code, which may need compiled dependencies.
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
@@ -82,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} does not exist; a model folder needs it") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}")
@@ -107,6 +118,12 @@ class Rows(NamedTuple):
     parameter: str
     start: int
     stop: int
+    columns: int | None = None  # None: a vector
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = self.stop - self.start
+        return (rows,) if self.columns is None else (rows, self.columns)
 
 
 def load(
@@ -126,46 +143,121 @@ def load(
         from grpo.model.gguf import GGUFFile  # needs the extra `gguf`
 
         file = GGUFFile(path)
-        model = build(Source(file.config), file.tensors(), dtype, device, path)
-        return model, file.tokenizer()
+        model = build(Source(file.config), file.shapes(), file.tensors(), dtype, device, path)
+        with _reading_tokenizer(path):
+            return model, file.tokenizer()
     return load_model(path, dtype, device), load_tokenizer(path)
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Decoder:
     """The model of an HF folder, without its tokenizer. Arguments and errors as `load`."""
     config = read_json(folder / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise ValueError(f"{folder}: quantised checkpoints cannot be trained; pass the unquantised model")
     generation = folder / "generation_config.json"
     files = _safetensors_files(folder)
-    source = Source(config, read_json(generation) if generation.exists() else {}, _stored_dtype(files))
-    return build(source, _read_safetensors(files), dtype, device, folder)
+    shapes, stored = _safetensors_headers(files)
+    source = Source(config, read_json(generation) if generation.exists() else {}, stored)
+    return build(source, shapes, _read_safetensors(files), dtype, device, folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    """The folder's tokenizer; its tokenizer.json, if there is one, is used as it is.
+
+    AutoTokenizer picks a class by the names in two configs, and some classes build a tokenizer of their own
+    from the vocabulary. Up to transformers 5.21 that is wrong for a byte-level tokenizer that is labelled
+    LlamaTokenizerFast, and in all versions for a Qwen model with another tokenizer than Qwen's.
+
+    Raises:
+        FileNotFoundError: no tokenizer.
+        ValueError: a damaged tokenizer, or one that transformers reads otherwise than its tokenizer.json.
+    """
+    import transformers
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise FileNotFoundError(
             f"{folder} has no tokenizer: put the model's tokenizer.json next to config.json"
         )
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the Rust tokenizers raise plain Exception for a damaged file
+    _check_tokenizer_config(folder)
+    plain = folder / "tokenizer.json"
+    with _reading_tokenizer(folder):
+        if not plain.exists():
+            return transformers.AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        same = _reads_as(tokenizer, plain)
+    if not same:
         raise ValueError(
-            f"{folder}: the tokenizer cannot be read ({error}); fetch its files again"
+            f"{folder}: transformers {transformers.__version__} reads the tokenizer otherwise than its "
+            "tokenizer.json says; install another version: pip install 'transformers>=5.22'"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _reading_tokenizer(path: Path) -> Iterator[None]:
+    """A context in which any error means that the tokenizer of `path` is damaged."""
+    try:
+        yield
+    except BaseException as error:
+        # The Rust code raises plain Exception for a damaged file, or panics, which is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"{path}: the tokenizer cannot be read ({_one_line(error)}); fetch its files again"
         ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _check_tokenizer_config(folder: Path) -> None:
+    """Refuses paths to files outside the folder, which some versions of transformers would open."""
+    path = folder / "tokenizer_config.json"
+    for key, value in read_json(path).items() if path.exists() else ():
+        # The latter is a common relic, which is never opened.
+        if key.endswith(("_file", "_files")) and key != "special_tokens_map_file":
+            for name in value if isinstance(value, list) else [value]:
+                # A path of another machine is common and harmless.
+                if isinstance(name, str) and Path(name).name != name and (folder / name).exists():
+                    raise ValueError(
+                        f"{path}: {key} must be a file of this folder, got {name!r}; remove the key"
+                    )
+
+
+_PROBE = "2 + 3 = 5, don't\n\tnaïve 東京 1234"
+
+
+def _reads_as(tokenizer: Any, path: Path) -> bool:
+    """Whether `tokenizer` turns a string into the ids of tokenizer.json, and ids into the same string."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_file(str(path))
+    plain.no_padding()
+    plain.no_truncation()
+    ids = plain.encode(_PROBE, add_special_tokens=False).ids
+    if tokenizer.encode(_PROBE, add_special_tokens=False) != ids:
+        return False
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text == plain.decode(ids, skip_special_tokens=False)
 
 
 def build(
     source: Source,
+    shapes: Sequence[tuple[str, tuple[int, ...]]],
     tensors: Iterable[tuple[str, Tensor]],
     dtype: torch.dtype,
     device: str | torch.device,
     path: Path,
 ) -> Decoder:
-    """A decoder whose weights are copied from (HF name, tensor) pairs, one at a time."""
-    config = model_config(source.config, path)
+    """A decoder whose weights are copied from (HF name, tensor) pairs, one at a time.
+
+    Takes memory for the weights only if `shapes`, the (HF name, shape) of each tensor, fits the config.
+    """
+    config = model_config(source.config, path, num_tensors=len(shapes))
+    _check_shapes(config, shapes, path)
     with torch.device("meta"):
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
@@ -174,17 +266,78 @@ def build(
     return model
 
 
-def model_config(hf_config: dict[str, Any], path: Path) -> ModelConfig:
-    """`ModelConfig` from a config.json, with transformers' defaults for the keys that it leaves out."""
+# The keys of a config.json that the architecture depends on.
+_KEYS = (
+    *ModelConfig.NEEDED,
+    *("num_key_value_heads", "head_dim", "hidden_act", "attention_bias", "mlp_bias", "tie_word_embeddings"),
+    *("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "sliding_window", "use_sliding_window"),
+    *("max_window_layers", "layer_types"),
+)
+
+
+def model_config(hf_config: dict[str, Any], path: Path, num_tensors: int) -> ModelConfig:
+    """`ModelConfig` from a config.json, with transformers' defaults for the keys that it leaves out.
+
+    Args:
+        num_tensors: in the model's files; a config with more layers is refused, because both transformers and
+            the decoder need memory for each layer.
+    """
     from transformers import AutoConfig
 
     try:
         ModelConfig.check_type(hf_config)  # first: transformers knows many more types
-        given = {key: value for key, value in hf_config.items() if key != "model_type"}
+        given = _given(hf_config)
+        layers = given.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > num_tensors:
+            raise ValueError(
+                f"num_hidden_layers is {layers}, but the files hold {num_tensors} tensors in all"
+            )
         complete = AutoConfig.for_model(hf_config["model_type"], **given).to_dict()
         return ModelConfig.from_hf(complete)
     except Exception as error:  # transformers' validation has exception classes of its own
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {_one_line(error)}") from error
+
+
+def _given(hf_config: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json says about the architecture, in transformers 5's spelling; null means not given."""
+    given = {key: hf_config[key] for key in _KEYS if hf_config.get(key) is not None}
+    if "sliding_window" in hf_config:  # null: none, where leaving it out means 4096 for Mistral
+        given["sliding_window"] = hf_config["sliding_window"]
+    if "num_key_value_heads" in hf_config:  # null: as many as query heads
+        given.setdefault("num_key_value_heads", hf_config.get("num_attention_heads"))
+    for key in ("rope_parameters", "rope_scaling"):
+        if isinstance(given.get(key), dict):
+            rope = {name: value for name, value in given[key].items() if value is not None}
+            kind = rope.pop("type", None)
+            kind = rope.get("rope_type", kind) or "default"
+            # "su": the first name of longrope, in early Phi-3 configs
+            given[key] = rope | {"rope_type": "longrope" if kind == "su" else kind}
+    return given
+
+
+def _check_shapes(config: ModelConfig, shapes: Sequence[tuple[str, tuple[int, ...]]], path: Path) -> None:
+    table = layout(config)
+    if config.tie_word_embeddings:
+        # A copy of the input embedding, which `_fill` compares.
+        table["lm_head.weight"] = table["model.embed_tokens.weight"]
+    missing, unexpected = dict(table), []
+    if config.tie_word_embeddings:
+        del missing["lm_head.weight"]
+    for name, shape in shapes:
+        missing.pop(name, None)
+        if name.endswith(_IGNORED):
+            continue
+        rows = table.pop(name, None)
+        if rows is None:
+            unexpected.append(name)
+        elif shape != rows.shape:
+            raise ValueError(f"{path}: {name} must be {rows.shape} by the config, got {shape}")
+    if missing or unexpected:
+        raise ValueError(
+            f"{path}: the tensors do not fit a {config.model_type} config: "
+            f"missing {_shorten(list(missing))}, unexpected {_shorten(unexpected)}"
+        )
 
 
 def layout(config: ModelConfig) -> dict[str, Rows]:
@@ -195,56 +348,51 @@ def layout(config: ModelConfig) -> dict[str, Rows]:
     qkv = {"qkv": q + 2 * kv} if fused else {"q": q, "k": kv, "v": kv}
     gate_up = {"gate_up": 2 * intermediate} if fused else {"gate": intermediate, "up": intermediate}
     table = {
-        "model.embed_tokens.weight": Rows("embed_tokens.weight", 0, config.vocab_size),
+        "model.embed_tokens.weight": Rows("embed_tokens.weight", 0, config.vocab_size, hidden),
         "model.norm.weight": Rows("norm.weight", 0, hidden),
     }
     if not config.tie_word_embeddings:
-        table["lm_head.weight"] = Rows("lm_head.weight", 0, config.vocab_size)
+        table["lm_head.weight"] = Rows("lm_head.weight", 0, config.vocab_size, hidden)
 
-    def add(theirs: str, ours: str, sizes: dict[str, int], bias: bool = False) -> None:
+    def add(theirs: str, ours: str, sizes: dict[str, int], columns: int | None, bias: bool = False) -> None:
         for kind in ("weight", "bias") if bias else ("weight",):
             start = 0
             for part, rows in sizes.items():
-                table[f"{theirs.format(part)}.{kind}"] = Rows(f"{ours}.{kind}", start, start + rows)
+                place = Rows(f"{ours}.{kind}", start, start + rows, columns if kind == "weight" else None)
+                table[f"{theirs.format(part)}.{kind}"] = place
                 start += rows
 
     for index in range(config.num_layers):
         theirs, ours = f"model.layers.{index}.", f"layers.{index}."
-        add(theirs + "self_attn.{}_proj", ours + "qkv_proj", qkv, config.qkv_bias)
-        add(theirs + "self_attn.o_proj", ours + "o_proj", {"": hidden}, config.o_bias)
-        add(theirs + "mlp.{}_proj", ours + "gate_up_proj", gate_up, config.mlp_bias)
-        add(theirs + "mlp.down_proj", ours + "down_proj", {"": hidden}, config.mlp_bias)
+        add(theirs + "self_attn.{}_proj", ours + "qkv_proj", qkv, hidden, config.qkv_bias)
+        add(theirs + "self_attn.o_proj", ours + "o_proj", {"": hidden}, q, config.o_bias)
+        add(theirs + "mlp.{}_proj", ours + "gate_up_proj", gate_up, hidden, config.mlp_bias)
+        add(theirs + "mlp.down_proj", ours + "down_proj", {"": hidden}, intermediate, config.mlp_bias)
         for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(theirs + norm, ours + norm, {"": hidden})
+            add(theirs + norm, ours + norm, {"": hidden}, None)
         for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            add(theirs + "self_attn." + norm, ours + norm, {"": config.head_dim})
+            add(theirs + "self_attn." + norm, ours + norm, {"": config.head_dim}, None)
     return table
+
+
+_IGNORED = "rotary_emb.inv_freq"  # in old checkpoints; it follows from the config
 
 
 @torch.no_grad()
 def _fill(model: Decoder, tensors: Iterable[tuple[str, Tensor]], path: Path) -> None:
-    parameters = dict(model.named_parameters())
-    missing = layout(model.config)
-    unexpected = []
+    """Copies the tensors, whose names and shapes `_check_shapes` has seen."""
+    parameters, table, head = dict(model.named_parameters()), layout(model.config), None
     for name, tensor in tensors:
-        if name.endswith("rotary_emb.inv_freq"):  # in old checkpoints; it follows from the config
-            continue
-        if name == "lm_head.weight" and model.config.tie_word_embeddings:  # a copy of the input embedding
-            continue
-        rows = missing.pop(name, None)
-        if rows is None:
-            unexpected.append(name)
-            continue
-        target = parameters[rows.parameter][rows.start : rows.stop]
-        if tensor.shape != target.shape:
-            raise ValueError(
-                f"{path}: {name} must be {tuple(target.shape)} by the config, got {tuple(tensor.shape)}"
-            )
-        target.copy_(tensor)
-    if missing or unexpected:
+        if name in table:
+            rows = table[name]
+            parameters[rows.parameter][rows.start : rows.stop].copy_(tensor)
+        elif name == "lm_head.weight":
+            head = tensor
+    embedding = model.embed_tokens.weight
+    if head is not None and not torch.equal(head.to(embedding), embedding):
         raise ValueError(
-            f"{path}: the tensors do not fit a {model.config.model_type} config: "
-            f"missing {_shorten(list(missing))}, unexpected {_shorten(unexpected)}"
+            f"{path}: lm_head.weight must equal model.embed_tokens.weight, because config.json has "
+            "tie_word_embeddings true; to use this lm_head, set tie_word_embeddings to false there"
         )
 
 
@@ -259,24 +407,54 @@ def _shorten(names: list[str]) -> str:
 
 def _safetensors_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
+    names: set[Any] = {"model.safetensors"}
     if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = [folder / "model.safetensors"]
-    absent = [str(file) for file in files if not file.exists()]
-    if absent or not files:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index}: weight_map must name the file of each tensor; fetch it again")
+        # As strings: a damaged entry may be a list, which no set takes.
+        names = set(map(str, weight_map.values()))
+        for name in names:
+            if not re.fullmatch(r"\w[\w.-]*\.safetensors", name):
+                raise ValueError(
+                    f"{index}: weight_map must name *.safetensors files of its folder, got {name!r}"
+                )
+    files = [folder / name for name in sorted(names)]
+    if absent := [str(file) for file in files if not file.exists()]:
         hint = (
             " (*.bin files are not read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
         )
-        raise FileNotFoundError(f"{_shorten(absent) if absent else index}: no weights there{hint}")
+        raise FileNotFoundError(f"{_shorten(absent)}: no weights there{hint}")
     return files
 
 
-def _open_safetensors(file: Path) -> Any:
+_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def _safetensors_headers(files: list[Path]) -> tuple[list[tuple[str, tuple[int, ...]]], torch.dtype]:
+    """Name and shape of each tensor, and the dtype of the first one: configs are often wrong about it."""
+    shapes, dtypes = [], []
+    for file in files:
+        with _open_safetensors(file) as handle:
+            for name in handle.keys():
+                tensor = handle.get_slice(name)
+                shapes.append((name, tuple(tensor.get_shape())))
+                dtypes.append(tensor.get_dtype())
+                if dtypes[-1] not in _STORED:
+                    raise ValueError(
+                        f"{file}: {name} is stored as {dtypes[-1]}, not as one of {', '.join(_STORED)}; "
+                        "pass an unquantised model"
+                    )
+    return shapes, _STORED[dtypes[0]] if dtypes else torch.float32
+
+
+@contextmanager
+def _open_safetensors(file: Path) -> Iterator[Any]:
     try:
-        return safe_open(file, framework="pt")
+        with safe_open(file, framework="pt") as handle:
+            yield handle
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is damaged or cut short ({error}); fetch it again") from error
+        raise ValueError(f"{file} is damaged or cut short ({_one_line(error)}); fetch it again") from error
 
 
 def _read_safetensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
@@ -286,24 +464,26 @@ def _read_safetensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                 yield name, handle.get_tensor(name)
 
 
-def _stored_dtype(files: list[Path]) -> torch.dtype:
-    """The dtype of the first stored tensor: configs are often wrong about it."""
-    with _open_safetensors(files[0]) as handle:
-        names = list(handle.keys())
-        return handle.get_tensor(names[0]).dtype if names else torch.float32
-
-
 # --- saving ----------------------------------------------------------------------------------------------
 
 SHARD_BYTES = 5 * 10**9  # the Hub's usual shard size
 
 
-def save(model: Decoder, tokenizer: Any, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+def save(
+    model: Decoder,
+    tokenizer: Any,
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    stop_ids: Sequence[int] | None = None,
+) -> Path:
     """Writes a Hugging Face folder: weights, config, generation config, tokenizer with its chat template.
+
+    Everything that other programs need is in it, in the spelling of transformers 5 and in that of 4.
 
     Args:
         folder: made if missing; files of the same names are overwritten.
         dtype: of the stored weights; default: the dtype that the model was loaded from.
+        stop_ids: the ids that ended turns in training; default: those that `stop_token_ids` finds.
     """
     if model.source is None:
         raise ValueError("model must come from weights.load: saving needs the config it was loaded with")
@@ -311,33 +491,93 @@ def save(model: Decoder, tokenizer: Any, folder: str | Path, dtype: torch.dtype 
     folder.mkdir(parents=True, exist_ok=True)
     dtype = dtype or source.dtype
     # auto_map names Python files that are not copied; the families here need none.
-    config = {key: value for key, value in source.config.items() if key != "auto_map"}
+    left_out = {*_KEYS, "auto_map", "quantization_config"}
+    config = {
+        key: value
+        for key, value in source.config.items()
+        # Not null, except for ids: transformers 5 refuses null for many keys.
+        if key not in left_out and (value is not None or key.endswith("_token_id"))
+    }
+    given = _given(source.config)
+    config |= given | _rope_spellings(given, model.config)
     config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")  # transformers 5 and 4
     generation = dict(source.generation_config)
     for key in ("bos_token_id", "pad_token_id"):
         if generation.get(key) is None and getattr(tokenizer, key, None) is not None:
             generation[key] = getattr(tokenizer, key)
-    stop = stop_token_ids(model, tokenizer)
-    if stop:
-        generation["eos_token_id"] = list(stop)
+    stop_ids = stop_token_ids(model, tokenizer) if stop_ids is None else stop_ids
+    if stop_ids:
+        generation["eos_token_id"] = list(stop_ids)
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(tokenizer, folder)
     _write_safetensors(model, folder, dtype)
     return folder
 
 
 def stop_token_ids(model: Decoder, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a turn, each once: those of the generation config, the tokenizer and the config."""
+    """The ids that end a turn, each once: those of the generation config, the tokenizer and the config.
+
+    Raises:
+        ValueError: an eos_token_id is no token id, and no list of token ids.
+    """
     source = model.source or Source({})
     stop_ids: list[int] = []
-    for value in (
-        source.generation_config.get("eos_token_id"),
-        getattr(tokenizer, "eos_token_id", None),
-        source.config.get("eos_token_id"),
+    for file, value in (
+        ("generation_config.json", source.generation_config.get("eos_token_id")),
+        ("tokenizer_config.json", getattr(tokenizer, "eos_token_id", None)),
+        ("config.json", source.config.get("eos_token_id")),
     ):
-        stop_ids += value if isinstance(value, list) else [] if value is None else [value]
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+            raise ValueError(f"{file}: eos_token_id must be a token id or a list of them, got {value!r}")
+        stop_ids += ids
     return tuple(dict.fromkeys(stop_ids))
+
+
+def _rope_spellings(given: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The RoPE parameters for transformers 5 (rope_parameters) and for transformers 4 (the other keys).
+
+    Each version ignores the other's keys, and then silently takes a theta of 10,000. Both read rope_scaling.
+    """
+    rope = config.rope
+    scaling = dict(given.get("rope_scaling") or given.get("rope_parameters") or {})
+    scaling["rope_type"] = rope.rope_type
+    outside: dict[str, Any] = {"rope_theta": rope.theta}
+    scaling.pop("rope_theta", None)
+    partial = scaling.pop("partial_rotary_factor", None) or given.get("partial_rotary_factor")
+    if partial is not None:
+        outside["partial_rotary_factor"] = partial
+    if rope.rope_type == "llama3":
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    spellings = {"rope_parameters": scaling | outside, "rope_scaling": scaling} | outside
+    if rope.rope_type == "default":
+        spellings["rope_scaling"] = None
+    elif config.model_type == "phi3":
+        spellings["original_max_position_embeddings"] = rope.original_max_position_embeddings
+        # transformers 4 takes exactly three keys here, so it computes the attention factor. Where that gives
+        # another number, all keys are written: it then refuses the config instead of computing nonsense.
+        computed = replace(rope, factor=0.0, attention_factor=None)
+        if math.isclose(frequencies(rope, 1)[1], frequencies(computed, 1)[1], rel_tol=1e-6):
+            factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
+            spellings["rope_scaling"] = factors | {"type": rope.rope_type}
+    return spellings
+
+
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Saves the tokenizer so that transformers 4 reads it too."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = read_json(path)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = (
+            "PreTrainedTokenizerFast"  # the same class, under its name in both versions
+        )
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for key in ("is_local", "local_files_only"):  # of this process
+        config.pop(key, None)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype) -> None:

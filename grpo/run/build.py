@@ -108,6 +108,7 @@ def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
             template = Path(config.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"chat_template must be a readable text file, got {error}") from error
+        tokenizer.chat_template = template  # so that checkpoints have it
     return Chat(
         tokenizer,
         weights.stop_token_ids(model, tokenizer),

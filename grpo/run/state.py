@@ -111,8 +111,11 @@ class RunState:
 
     def save_start(self) -> None:
         with files.written_whole(self.start) as folder:
-            weights.save(self.parts.model, self.parts.tokenizer, folder)
+            self._write_model(folder)
             checkpoint.seal(folder)
+
+    def _write_model(self, folder: Path) -> None:
+        weights.save(self.parts.model, self.parts.tokenizer, folder, stop_ids=self.parts.chat.stop_token_ids)
 
     def save(self, learner: Learner, folder: Path, step: int) -> None:
         """Saves a checkpoint in `folder`: the run's, or the one of its unfinished warm start.
@@ -126,7 +129,7 @@ class RunState:
         checkpoint.save(
             folder,
             step,
-            write_model=lambda path: weights.save(self.parts.model, self.parts.tokenizer, path),
+            write_model=self._write_model,
             tensors=tensors,
             state={"counters": counters, "logs": files.log_sizes(self.folder, [*LOGS, WARM_START_LOG])},
             keep=self.config.save_total_limit if of_run else 1,
