@@ -345,7 +345,12 @@ def rope_config(value: Any) -> None:
         assert inv_freq.isfinite().all() and (inv_freq >= 0).all() and 0 < scale < math.inf, rope
 
 
+BACKENDS = ("torch", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch",)
+
+
 def _loss_inputs() -> st.SearchStrategy[Any]:
+    if "triton" in BACKENDS:
+        import torch._dynamo  # Triton's first call imports it, which may take longer than LIMIT_SECONDS
     special = [0.0, -0.0, 1e-7, -1e-30, -1.0, -BOUND, -88.7, -101.0, -1e4, -3.4e38, -math.inf]
     logprob = st.sampled_from(special) | st.floats(-200, 0, width=32) | st.floats(max_value=0, width=32)
     advantage = st.sampled_from([0.0, 1.0, -1.0, 1e3, -1e3]) | st.floats(-1e3, 1e3, width=32)
@@ -379,7 +384,7 @@ def loss_of_extreme_numbers(value: Any) -> None:
     logprobs.requires_grad_()
     sequence_ids = torch.tensor([token[3] for token in tokens])
     results = []
-    for name in ("torch", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else ("torch",):
+    for name in BACKENDS:
         loss, metrics = backend("cpu", name).grpo_loss(
             logprobs, old, ref, torch.tensor(advantages, dtype=dtype), sequence_ids, mask=mask, **options
         )
