@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -349,8 +350,8 @@ BACKENDS = ("torch", "triton") if os.environ.get("TRITON_INTERPRET") == "1" else
 
 
 def _loss_inputs() -> st.SearchStrategy[Any]:
-    if "triton" in BACKENDS:
-        import torch._dynamo  # Triton's first call imports it, which may take longer than LIMIT_SECONDS
+    if "triton" in BACKENDS:  # its first call would import this, which may take longer than LIMIT_SECONDS
+        importlib.import_module("torch._dynamo")
     special = [0.0, -0.0, 1e-7, -1e-30, -1.0, -BOUND, -88.7, -101.0, -1e4, -3.4e38, -math.inf]
     logprob = st.sampled_from(special) | st.floats(-200, 0, width=32) | st.floats(max_value=0, width=32)
     advantage = st.sampled_from([0.0, 1.0, -1.0, 1e3, -1e3]) | st.floats(-1e3, 1e3, width=32)

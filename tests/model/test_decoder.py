@@ -252,7 +252,7 @@ def test_from_hf_reads_old_and_new_rope_alike():
         ),
         ({"rope_theta": 0}, r"rope_theta must be a number from 2 to 1e\+12, got 0"),
         ({"partial_rotary_factor": 10**12}, "partial_rotary_factor must be .* to 1, got 1000000000000"),
-        ({"max_position_embeddings": 64.0}, "max_position_embeddings must be an integer, got 64.0"),
+        ({"original_max_position_embeddings": 32.0}, "original_max_position_embeddings must be an integer"),
         ({"head_dim": 10**12}, "head_dim must be a number from 2 to 65536"),
         ({"head_dim": 2, "rope_scaling": {"type": "dynamic", "factor": 2}}, "must be above 2"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
