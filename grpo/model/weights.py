@@ -318,16 +318,13 @@ def _given(hf_config: dict[str, Any]) -> dict[str, Any]:
 
 def _check_shapes(config: ModelConfig, shapes: Sequence[tuple[str, tuple[int, ...]]], path: Path) -> None:
     table = layout(config)
-    if config.tie_word_embeddings:
-        # A copy of the input embedding, which `_fill` compares.
-        table["lm_head.weight"] = table["model.embed_tokens.weight"]
     missing, unexpected = dict(table), []
-    if config.tie_word_embeddings:
-        del missing["lm_head.weight"]
+    if config.tie_word_embeddings:  # a copy of the input embedding may be there, which `_fill` compares
+        table["lm_head.weight"] = table["model.embed_tokens.weight"]
     for name, shape in shapes:
-        missing.pop(name, None)
         if name.endswith(_IGNORED):
             continue
+        missing.pop(name, None)
         rows = table.pop(name, None)
         if rows is None:
             unexpected.append(name)

@@ -1,7 +1,9 @@
 """Loading and saving: folders, shards, GGUF files, the demo model, and what is said about damaged files."""
 
 import json
+import shutil
 import stat
+import struct
 import sys
 
 import pytest
@@ -207,6 +209,133 @@ def test_unsupported_config(folder, changes, message):
     assert str(folder) in str(caught.value)
 
 
+# Files of a stranger: nothing outside the folder is opened, nothing is run, and sizes are checked first
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["../other.safetensors", "{}/other.safetensors", "sub/x.safetensors", 3, ["a"], ".."]
+)
+def test_an_index_names_only_files_of_its_folder(name, folder):
+    (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+    name = name.format(folder.parent) if isinstance(name, str) else name
+    edit_json(folder / "model.safetensors.index.json", weight_map={"model.norm.weight": name})
+    with pytest.raises(ValueError, match=r"weight_map must name \*.safetensors files of its folder"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "model.safetensors"])
+def test_an_index_without_a_weight_map(weight_map, folder):
+    edit_json(folder / "model.safetensors.index.json", weight_map=weight_map)
+    with pytest.raises(ValueError, match="weight_map must name the file of each tensor"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tokenizer_file": "{}/tokenizer.1.json"}, {"fast_tokenizer_files": ["../tokenizer.1.json"]}]
+)
+def test_a_tokenizer_config_names_only_files_of_its_folder(changes, folder, tmp_path):
+    edit_json(folder / "tokenizer_config.json", tokenizer_file="/home/of/somebody/else/tokenizer.json")
+    weights.load(folder)  # this path leads nowhere here
+    shutil.copy(folder / "tokenizer.json", tmp_path / "tokenizer.1.json")
+    changes = json.loads(json.dumps(changes).replace("{}", str(tmp_path)))
+    edit_json(folder / "tokenizer_config.json", **changes)
+    with pytest.raises(ValueError, match="must be a file of this folder"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["package:json/../tiny.py", "package:json//etc/passwd", "package:json/a/../../x"]
+)
+def test_a_package_name_leads_only_into_the_package(name):
+    with pytest.raises(ValueError, match="must name a file inside the package json"):
+        resolve(name)
+
+
+def test_code_next_to_the_weights_is_not_run(folder):
+    (folder / "evil.py").write_text("raise SystemExit('run')")
+    for file in ("config.json", "tokenizer_config.json"):
+        classes = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+        edit_json(folder / file, auto_map={name: ["evil.Evil", "evil.Evil"] for name in classes})
+    weights.load(folder)
+    edit_json(folder / "config.json", model_type="evil")  # which only the code knows
+    with pytest.raises(ValueError, match="model_type must be one of"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Phi3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "num_hidden_layers",
+        "hidden_size",
+        "vocab_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "head_dim",
+    ],
+)
+@pytest.mark.parametrize("size", [10**12, 10**400, 0, -1, 1.5, "2", True])
+def test_a_size_is_compared_with_the_tensors_before_memory_is_taken(family, key, size, tmp_path):
+    make(family).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", **{key: size}, num_labels=10**12)
+    with pytest.raises(ValueError) as caught:
+        weights.load_model(tmp_path, torch.float32)
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["</s>", 1.5, True, [[2]], -1, 10**12, {"id": 2}])
+def test_an_end_of_sequence_that_is_no_id(value, folder):
+    edit_json(folder / "generation_config.json", eos_token_id=value)
+    with pytest.raises(ValueError, match="generation_config.json: eos_token_id must be a token id"):
+        weights.stop_token_ids(*weights.load(folder))
+
+
+def test_integers_are_no_weights(folder):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="model.norm.weight is stored as I8"):
+        weights.load(folder)
+
+
+def sentencepiece():
+    """As Llama 2's tokenizer.json: spaces are tokens, a string gets one in front, bytes have tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"+=2345", "▁2", "▁+"]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = [("▁", "2"), ("▁", "+")]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("label", ["LlamaTokenizer", "PreTrainedTokenizerFast", "NoSuchTokenizer", None])
+def test_a_sound_sentencepiece_tokenizer_is_accepted_under_every_label(label, padded, folder):
+    backend = sentencepiece()
+    if padded:
+        backend.enable_padding(length=100)
+        backend.enable_truncation(2)
+    backend.save(str(folder / "tokenizer.json"))
+    added = {"7": {"content": "<answer>", "special": True}}  # only transformers' file has this token
+    content = {
+        "unk_token": "<unk>",
+        "add_prefix_space": False,
+        "legacy": False,
+        "added_tokens_decoder": added,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(content | {"tokenizer_class": label}))
+    tokenizer = weights.load_tokenizer(folder)
+    assert tokenizer.decode(tokenizer.encode("2 + 3 = 5\n", add_special_tokens=False)) == "2 + 3 = 5\n"
+
+
 def test_names_that_lead_nowhere(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -314,6 +443,72 @@ def test_damaged_gguf(tmp_path):
     path.write_bytes(b"GGUF" + bytes(200))
     with pytest.raises(ValueError, match="model.gguf"):
         weights.load(path)
+
+
+def header(*keys, tensors=b"", num_tensors=0):
+    return struct.pack("<4sIQQ", b"GGUF", 3, num_tensors, len(keys)) + b"".join(keys) + tensors
+
+
+def string(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header(string("a") + struct.pack("<IIQ", 9, 0, 10**12)),  # an array of bytes
+        header(string("a") + struct.pack("<IIQ", 9, 8, 10**12)),  # ... of strings
+        header(string("a") + struct.pack("<IIQIQ", 9, 9, 1, 9, 1)),  # ... of arrays
+        header(string("a") + struct.pack("<IQ", 8, 2**63)),  # a string
+        header(string("a") + struct.pack("<IQ", 99, 0)),  # of no known type
+        header(tensors=b"", num_tensors=10**12),
+        header(tensors=string("a") + struct.pack("<I", 2**31), num_tensors=1),  # dimensions
+        struct.pack("<4sIQQ", b"GGUF", 3, 0, 2**64 - 1),  # keys
+    ],
+)
+def test_a_gguf_header_that_claims_absurd_sizes(content, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(content + bytes(1000))
+    with pytest.raises(ValueError, match="is damaged or cut short"):
+        weights.load(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 10**9),
+        ("llama.embedding_length", 10**9),
+        ("llama.attention.head_count", 0),
+        ("llama.attention.key_length", 3),
+        ("llama.context_length", "long"),
+        ("llama.rope.freq_base", float("nan")),
+        ("llama.rope.scaling.yarn_beta_fast", 2.0),
+        ("tokenizer.ggml.eos_token_id", 10**6),
+        ("tokenizer.ggml.merges", ["no merge"]),
+        ("tokenizer.ggml.tokens", 3),
+        ("general.architecture", ["llama"]),
+    ],
+)
+def test_odd_values_in_a_gguf_file(key, value, tmp_path):
+    def change(writer):
+        writer.kv_data[0].pop(key, None)
+        add = {
+            str: writer.add_string,
+            list: writer.add_array,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+        }
+        add[type(value)](key, value)
+
+    write_gguf(tmp_path / "model.gguf", make(), extra=change)
+    with pytest.raises(ValueError, match="model.gguf"):
+        weights.load(tmp_path / "model.gguf")
+
+
+def test_a_linear_rope_factor_of_a_gguf_file_needs_no_type(tmp_path):
+    """As llama.cpp reads it. It was ignored."""
+    theirs = make(rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0})
+    write_gguf(tmp_path / "model.gguf", theirs, extra=lambda writer: writer.add_rope_scaling_factor(3.0))
+    assert_same(weights.load(tmp_path / "model.gguf")[0], theirs)
 
 
 def test_gguf_package_missing(tmp_path, monkeypatch):
