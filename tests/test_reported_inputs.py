@@ -166,6 +166,7 @@ TAGGED = f"<tool_call>{CALL}</tool_call>"
 )
 @pytest.mark.parametrize("answer", [TAGGED, CALL, f"```json\n{CALL}\n```"])
 def test_calls_drafted_in_a_thought(opened: str, thought: str, answer: str) -> None:
+    """Calls drafted in `<think>` were parsed (verl #4757): what follows the last `</think>` is judged."""
     text = f"{opened}\n{thought}\n</think>\n\n{answer}"
     assert function_calling.verify(text, [json.loads(CALL)]).ok
     assert function_calling.verify(text, []).reason == "wrong_count"
