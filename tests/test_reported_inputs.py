@@ -831,18 +831,29 @@ def test_a_log_ratio_of_100_nats(columns, advantage, delta):
 # --- found by benchmarks/fuzz.py ---------------------------------------------------------------------------
 
 
-def test_nan_among_the_accepted_values_of_a_berkeley_answer(tmp_path, monkeypatch) -> None:
-    (tmp_path / "possible_answer").mkdir()
+def berkeley_files(folder: Path, **arguments: Any) -> Path:
+    """The Berkeley files with one example, whose answer accepts these values."""
+    (folder / "possible_answer").mkdir()
     function = {"name": "f", "description": "", "parameters": {"type": "dict", "properties": {"x": {}}}}
     entry = {
         "id": "multiple_0",
         "question": [[{"role": "user", "content": "q"}]],
         "function": [function],
-        "ground_truth": [{"f": {"x": [float("nan")]}}],
+        "ground_truth": [{"f": arguments}],
     }
-    for folder, category in itertools.product((tmp_path, tmp_path / "possible_answer"), berkeley.CATEGORIES):
+    for part, category in itertools.product((folder, folder / "possible_answer"), berkeley.CATEGORIES):
         text = json.dumps(entry) if category == "multiple" else ""
-        (folder / f"BFCL_v4_{category}.json").write_text(text)
-    monkeypatch.setattr(berkeley, "_folder", lambda: tmp_path)
+        (part / f"BFCL_v4_{category}.json").write_text(text)
+    return folder
+
+
+def test_nan_among_the_accepted_values_of_a_berkeley_answer(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(berkeley, "_folder", lambda: berkeley_files(tmp_path, x=[float("nan")]))
     with pytest.raises(ValueError, match="multiple_0.*cannot be read.*nonfinite"):
+        FunctionCalling(categories="multiple")
+
+
+def test_argument_with_an_empty_name_and_no_accepted_value(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(berkeley, "_folder", lambda: berkeley_files(tmp_path, **{"": []}))
+    with pytest.raises(ValueError, match="multiple_0: no value is accepted for '', so no answer is right"):
         FunctionCalling(categories="multiple")

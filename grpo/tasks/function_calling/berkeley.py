@@ -46,9 +46,9 @@ class Berkeley:
                 number = len(self._lines)
                 self._lines.append((line, answer))
                 record = self.read(number)
-                if missing := _without_accepted_value(record.gold):
+                if (missing := _without_accepted_value(record.gold)) is not None:
                     if category in self.chosen:
-                        skipped.add(record.id, f"no value is accepted for {missing}, so no answer is right")
+                        skipped.add(record.id, f"no value is accepted for {missing!r}, so no answer is right")
                     continue
                 yield number, record
 
