@@ -857,3 +857,13 @@ def test_argument_with_an_empty_name_and_no_accepted_value(tmp_path, monkeypatch
     monkeypatch.setattr(berkeley, "_folder", lambda: berkeley_files(tmp_path, **{"": []}))
     with pytest.raises(ValueError, match="multiple_0: no value is accepted for '', so no answer is right"):
         FunctionCalling(categories="multiple")
+
+
+def test_a_gguf_file_whose_architecture_is_a_list(tmp_path):
+    def change(writer):
+        del writer.kv_data[0]["general.architecture"]
+        writer.add_array("general.architecture", ["llama"])
+
+    tiny_model.write_gguf(tmp_path / "model.gguf", tiny_model.make(), extra=change)
+    with pytest.raises(ValueError, match=r"general.architecture must be a string, got \['llama'\]"):
+        weights.load(tmp_path / "model.gguf")

@@ -144,6 +144,7 @@ def load(
 
         file = GGUFFile(path)
         model = build(Source(file.config), file.shapes(), file.tensors(), dtype, device, path)
+        _check_tokenizer_config(path.parent)  # which transformers reads if the vocabulary is SentencePiece's
         with _reading_tokenizer(path):
             return model, file.tokenizer()
     return load_model(path, dtype, device), load_tokenizer(path)
@@ -566,10 +567,8 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = read_json(path)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = (
-            "PreTrainedTokenizerFast"  # the same class, under its name in both versions
-        )
+    if config.get("tokenizer_class") == "TokenizersBackend":  # only version 5 knows this name of the class
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     for key in ("is_local", "local_files_only"):  # of this process
