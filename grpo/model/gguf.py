@@ -99,6 +99,7 @@ class GGUFFile:
             )
         self._check_tokenizer_keys()
         self.config = self._config()
+        self.licence: str | None = self._get("general.license", None)
 
     _MISSING = object()
 
