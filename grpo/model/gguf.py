@@ -602,6 +602,8 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, stop_token_ids:
     for index, token in tokenizer.added_tokens_decoder.items():
         kinds[index] = _CONTROL if token.special else _USER_DEFINED
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:  # an empty list cannot be stored
+        raise ValueError(f"a GGUF file needs a tokenizer with merges, got one of single bytes: {_INSTEAD}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(_pre_of(tokenizer, tokens, merges, kinds))
     writer.add_token_list(tokens)

@@ -381,6 +381,7 @@ def test_a_tokenizer_that_gguf_cannot_store_is_refused(folder, tmp_path):
         (whitespace, "splits text as one of gpt-2, .*convert_hf_to_gguf.py"),
         (sentencepiece, "needs a byte-level BPE tokenizer, got SentencePiece: export a folder"),
         ({"decoder": None}, "needs a byte-level BPE tokenizer"),
+        ({"model": {**backend["model"], "merges": []}}, "needs a tokenizer with merges"),
     ]:
         with pytest.raises(ValueError, match=message):
             written(tmp_path / "model.gguf", ours, changed(**parts))
