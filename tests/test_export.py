@@ -1,4 +1,4 @@
-"""Exports: weights and ids are the checkpoint's; the card says what the run proves; nothing is overwritten."""
+"""Exports: weights and ids are the checkpoint's, the card says what the run proves, nothing is replaced."""
 
 import errno
 import json
