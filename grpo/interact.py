@@ -27,12 +27,13 @@ if __name__ == "__main__":
 
 from grpo import config as configuration
 from grpo.config import Config
+from grpo.evaluate.__main__ import models_of
 from grpo.evaluate.table import turn_lines
 from grpo.rollout import Attempt
 from grpo.run import build
 from grpo.run.build import Parts
 from grpo.run.files import RunDirError
-from grpo.run.state import run_of, saved_model
+from grpo.run.state import saved_model
 from grpo.tasks import SPLITS, Example, Task, Verdict
 
 WIDTH = 96  # columns
@@ -78,16 +79,22 @@ def open_model(options: argparse.Namespace, rest: Sequence[str]) -> Parts:
         ValueError, FileNotFoundError: an argument, a setting or a file does not fit.
     """
     folder = Path(options.run)
-    run = folder if (folder / "config.yaml").is_file() else None
-    if run is None and options.checkpoint is not None:
-        raise ValueError(f"checkpoint must be left out unless RUN is a run directory, got {options.run!r}")
+    run: Path | None = folder
+    if (folder / "config.yaml").is_file():
+        source = str(saved_model(folder, options.checkpoint or "newest"))
+    else:
+        if options.checkpoint is not None:
+            raise ValueError(
+                f"checkpoint must be left out unless RUN is a run directory, got {options.run!r}"
+            )
+        (model,) = models_of([options.run])
+        source, run = model.path, model.run
     if options.index is not None and options.index < 0:
         raise ValueError(f"index must be at least 0, got {options.index}")
-    source = str(saved_model(run, options.checkpoint or "newest")) if run else options.run
     argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections here
     named = {text.partition("=")[0] for text in rest}
-    if (of := run or run_of(folder)) is not None and not named & {"--config", "--preset"}:
-        argv += ["--config", str(of / "config.yaml")]
+    if run is not None and not named & {"--config", "--preset"}:
+        argv += ["--config", str(run / "config.yaml")]
     temperature = 0.0 if options.temperature is None else options.temperature
     config = configuration.parse([*argv, *rest, "--eval_temperature", str(temperature)])
     config.train_on = "reflection"  # the turns that follow an attempt here, whatever was trained

@@ -119,7 +119,10 @@ def test_checkpoints_and_models_without_a_run(talk, run, tmp_path):
     assert status == 0 and "heldout 0:" in out
     status, _, err = talk(model=model, argv=["--checkpoint", "best"])
     assert status == 2 and "unless RUN is a run directory" in err
-    assert talk(model=tmp_path / "nothing")[0] == 2
+    status, _, err = talk(model=run.parent)
+    assert status == 2 and "did you mean" in err
+    status, _, err = talk(model=tmp_path / "nothing")
+    assert status == 2 and "does not exist" in err
 
 
 def process(run, **options):

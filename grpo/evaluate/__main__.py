@@ -33,7 +33,6 @@ from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID
 from grpo.run import build, checkpoint, files
-from grpo.run.state import run_of
 from grpo.tasks.contract import check_task
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -156,7 +155,7 @@ def models_of(arguments: Sequence[str]) -> list[MeasuredModel]:
 def _models_of_one(argument: str) -> list[MeasuredModel]:
     path = Path(argument)
     if (path / "config.json").is_file():
-        return [MeasuredModel(path.resolve().name, str(path), run_of(path))]
+        return [MeasuredModel(path.resolve().name, str(path), _run_of(path))]
     if (path / "config.yaml").is_file():
         return _models_of_run(path)
     if path.is_dir():
@@ -177,6 +176,13 @@ def _models_of_one(argument: str) -> list[MeasuredModel]:
     siblings = sorted(str(entry) for entry in path.parent.glob("[!.]*/"))[:5]
     hint = f"; {path.parent} contains {', '.join(siblings)}" if siblings else ""
     raise ValueError(f"CHECKPOINT {argument!r} does not exist{hint}")
+
+
+def _run_of(folder: Path) -> Path | None:
+    """The run directory if `folder` is RUN/start or RUN/checkpoints/step-000001."""
+    above = folder.resolve().parent
+    run = above.parent if above.name == "checkpoints" else above
+    return run if (run / "config.yaml").is_file() else None
 
 
 def _models_of_run(run: Path) -> list[MeasuredModel]:

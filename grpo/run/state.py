@@ -198,13 +198,6 @@ def saved_model(run: Path, which: str = "newest") -> Path:
     return path
 
 
-def run_of(folder: Path) -> Path | None:
-    """The run directory if `folder` is RUN/start or RUN/checkpoints/step-000001."""
-    above = folder.resolve().parent
-    run = above.parent if above.name == "checkpoints" else above
-    return run if (run / "config.yaml").is_file() else None
-
-
 def validated(folder: Path) -> dict[int, float]:
     """Share of right second tries by validated step; read from the log, so a resumed run has it too."""
     records = files.read_jsonl(folder / "metrics.jsonl", missing_ok=True)
