@@ -98,6 +98,7 @@ def open_model(options: argparse.Namespace, rest: Sequence[str]) -> Parts:
     temperature = 0.0 if options.temperature is None else options.temperature
     config = configuration.parse([*argv, *rest, "--eval_temperature", str(temperature)])
     config.train_on = "reflection"  # the turns that follow an attempt here, whatever was trained
+    config.warm_start_steps = 0  # nothing is trained
     return build.parts(config, model_source=source)
 
 
@@ -159,8 +160,8 @@ class Conversation:
 
     def attempt(self, parts: Parts, example: Example) -> None:
         try:
-            build.check_room(parts.config, parts, example)
-        except ValueError as error:  # too long
+            build.check_room(parts.config, parts, [example])
+        except ValueError as error:  # too long, or with what the tokenizer cannot encode
             print(f"error: {error}")
             return
         with build.evaluation_sampling(parts):
