@@ -124,7 +124,7 @@ def export(
                 license=licence,
             )
         else:
-            weights.save(model, tokenizer, partial, build.DTYPES[dtype])
+            weights.save(model, tokenizer, partial, build.DTYPES[dtype], stop_ids=chat.stop_token_ids)
             (partial / "README.md").write_text(card(run, source, config, chat, to, licence), encoding="utf-8")
 
 

@@ -153,13 +153,17 @@ def test_errors_are_one_line(command, run, tmp_path, monkeypatch):
     status, _, err = command(tmp_path / "mine", of=tmp_path / "run")
     assert status == 1 and "is damaged" in err
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(weights, "save", full)
     status, _, err = command(tmp_path / "mine")
     assert status == 1 and "the disk is full" in err
-    monkeypatch.setattr(weights, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(weights, "save", interrupted)
     status, _, err = command(tmp_path / "mine")
     assert status == 130 and "nothing was written" in err
     assert not list(tmp_path.glob("mine*"))

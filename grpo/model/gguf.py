@@ -309,9 +309,8 @@ class GGUFFile:
         from transformers import PreTrainedTokenizerFast
 
         tokens, merges = self._get("tokenizer.ggml.tokens"), self._get("tokenizer.ggml.merges")
-        tokenizer = _byte_level(
-            tokens, merges, self._get("tokenizer.ggml.token_type"), self._get("tokenizer.ggml.pre")
-        )
+        pre = self._get("tokenizer.ggml.pre")
+        tokenizer = _byte_level(tokens, merges, self._get("tokenizer.ggml.token_type"), pre)
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {name: self._get(f"tokenizer.ggml.{key}_token_id", None) for name, key in names.items()}
         special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}

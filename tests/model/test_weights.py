@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import tiny_model
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
