@@ -382,7 +382,8 @@ class Chat:
             return []
         options = {"split_special_tokens": True} if split_special_tokens else {}
         try:
-            return list(self.tokenizer.encode(text, add_special_tokens=False, **options))
+            # Not verbose: whoever runs the ids checks their number, and says what to do.
+            return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False, **options))
         except (UnicodeEncodeError, TypeError) as error:  # half of a surrogate pair
             raise ValueError(f"messages must be valid Unicode text, got {text!r}") from error
 

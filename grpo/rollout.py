@@ -41,10 +41,10 @@ class NoiseKey(NamedTuple):
     same tokens, whatever runs next to it.
     """
 
-    seed: int  # the run's
-    stage: int  # see STAGES
-    step: int  # of RL; 0 elsewhere
-    example: int  # `Example.key`
+    seed: int = 0  # the run's
+    stage: int = STAGES["rollout"]
+    step: int = 0  # of RL; 0 elsewhere
+    example: int = 0  # `Example.key`
     repeat: int = 0  # how often the example, or this failed attempt at it, came earlier in the step
     attempt: int = 0  # which first answer to the example; in later turns the failed one that they follow
     member: int = 0  # which completion of the group
@@ -136,7 +136,7 @@ class Rollout:
         task: Task,
         chat: Chat,
         *,
-        seed: int,
+        seed: int = 0,
         max_completion_length: int,
         max_reflection_length: int,
         overlong_buffer: int = 0,
@@ -200,7 +200,7 @@ class Rollout:
         self,
         examples: Iterable[Example],
         *,
-        stage: str,
+        stage: str = "rollout",
         step: int = 0,
         count: int = 1,
         progress: Progress | None = None,
@@ -226,7 +226,7 @@ class Rollout:
         failures: Sequence[Attempt],
         *,
         num_generations: int,
-        stage: str,
+        stage: str = "rollout",
         step: int = 0,
         retries: int = 1,
         progress: Progress | None = None,
@@ -264,7 +264,7 @@ class Rollout:
         failures: Sequence[Attempt],
         reflections: Sequence[Sequence[int] | None],
         *,
-        stage: str,
+        stage: str = "rollout",
         step: int = 0,
         progress: Progress | None = None,
     ) -> list[Attempt]:

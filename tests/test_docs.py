@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from grpo import export, interact
 from grpo.config import TYPES, Config
-from grpo.evaluate import __main__ as command
+from grpo.evaluate import __main__ as evaluate
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
@@ -85,8 +86,12 @@ def is_metric(name: str) -> bool:
 
 def test_options_exist(page):
     options = set(re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", text_of(page))) - {"KEY"}
+    parsers = [command.parser() for command in (evaluate, export, interact)]
     commands = {
-        option.lstrip("-") for action in command.parser()._actions for option in action.option_strings
+        option.lstrip("-")
+        for parser in parsers
+        for action in parser._actions
+        for option in action.option_strings
     }
     known = set(TYPES) | commands | OWN_OPTIONS | BENCHMARK_OPTIONS | EXPERIMENT_OPTIONS | OTHER_OPTIONS
     assert options <= known

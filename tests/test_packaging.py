@@ -92,7 +92,10 @@ def installed(wheel, tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize("command", ["train", "grpo.failures", "grpo.evaluate", "grpo.experiments"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "grpo.failures", "grpo.evaluate", "grpo.experiments", "grpo.export", "grpo.interact"],
+)
 def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp_path, command):
     argv = [sys.executable, "-m", command, "--help"]
     done = subprocess.run(argv, cwd=tmp_path, env=installed, capture_output=True, text=True)

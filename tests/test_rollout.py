@@ -240,6 +240,17 @@ def test_a_control_has_the_noise_of_the_real_retry_of_any_attempt(parts, pool, r
     assert [done.row.script[1].key for done in controls] == keys * 2 and len(set(keys)) == 2
 
 
+def test_the_stage_of_training_is_the_default(parts, pool):
+    assert NoiseKey() == NoiseKey(0, STAGES["rollout"], 0, 0)
+    examples = [failure.example for failure in pool]
+    assert parts.rollout.attempts(examples) == parts.rollout.attempts(examples, stage="rollout")
+    plain, named = (
+        parts.rollout.reflect_and_retry(pool, num_generations=2, **stage)
+        for stage in ({}, {"stage": "rollout"})
+    )
+    assert plain == named
+
+
 def test_a_control_differs_from_the_real_retry_in_its_context_only(parts, pool, rows):
     real = [tiny.episodes(parts, [failure])[0] for failure in pool]
     rows.clear()

@@ -6,7 +6,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,9 +59,9 @@ class Done(NamedTuple):
     folder: Path | None
 
 
-def save_model(folder: Path) -> Path:
+def save_model(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
     """The tiny model as a Hugging Face folder."""
-    tokenizer = tiny.byte_tokenizer(template=tiny.CHATML)
+    tokenizer = tiny.byte_tokenizer(merges, template=tiny.CHATML)
     stops = [tiny.token_id(tokenizer, text) for text in tiny.STOPS]
     model = tiny.decoder(len(tokenizer), likely=stops)
     config = {**tiny.HF_CONFIG, "vocab_size": len(tokenizer), "architectures": ["LlamaForCausalLM"]}
@@ -82,9 +82,9 @@ def run(argv: list[str]) -> Done:
     return Done(status, out.getvalue(), err.getvalue(), _folder(argv))
 
 
-def finished(root: Path) -> Path:
+def finished(root: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
     """The directory, under `root`, of a whole run with SETTINGS."""
-    done = run(arguments(save_model(root / "model"), root / "runs"))
+    done = run(arguments(save_model(root / "model", merges), root / "runs"))
     assert done.status == 0 and done.folder is not None, done.err
     return done.folder
 

@@ -178,7 +178,7 @@ def _examples(report: Figures) -> str:
 
 def _example(example: Figures, names: Sequence[str], sides: Sequence[str]) -> str:
     width = HALF if len(sides) == 2 else 2 * HALF
-    lines = [f"--- {example['id']} ".ljust(2 * HALF + 3, "-"), *_wrapped(example["prompt"], 2 * HALF)]
+    lines = [f"--- {example['id']} ".ljust(2 * HALF + 3, "-"), *_wrapped(_cut(example["prompt"]), 2 * HALF)]
     cells = [[f"[{_fit(name, width - 2)}]"] for name in names]
     lines += _side_by_side(cells, width)
     for turn, label in (("first", "first try"), ("reflection", "reflection"), ("retry", "second try")):
@@ -191,16 +191,29 @@ def _example(example: Figures, names: Sequence[str], sides: Sequence[str]) -> st
 def _turn(label: str, turn: Mapping[str, Any] | None, width: int) -> list[str]:
     if turn is None:
         return []
+    return turn_lines(label, {**turn, "text": _cut(turn["text"])}, width)
+
+
+def turn_lines(label: str, turn: Mapping[str, Any], width: int) -> list[str]:
+    """A turn for a terminal: what it is and whether it is right, then its text, indented.
+
+    Args:
+        turn: `text`; if there is a verdict `reason`, otherwise `finish_reason`.
+        width: columns.
+    """
     verdict = turn.get("reason", "cut at the limit" if turn.get("finish_reason") == "length" else "")
     mark = f" ({'right' if verdict == 'ok' else verdict})" if verdict else ""
     return [f"{label}{mark}:", *(f"  {line}" for line in _wrapped(turn["text"], width - 2))]
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " [...]"
+
+
 def _wrapped(text: str, width: int) -> list[str]:
     """Lines of at most `width` characters, without control characters, which could steer the terminal."""
-    shown = text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + " [...]"
     lines = []
-    for line in shown.splitlines():
+    for line in text.splitlines():
         safe = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
         lines += textwrap.wrap(safe, width) or [""]
     return lines or ["(nothing)"]

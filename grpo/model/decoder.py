@@ -212,8 +212,8 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not config.tie_word_embeddings:  # a module of its own; otherwise see `lm_head`
+            self._modules["lm_head"] = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
@@ -221,7 +221,20 @@ class Decoder(nn.Module):
     @property
     def output_weight(self) -> Tensor:
         """(V, H) output embedding; the input embedding if the two are tied."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The output embedding as a module, as in transformers: `lm_head(hidden)` gives the logits.
+
+        If the embeddings are tied, its weight is the input embedding itself, and the state dict has no
+        `lm_head.weight`.
+        """
+        if not self.config.tie_word_embeddings:
+            return self._modules["lm_head"]  # type: ignore[return-value]
+        head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
+        head.weight = self.embed_tokens.weight
+        return head
 
     def forward(
         self,

@@ -1,24 +1,30 @@
-"""Reads a GGUF file (llama.cpp's format): its tensors, config and tokenizer in Hugging Face's terms.
+"""Reads and writes GGUF files (llama.cpp's format): tensors, config and tokenizer in Hugging Face's terms.
 
 The file stores (quantised) tensors under llama.cpp's names and everything else as key-value pairs. Three
-things need undoing: the names; the order of the rows of the query and key projections of the `llama`
-architecture, which llama.cpp permutes because its RoPE pairs neighbouring dimensions; and the RoPE scaling,
-which Llama 3.1 and Phi-3 files keep as a tensor of divisors.
+things differ: the names; the order of the rows of the query and key projections of the `llama` architecture,
+which llama.cpp permutes because its RoPE pairs neighbouring dimensions; and the RoPE scaling, which Llama 3.1
+and Phi-3 files keep as a tensor of divisors.
 
 A missing key is an error if a default could silently change what the model computes.
 
-Left out: mixture of experts, architectures that decoder.py lacks, and split files.
+Left out: mixture of experts, architectures that decoder.py lacks, and split files. In writing also left out:
+quantisation (llama.cpp's `llama-quantize` does it) and SentencePiece tokenizers.
 """
 
+import json
 import mmap
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from grpo.model.decoder import ModelConfig
+from grpo.model.rope import Rope, frequencies
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -52,10 +58,13 @@ _LLAMA3 = (
     r"|\s+(?!\S)|\s+"
 )
 _PRETOKENIZERS = {"gpt-2": None, "smollm": None, "llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", "")}
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # values of tokenizer.ggml.token_type
+_STOP_KEYS = ("eos", "eot", "eom")  # tokenizer.ggml.KEY_token_id: any of them ends a turn
 _ROPE_KEYS = ["freq_base", "dimension_count", "scale_linear"]
 _ROPE_KEYS += [f"scaling.{key}" for key in ("type", "factor", "attn_factor", "original_context_length")]
 _ROPE_KEYS += ["scaling.finetuned"]  # says nothing about the computation
+
+# --- reading ---------------------------------------------------------------------------------------------
 
 
 class GGUFFile:
@@ -90,6 +99,7 @@ class GGUFFile:
             )
         self._check_tokenizer_keys()
         self.config = self._config()
+        self.licence: str | None = self._get("general.license", None)
 
     _MISSING = object()
 
@@ -140,7 +150,7 @@ class GGUFFile:
             "mlp_bias": "blk.0.ffn_gate.bias" in self._tensors,
             "rope_parameters": self._rope_parameters(head_dim),
             "bos_token_id": self._get("tokenizer.ggml.bos_token_id", None),
-            "eos_token_id": self._get("tokenizer.ggml.eos_token_id", None),
+            "eos_token_id": self._stop_token_ids(),
             "pad_token_id": self._get("tokenizer.ggml.padding_token_id", None),
         }
         if self.architecture == "phi3":
@@ -148,6 +158,12 @@ class GGUFFile:
             original = self._of_model("rope.scaling.original_context_length", None)
             config["original_max_position_embeddings"] = original or config["max_position_embeddings"]
         return config
+
+    def _stop_token_ids(self) -> int | list[int] | None:
+        """As in an HF config: a list only if there are several."""
+        ids = [self._get(f"tokenizer.ggml.{key}_token_id", None) for key in _STOP_KEYS]
+        distinct = list(dict.fromkeys(index for index in ids if index is not None))
+        return distinct if len(distinct) > 1 else distinct[0] if distinct else None
 
     def _rope_parameters(self, head_dim: int) -> dict[str, Any]:
         self._check_rope_keys()
@@ -192,8 +208,6 @@ class GGUFFile:
 
     def _llama3_scaling(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The published parameters of Llama 3.1's scaling, of which the file stores only the divisors."""
-        from grpo.model.rope import Rope, frequencies
-
         divisors = self._read("rope_freqs.weight")
         scaling = {
             "rope_type": "llama3",
@@ -291,23 +305,12 @@ class GGUFFile:
 
     def _byte_level_tokenizer(self) -> Any:
         # Built here: transformers' reader ignores `tokenizer.ggml.pre`, and reads the file a second time.
-        from tokenizers import AddedToken, Tokenizer, models, processors
+        from tokenizers import processors
         from transformers import PreTrainedTokenizerFast
 
-        tokens = self._get("tokenizer.ggml.tokens")
-        merges = [tuple(merge.split(" ")) for merge in self._get("tokenizer.ggml.merges")]
+        tokens, merges = self._get("tokenizer.ggml.tokens"), self._get("tokenizer.ggml.merges")
         pre = self._get("tokenizer.ggml.pre")
-        vocab = {token: index for index, token in enumerate(tokens)}
-        tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
-        _set_byte_level(tokenizer, pre)
-        kinds = self._get("tokenizer.ggml.token_type")
-        tokenizer.add_tokens(
-            [
-                AddedToken(token, special=kind == _CONTROL, normalized=False)
-                for token, kind in zip(tokens, kinds, strict=True)
-                if kind in (_CONTROL, _USER_DEFINED)
-            ]
-        )
+        tokenizer = _byte_level(tokens, merges, self._get("tokenizer.ggml.token_type"), pre)
         names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
         ids = {name: self._get(f"tokenizer.ggml.{key}_token_id", None) for name, key in names.items()}
         special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
@@ -325,9 +328,13 @@ class GGUFFile:
         )
 
 
-def _set_byte_level(tokenizer: Any, pre: str) -> None:
-    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+def _byte_level(tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int], pre: str) -> Any:
+    """A tokenizer (of the library tokenizers) from the values of tokenizer.ggml.{tokens, merges, ...}."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab, pairs, ignore_merges=pre == "llama-bpe"))
     pattern = _PRETOKENIZERS[pre]
     steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
     if pattern is not None:
@@ -338,6 +345,14 @@ def _set_byte_level(tokenizer: Any, pre: str) -> None:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, special=kind == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    return tokenizer
 
 
 def _unpermute(tensor: Tensor, num_heads: int) -> Tensor:
@@ -420,3 +435,206 @@ def check_header(path: Path) -> None:
             if (dimensions := header.number("I")) > _MAX_DIMENSIONS:
                 raise ValueError(f"a tensor claims {dimensions} dimensions")
             header.skip(8 * dimensions + 4 + 8)
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+# Tells the pre-tokenizers apart: contractions, digits, white space, scripts, and a letter in two code points.
+_PROBE = (
+    "Hello,  world!\n\n\tIt's 1234567 of 89 - I'LL (re)do it:\r\n\n  x=3.14;  y_1 'sure' \n na\u00efve "
+    "re\u0301sume\u0301 \u6771\u4eac \U0001f642\U0001f642 don't...  \u0661\u0662 \u00bd   "
+)
+_INSTEAD = "export a folder, and convert it with llama.cpp's convert_hf_to_gguf.py"
+
+
+def write(
+    path: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, Tensor],
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype,
+    stop_token_ids: Sequence[int],
+    name: str,
+    license: str | None = None,
+) -> None:
+    """Writes a GGUF file that `GGUFFile` and llama.cpp read. Tensors are converted one at a time.
+
+    Args:
+        tensors: by HF name, as in the layout of weights.py.
+        tokenizer: a transformers tokenizer with byte-level BPE, and with the chat template to store.
+        dtype: float32 or bfloat16; vectors, such as norms and biases, are always float32.
+        stop_token_ids: that end a turn. The file has room for three.
+        name: of the model, for people to read.
+        license: an SPDX id, if it is known.
+    Raises:
+        ValueError: GGUF, or llama.cpp, has no place for something that the model needs.
+    """
+    try:
+        from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+    except ImportError as error:
+        raise ValueError(
+            f"{path}: GGUF files need the package gguf: pip install 'reflect-grpo[gguf]'"
+        ) from error
+    _check_storable(config)
+    architecture = "llama" if config.model_type == "mistral" else config.model_type  # Llama, but for windows
+    scaling, divisors = _rope_scaling(config.rope)
+    stored = {_gguf_name(hf_name, architecture): tensor for hf_name, tensor in tensors.items()}
+    stored |= divisors
+
+    writer = GGUFWriter(path, architecture)
+    writer.add_type("model")
+    writer.add_name(name)
+    if license is not None:
+        writer.add_license(license)
+    half = dtype == torch.bfloat16
+    writer.add_file_type(LlamaFileType.MOSTLY_BF16 if half else LlamaFileType.ALL_F32)
+    _add_sizes(writer, config, scaling)
+    _add_tokenizer(writer, tokenizer, config.vocab_size, stop_token_ids)
+
+    def stored_dtype(tensor: Tensor) -> torch.dtype:
+        return dtype if tensor.ndim > 1 else torch.float32
+
+    no_dtype: Any = None  # NumPy's; it has no bfloat16, and gguf does not need it
+    kinds = {torch.float32: GGMLQuantizationType.F32, torch.bfloat16: GGMLQuantizationType.BF16}
+    for file_name, tensor in stored.items():
+        of_file = stored_dtype(tensor)
+        size = tensor.numel() * of_file.itemsize
+        writer.add_tensor_info(file_name, tensor.shape, no_dtype, size, kinds[of_file])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for file_name, tensor in stored.items():  # in the same order
+        if architecture == "llama" and (match := re.search(r"\.attn_([qk])\.", file_name)):
+            tensor = _permute(tensor, config.num_heads if match[1] == "q" else config.num_kv_heads)
+        converted = tensor.detach().to("cpu", stored_dtype(tensor)).contiguous()
+        writer.write_tensor_data(converted.view(torch.uint8).numpy())
+    writer.close()
+
+
+def _check_storable(config: ModelConfig) -> None:
+    rope = config.rope
+    if config.model_type != "phi3" and any(window is not None for window in config.windows):
+        raise ValueError(
+            f"a GGUF file of a {config.model_type} model has no place for its sliding window, "
+            f"{max(window or 0 for window in config.windows)} tokens: export a folder"
+        )
+    plain = replace(rope, beta_fast=32.0, beta_slow=1.0, truncate=True, mscale=None, mscale_all_dim=None)
+    unusual = rope != plain or (rope.rope_type == "yarn" and rope.attention_factor is not None)
+    longrope = rope.rope_type == "longrope" and config.model_type != "phi3"
+    if rope.rope_type == "dynamic" or unusual or longrope:
+        raise ValueError(
+            f"a GGUF file of a {config.model_type} model has no place for this RoPE, {rope}: export a folder"
+        )
+
+
+def _rope_scaling(rope: Rope) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The keys below `rope.scaling`, and the tensors of divisors by name."""
+    original = {"original_context_length": rope.original_max_position_embeddings}
+    factor = rope.factor or rope.max_position_embeddings / rope.original_max_position_embeddings
+    if rope.rope_type == "linear":
+        return {"type": "linear", "factor": factor}, {}
+    if rope.rope_type == "yarn":
+        return {"type": "yarn", "factor": factor, **original}, {}
+    if rope.rope_type == "llama3":
+        plain = replace(rope, rope_type="default")
+        return {}, {"rope_freqs.weight": frequencies(plain, 0)[0] / frequencies(rope, 0)[0]}
+    if rope.rope_type == "longrope":
+        divisors = {"long": rope.long_factor, "short": rope.short_factor}
+        tensors = {f"rope_factors_{length}.weight": torch.tensor(of) for length, of in divisors.items()}
+        return {"attn_factor": frequencies(rope, 0)[1], **original}, tensors
+    return {}, {}
+
+
+def _add_sizes(writer: Any, config: ModelConfig, scaling: Mapping[str, Any]) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope.theta)
+    writer.add_rope_dimension_count(config.rope.rotary_dim)
+    if (window := config.windows[0]) is not None:
+        writer.add_sliding_window(window)
+    types = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+    for key, value in scaling.items():
+        types[type(value)](f"{writer.arch}.rope.scaling.{key}", value)
+
+
+def _gguf_name(hf_name: str, architecture: str) -> str:
+    """`model.layers.3.self_attn.q_proj.weight` -> `blk.3.attn_q.weight`."""
+    match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", hf_name)
+    assert match is not None, hf_name
+    parts = {theirs: ours for ours, theirs in _TENSORS.items()} | {"mlp.gate_up_proj": "ffn_up"}
+    return (f"blk.{match[1]}." if match[1] else "") + f"{parts[match[2]]}.{match[3]}"
+
+
+def _permute(tensor: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `_unpermute`."""
+    return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int, stop_token_ids: Sequence[int]) -> None:
+    """Vocabulary, special tokens and chat template.
+
+    Raises:
+        ValueError: the tokenizer is not byte-level BPE, or none of the known pre-tokenizers gives its ids.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    kind = "SentencePiece" if model.get("byte_fallback") else model["type"]
+    if kind != "BPE" or "ByteLevel" not in json.dumps(backend["decoder"]):
+        raise ValueError(f"a GGUF file needs a byte-level BPE tokenizer, got {kind}: {_INSTEAD}")
+    names = {index: token for token, index in tokenizer.get_vocab().items()}
+    if max(names) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer must have at most {vocab_size} ids, the model's, got {max(names) + 1}"
+        )
+    # Models have more rows than tokens where that makes products faster.
+    tokens = [names.get(index, f"[PAD{index}]") for index in range(vocab_size)]
+    kinds = [_NORMAL if index in names else _UNUSED for index in range(vocab_size)]
+    for index, token in tokenizer.added_tokens_decoder.items():
+        kinds[index] = _CONTROL if token.special else _USER_DEFINED
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    if not merges:  # an empty list cannot be stored
+        raise ValueError(f"a GGUF file needs a tokenizer with merges, got one of single bytes: {_INSTEAD}")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(_pre_of(tokenizer, tokens, merges, kinds))
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    writer.add_token_merges(merges)
+
+    eos = tokenizer.eos_token_id
+    stops = list(dict.fromkeys([*([eos] if eos in stop_token_ids else []), *stop_token_ids]))
+    ids = dict(zip(_STOP_KEYS, stops, strict=False))
+    ids |= {
+        "bos": tokenizer.bos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+    }
+    for name, index in ids.items():
+        if index is not None:
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    bos = tokenizer.bos_token_id
+    writer.add_add_bos_token(bos is not None and tokenizer.encode("a")[0] == bos)
+    if isinstance(template := tokenizer.chat_template, dict):  # one of several names is "default"
+        template = [{"name": name, "template": text} for name, text in template.items()]
+    if template:
+        writer.add_chat_template(template)
+
+
+def _pre_of(tokenizer: Any, tokens: Sequence[str], merges: Sequence[str], kinds: Sequence[int]) -> str:
+    """The `tokenizer.ggml.pre` with which the tokens give the tokenizer's ids, found by trying."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+    probe = _PROBE + " ".join(f"{token}x {token} 1" for token in added)
+    expected = tokenizer.encode(probe, add_special_tokens=False)
+    for pre in _PRETOKENIZERS:
+        if _byte_level(tokens, merges, kinds, pre).encode(probe, add_special_tokens=False).ids == expected:
+            return pre
+    known = ", ".join(_PRETOKENIZERS)
+    raise ValueError(f"a GGUF file needs a tokenizer that splits text as one of {known} does: {_INSTEAD}")

@@ -513,6 +513,15 @@ def save(
     return folder
 
 
+def hf_tensors(model: Decoder) -> dict[str, Tensor]:
+    """HF name -> the tensor, a view of the model's parameter."""
+    parameters = dict(model.named_parameters())
+    return {
+        name: parameters[rows.parameter].detach()[rows.start : rows.stop]
+        for name, rows in layout(model.config).items()
+    }
+
+
 def stop_token_ids(model: Decoder, tokenizer: Any) -> tuple[int, ...]:
     """The ids that end a turn, each once: those of the generation config, the tokenizer and the config.
 
@@ -577,11 +586,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-    parameters = dict(model.named_parameters())
-    views = {
-        name: parameters[rows.parameter].detach()[rows.start : rows.stop]
-        for name, rows in layout(model.config).items()
-    }
+    views = hf_tensors(model)
     shards: list[list[str]] = [[]]
     size = 0
     for name, view in views.items():

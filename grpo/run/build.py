@@ -331,7 +331,7 @@ def check_room(config: Config, parts: Parts, examples: list[Example]) -> None:
     if total > most:
         raise ValueError(
             f"{sizes} must fit the model's {setting}: lower "
-            "max_reflection_length or max_completion_length, or choose a task with shorter prompts"
+            "max_reflection_length or max_completion_length, or use shorter prompts"
         )
     per_token = SlotCache(model, dtype=parts.dtype, device=torch.device("cpu")).token_bytes
     if total * per_token > config.cache_gb * 1e9:

@@ -57,7 +57,7 @@ def save(
     Raises:
         RunDirError: the disk is full or not writable. The new checkpoint is removed, older ones are kept.
     """
-    with written_whole(final := _folder(run_dir, step)) as partial:
+    with written_whole(final := path_of(run_dir, step)) as partial:
         (partial / "trainer").mkdir(parents=True)
         write_model(partial)
         save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
@@ -80,7 +80,7 @@ def latest(run_dir: str | Path) -> Path | None:
         CheckpointError: the newest is damaged. To use an older one silently would throw away steps. So the
             message names the file and the newest older checkpoint that is intact, and the user decides.
     """
-    folders = [_folder(run_dir, step) for step in reversed(steps(run_dir))]
+    folders = [path_of(run_dir, step) for step in reversed(steps(run_dir))]
     if not folders:
         return None
     try:
@@ -128,6 +128,10 @@ def steps(run_dir: str | Path) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def path_of(run_dir: str | Path, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+
+
 def step_of(path: Path) -> int:
     """The step in a checkpoint folder's name."""
     return int(path.name.removeprefix("step-"))
@@ -138,7 +142,7 @@ def prune(run_dir: str | Path, keep: int, best_step: int | None = None) -> list[
     if keep < 0:
         raise ValueError(f"save_total_limit must be at least 0 (0 keeps all), got {keep}")
     surplus = steps(run_dir)[:-keep] if keep else []
-    deleted = [_folder(run_dir, step) for step in surplus if step != best_step]
+    deleted = [path_of(run_dir, step) for step in surplus if step != best_step]
     for folder in deleted:
         remove(folder)
     return deleted
@@ -170,10 +174,6 @@ def environment_differences(path: str | Path) -> list[str]:
 
 
 # --- helpers ---------------------------------------------------------------------------------------------
-
-
-def _folder(run_dir: str | Path, step: int) -> Path:
-    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
 
 
 def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:

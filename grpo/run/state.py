@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +159,43 @@ class RunState:
 
     def best_step(self) -> int | None:
         """The validated step with the most right second tries (the first such step); None without one."""
-        shares = {step: share for step, share in self.second_tries.items() if step > 0}
-        return max(shares, key=shares.__getitem__, default=None)
+        return best_step(self.second_tries)
+
+
+# --- what a run directory contains ----------------------------------------------------------------------
+
+
+def best_step(second_tries: Mapping[int, float]) -> int | None:
+    """The step after the start with the largest share; the first such step; None without one."""
+    shares = {step: share for step, share in second_tries.items() if step > 0}
+    return max(shares, key=shares.__getitem__, default=None)
+
+
+def saved_model(run: Path, which: str = "newest") -> Path:
+    """The folder of a run's weights.
+
+    Args:
+        which: best (by validation), newest, start (right before RL), or the number of a step.
+    Raises:
+        ValueError: the run has no such weights; the message lists those that it has.
+        CheckpointError: they are damaged.
+    """
+    if which not in ("best", "newest", "start") and not which.isdecimal():
+        raise ValueError(f"checkpoint must be best, newest, start or the number of a step, got {which!r}")
+    steps, start = checkpoint.steps(run), run / "start"
+    has_start = (start / "config.json").is_file()
+    if which == "start" and has_start:
+        checkpoint.check_seal(start)
+        return start
+    named = {"best": best_step(validated(run)), "newest": max(steps, default=None), "start": None}
+    step = named[which] if which in named else int(which)
+    if step is None or step not in steps:
+        there = ", ".join([*(["start"] if has_start else []), *map(str, steps)]) or "none yet"
+        hint = "; best needs validations (eval_steps)" if which == "best" and step is None else ""
+        raise ValueError(f"checkpoint must be one that {run} has ({there}), got {which}{hint}")
+    path = checkpoint.path_of(run, step)
+    checkpoint.verify(path)
+    return path
 
 
 def validated(folder: Path) -> dict[int, float]:

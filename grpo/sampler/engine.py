@@ -107,7 +107,7 @@ class Sampler:
         start = time.perf_counter()
         self._check_settings()
         stop, limit = frozenset(self.stop_token_ids), self.model.config.rope.length_limit
-        states = [RowState(row, f"rows[{i}]", stop, limit, self.greedy) for i, row in enumerate(rows)]
+        states = [RowState(row, i, stop, limit, self.greedy) for i, row in enumerate(rows)]
         self.stats = {}
         if not states:
             return []

@@ -30,11 +30,12 @@ class Turn:
 class Sample:
     """Sample until a stop token, at most `limit` tokens.
 
-    key: names the turn's noise: integers, such as `grpo.rollout.NoiseKey`.
+    key: names the turn's noise: integers, such as `grpo.rollout.NoiseKey`. None: the numbers of the row and
+        of the turn, so rows differ from each other, and a second run of the same rows gives the same.
     """
 
     limit: int
-    key: tuple[int, ...]
+    key: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class RowState:
     """
 
     row: Row
-    name: str  # for error messages
+    index: int  # in the run
     stop_token_ids: frozenset[int]
     length_limit: tuple[int, str]  # of tokens, see `Rope.length_limit`
     greedy: bool
@@ -97,14 +98,16 @@ class RowState:
         script = self.row.script
         first = next((i for i, item in enumerate(script) if isinstance(item, Sample)), None)
         if not self.row.prefix:
-            raise ValueError(f"{self.name}: prefix must hold at least one token, got none")
+            raise ValueError(f"rows[{self.index}]: prefix must hold at least one token, got none")
         if first is None:
-            raise ValueError(f"{self.name}: script must hold a Sample, got {script}")
+            raise ValueError(f"rows[{self.index}]: script must hold a Sample, got {script}")
         if any(isinstance(item, Feed) and callable(item.ids) for item in script[:first]):
-            raise ValueError(f"{self.name}: script has a Feed that takes a turn, before its first Sample")
+            raise ValueError(
+                f"rows[{self.index}]: script has a Feed that takes a turn, before its first Sample"
+            )
         for item in script:
             if isinstance(item, Sample) and item.limit < 1:
-                raise ValueError(f"{self.name}: limit must be at least 1, got {item.limit}")
+                raise ValueError(f"rows[{self.index}]: limit must be at least 1, got {item.limit}")
         self.ids = [self.row.prefix[-1]]
         self._check_positions()
 
@@ -127,7 +130,8 @@ class RowState:
             self._at += 1
             if isinstance(item, Sample):
                 self.turn, self._limit = Turn([], [], "length"), item.limit
-                self._noise = [] if self.greedy else uniforms(item.key, item.limit)
+                key = (self.index, len(self.turns)) if item.key is None else item.key
+                self._noise = [] if self.greedy else uniforms(key, item.limit)
                 return True
             ids = list(item.ids(self.turns[-1]) if callable(item.ids) else item.ids)
             self.fed.append(ids)
@@ -167,6 +171,6 @@ class RowState:
         most, setting = self.length_limit
         if prompt + rest > most:
             raise ValueError(
-                f"{self.name}: a prompt of {prompt} tokens and up to {rest} sampled and fed after it are "
-                f"more than the model's {setting}"
+                f"rows[{self.index}]: a prompt of {prompt} tokens and up to {rest} sampled and fed after it "
+                f"are more than the model's {setting}"
             )

@@ -180,6 +180,17 @@ def test_gradients_equal_transformers(tmp_path):
         torch.testing.assert_close(mine, parameter.grad, atol=2e-5, rtol=1e-3, msg=name)
 
 
+@pytest.mark.parametrize("name", ["llama-tied", "llama"])
+def test_lm_head_is_the_output_embedding_as_in_transformers(name, tmp_path):
+    theirs, ours, ids = oracle(name, tmp_path)
+    assert ours.lm_head.weight is ours.output_weight
+    assert (ours.lm_head.weight is ours.embed_tokens.weight) == ours.config.tie_word_embeddings
+    assert ("lm_head.weight" in ours.state_dict()) == (not ours.config.tie_word_embeddings)
+    torch.testing.assert_close(ours.lm_head(ours(ids)), theirs(ids).logits, atol=1e-4, rtol=0)
+    ours.lm_head(ours(ids)).sum().backward()
+    assert ours.output_weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_logprobs_pass_gradients_through_selected_tokens_only(gradient_checkpointing, tmp_path):
     _, ours, ids = oracle("llama-tied", tmp_path, torch.float64)

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import tiny_model
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,7 @@ from tiny_model import (
     yarn,
 )
 
-from grpo.model import weights
+from grpo.model import gguf, weights
 from grpo.model.weights import resolve
 
 
@@ -408,6 +409,126 @@ def test_gguf_equals_the_model_it_was_made_from(family, options, extra, tmp_path
         )
         assert (candidate.bos_token_id, candidate.eos_token_id, candidate.pad_token_id) == (1, 2, 0)
         assert candidate.chat_template == TEMPLATE
+
+
+@pytest.fixture
+def gpt2_tokenizer(tokenizer):
+    """The tokenizer with what a chat model has: a named unknown token, and tokens that the user added."""
+    tokenizer.add_special_tokens({"unk_token": "<unused0>"})
+    tokenizer.add_tokens(["<think>"])
+    return tokenizer
+
+
+WRITTEN = [
+    ("Llama", {}),
+    ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    ("Llama", {"rope_parameters": LLAMA3}),
+    ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}),
+    ("Mistral", {"sliding_window": None}),
+    ("Qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
+    ("Qwen3", {"head_dim": 24}),
+    ("Phi3", PHI3),
+]
+
+
+@pytest.mark.parametrize(("family", "options"), WRITTEN)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_written_gguf_file_reads_back_as_it_was(family, options, dtype, tmp_path, gpt2_tokenizer):
+    pytest.importorskip("gguf")
+    theirs = make(family, vocab_size=64, **options).to(dtype).float()  # three rows more than tokens
+    theirs.save_pretrained(tmp_path / "folder")
+    gpt2_tokenizer.save_pretrained(tmp_path / "folder")
+    ours, tokenizer = weights.load(tmp_path / "folder")
+    path = tmp_path / "model.gguf"
+    gguf.write(
+        path,
+        ours.config,
+        weights.hf_tensors(ours),
+        tokenizer,
+        dtype=dtype,
+        stop_token_ids=(2, 7),
+        name="tiny",
+    )
+    again, reader = weights.load(path)
+    assert ours.state_dict().keys() == again.state_dict().keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    ids = torch.randint(0, 60, (2, 17), generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(again.logits(again(ids)), ours.logits(ours(ids)), atol=2e-6, rtol=1e-6)
+    for text in ("<s>ab ac</s>", "a<think> b 1234", "<unused0>ab\n\n  c"):
+        assert reader.encode(text) == tokenizer.encode(text)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "chat_template"):
+        assert getattr(reader, name) == getattr(tokenizer, name), name
+    assert weights.stop_token_ids(again, reader) == (2, 7)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("Mistral", {"sliding_window": 8}, "no place for its sliding window, 8 tokens"),
+        ("Llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "no place for this RoPE"),
+        (
+            "Llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "no place for this RoPE",
+        ),
+    ],
+)
+def test_what_gguf_cannot_say_is_refused(family, options, message, tmp_path, tokenizer):
+    pytest.importorskip("gguf")
+    make(family, **options).save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    ours, tokenizer = weights.load(tmp_path / "folder")
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path / "model.gguf", ours, tokenizer)
+
+
+def written(path, model, tokenizer):
+    return gguf.write(
+        path,
+        model.config,
+        weights.hf_tensors(model),
+        tokenizer,
+        dtype=torch.float32,
+        stop_token_ids=(2,),
+        name="tiny",
+    )
+
+
+def test_a_tokenizer_that_gguf_cannot_store_is_refused(folder, tmp_path):
+    pytest.importorskip("gguf")
+    ours, tokenizer = weights.load(folder)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+
+    def changed(**parts):
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(backend | parts)), eos_token="</s>"
+        )
+
+    whitespace = {"pre_tokenizer": {"type": "WhitespaceSplit"}}
+    sentencepiece = {"model": {**backend["model"], "byte_fallback": True}}
+    for parts, message in [
+        (whitespace, "splits text as one of gpt-2, .*convert_hf_to_gguf.py"),
+        (sentencepiece, "needs a byte-level BPE tokenizer, got SentencePiece: export a folder"),
+        ({"decoder": None}, "needs a byte-level BPE tokenizer"),
+        ({"model": {**backend["model"], "merges": []}}, "needs a tokenizer with merges"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            written(tmp_path / "model.gguf", ours, changed(**parts))
+    tokenizer.add_tokens([f"<more{index}>" for index in range(60)])
+    with pytest.raises(ValueError, match="at most 60 ids"):
+        written(tmp_path / "model.gguf", ours, tokenizer)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_the_way_of_splitting_is_recognised(pre):
+    symbols = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    # Digits and spaces that could merge over the places where the ways of splitting differ.
+    merges = ["1 2", "Ġ 1", "Ġ Ġ", "Ċ Ċ", "12 3", "123 4"]
+    tokens = [*symbols, *(merge.replace(" ", "") for merge in merges)]
+    backend = gguf._byte_level(tokens, merges, [1] * len(tokens), pre)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert gguf._pre_of(tokenizer, tokens, merges, [1] * len(tokens)) == pre
 
 
 @pytest.mark.parametrize(

@@ -271,6 +271,15 @@ def test_members_of_a_group_differ_and_a_rerun_is_equal(model):
     assert len({tuple(item.turns[0].ids) for item in first}) == 8
 
 
+def test_without_keys_rows_and_turns_differ_and_a_rerun_is_equal(model):
+    sampler = Sampler(model, stop_token_ids=[VOCABULARY - 1])
+    rows = [Row(prompt(5), [Sample(8), Feed([7]), Sample(8)]) for _ in range(3)]
+    first, again = sampler.run(rows), sampler.run(rows)
+    turns = [turn.ids for done in first for turn in done.turns]
+    assert len({tuple(ids) for ids in turns}) == len(turns)
+    assert turns == [turn.ids for done in again for turn in done.turns]
+
+
 def test_equals_transformers_generate():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
