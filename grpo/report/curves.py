@@ -249,7 +249,7 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.set_axisbelow(True)
     axes.tick_params(length=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.margins(x=0.02)
+    axes.margins(x=0.02, y=0.08)
     if chart.percent:
         axes.set_ylim(-2, 102)
         axes.set_yticks([0, 25, 50, 75, 100])

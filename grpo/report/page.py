@@ -53,6 +53,7 @@ def write_report(folders: Sequence[Path], output: Path) -> list[str]:
     """
     from grpo.run import files
 
+    folders = list({folder.resolve(): folder for folder in folders}.values())  # each run once
     if not 1 <= len(folders) <= MOST_RUNS:
         raise ValueError(f"RUN must be 1 to {MOST_RUNS} run directories, got {len(folders)}")
     names = [folder.resolve().name for folder in folders]
@@ -98,6 +99,8 @@ def visible(text: str) -> str:
     """
     if len(text) > LONGEST_TEXT:
         text = f"{text[:LONGEST_TEXT]} [... {len(text) - LONGEST_TEXT:,} more characters]"
+    if text.replace("\n", "").isprintable():  # nearly always, and much faster
+        return text
     return "".join(c if _shown(c) else f"\\u{ord(c):04x}" for c in text)
 
 
@@ -116,13 +119,15 @@ def percent(value: Any) -> str:
 
 def interval(value: Any) -> str:
     """[low, high] of a share or a difference, in percent or percentage points."""
-    low, high = (number(value[end]) for end in ("low", "high")) if isinstance(value, dict) else (None, None)
-    return "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]"
+    low, high = (number(mapping(value).get(end)) for end in ("low", "high"))
+    if low is None or high is None:
+        return ""
+    return f"[{100 * low:.1f}, {100 * high:.1f}]".replace("-", "\u2212")
 
 
 def points(value: Any) -> str:
-    mean = number(value["mean"]) if isinstance(value, dict) else None
-    return "-" if mean is None else f"{100 * mean:+.1f}"
+    mean = number(mapping(value).get("mean"))
+    return "-" if mean is None else f"{100 * mean:+.1f}".replace("-", "\u2212")
 
 
 def duration(seconds: float) -> str:
@@ -135,7 +140,7 @@ def duration(seconds: float) -> str:
 
 
 def result(run: Run) -> dict[str, Any]:
-    """Did it learn, by how much, with which interval: {verdict, sentence, rows, detail}."""
+    """Did it learn, by how much, with which interval: {verdict, sentence, change, columns, rows, detail}."""
     try:
         if (measured := _measured(run)) is not None:
             return measured
@@ -160,7 +165,7 @@ def _measured(run: Run) -> dict[str, Any] | None:
     words = {
         "up": "It learned: RL raised the second try by",
         "down": "It got worse: RL lowered the second try by",
-        "unclear": "No clear change: the second try moved by",
+        "unclear": "No clear change: RL moved the second try by",
     }
     labels = {
         "first_try": "First try",
@@ -174,7 +179,8 @@ def _measured(run: Run) -> dict[str, Any] | None:
             rows.append((f"{name.capitalize()} retry (control)", *control, difference))
     return {
         "verdict": verdict,
-        "sentence": f"{words[verdict]} {points(change)} points {interval(change)}",
+        "sentence": words[verdict],
+        "change": f"{points(change)} points {interval(change)}",
         "detail": f"{report['num_problems']} held-out problems, before and after RL. Brackets are 95% "
         "intervals over the problems; other seeds vary too. A second try is right if the first try or the "
         "retry is.",
@@ -193,7 +199,7 @@ def _share(share: Any) -> tuple[str, str]:
 def _so_far(run: Run) -> dict[str, Any]:
     """By the validations, or by the reward, of a run that was not evaluated."""
     validated = [point for point in run.validations if "validation/second_try" in point]
-    base = {"verdict": "none", "rows": [], "detail": "", "columns": ()}
+    base = {"verdict": "none", "change": "", "rows": [], "detail": "", "columns": ()}
     if not validated:
         return {**base, "sentence": _by_reward(run)}
     first, last = validated[0], validated[-1]
