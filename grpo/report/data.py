@@ -90,7 +90,7 @@ class Run:
         parts: lines of timings.jsonl.
         places: of groups in episodes.jsonl, at most GROUPS_INDEXED + 1 of `groups`.
         stages: [stage, seconds, peak memory in GB].
-        evaluation: the content of evaluation.json.
+        evaluation: the content of evaluation.json; `stored_examples` are its examples.
         outcomes: problems by second try "wrong, right" and so on, before and after RL.
         examples: by outcome, problems with what the models before and after RL wrote.
     """
@@ -111,6 +111,7 @@ class Run:
     places: list[Place] = field(default_factory=list)
     groups: int = 0
     evaluation: dict[str, Any] | None = None
+    stored_examples: list[dict[str, Any]] = field(default_factory=list)
     outcomes: dict[str, int] = field(default_factory=dict)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     last_written: str = ""
@@ -393,6 +394,13 @@ def _read_evaluation(run: Run) -> None:
     report["models"] = dict(list(report["models"].items())[:12])
     report["comparisons"] = list(report["comparisons"])[:12]
     run.evaluation = report
+    run.stored_examples = [
+        {
+            "prompt": example.get("prompt"),
+            **{side: mapping(example.get(side)) for side in ("before", "after")},
+        }
+        for example in map(mapping, list(report.get("examples") or [])[:EXAMPLES_PER_OUTCOME])
+    ]
 
 
 def _compare_answers(run: Run) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import hashlib
 import json
 import time
@@ -31,7 +32,7 @@ from grpo.evaluate.table import figure_rows
 from grpo.report import curves, tokens
 from grpo.report.data import DAMAGED, NAMES, Place, Point, Run, episodes, mapping, number, read_run
 
-PAGE_BYTES = 20_000_000  # most of a page
+PAGE_BYTES = 20_000_000  # most of a page, which the limits below keep
 GROUP_BYTES = 14_000_000  # most of it for groups
 MOST_GROUPS = 400  # on a page
 MOST_EPISODES = 16  # of a group
@@ -473,11 +474,7 @@ def render(runs: Sequence[Run]) -> str:
     shown_groups = groups(runs)
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, finalize=_finalize, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("page.html.jinja").render(
+    return _environment().get_template("page.html.jinja").render(
         runs=[{"data": run, "result": result(run), "table": final_table(run), "stages": stage_rows(run),
                "metrics": metric_rows(run)} for run in runs],
         settings=setting_rows(runs),
@@ -491,6 +488,18 @@ def render(runs: Sequence[Run]) -> str:
         script=Markup(script),
         digest=digest,
     )  # fmt: skip
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
 
 
 def _finalize(value: Any) -> Any:

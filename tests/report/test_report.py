@@ -219,6 +219,21 @@ def test_the_files_and_labels_of_version_0_1_are_read(run):
     assert ">before_rl<br>" in text and "newly right" in words(text) and "vanilla" not in text
 
 
+def test_without_the_stored_answers_the_examples_are_those_of_the_table(run):
+    for path in run.glob("evaluation-*.jsonl"):
+        path.unlink()
+    assert "Before RL First try" in words(report(run))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["examples"] = [
+        5,
+        {},
+        {"before": 5, "prompt": []},
+        {"before": {"first": []}, "after": {"retry": {}}},
+    ]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "What the model wrote" in words(report(run))
+
+
 def test_a_pipe_or_a_folder_in_place_of_a_log_is_not_waited_for(run):
     for name in ("metrics.jsonl", "episodes.jsonl", "evaluation.json", "config.yaml"):
         (run / name).unlink()
