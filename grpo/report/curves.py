@@ -250,6 +250,9 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.tick_params(length=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.margins(x=0.02, y=0.08)
+    steps = {x for line in chart.lines for x in line.xs}
+    if len(steps) == 1:
+        axes.set_xlim(min(steps) - 1, max(steps) + 1)
     if chart.percent:
         axes.set_ylim(-2, 102)
         axes.set_yticks([0, 25, 50, 75, 100])

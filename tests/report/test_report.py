@@ -16,8 +16,9 @@ import tiny_run
 from odd_runs import ATTACK, FOLDER, LONG, episode, write_lines
 from tokenizers import Tokenizer
 
-from grpo.report import curves, data, page, tokens
+from grpo.report import curves, data, groups, page, tokens
 from grpo.report.__main__ import main
+from grpo.report.text import interval, points
 from grpo.run import files
 
 
@@ -55,7 +56,7 @@ def test_the_page_of_a_run_shows_the_stored_result_curves_groups_and_settings(fi
     comparison = json.loads((finished_run / "evaluation.json").read_text())["comparisons"][1]
     assert (comparison["before"], comparison["after"]) == ("before_rl", "trained")
     change = comparison["second_try"]
-    assert page.points(change) in shown and page.interval(change) in shown
+    assert f"{points(change)} points {interval(change)}" in shown
     for title in (
         "Second try",
         "Retries",
@@ -286,7 +287,7 @@ def test_thinned_keeps_evenly_spaced_items_and_the_ends(count):
 
 def test_a_long_log_is_read_in_bounded_memory_and_its_groups_are_evenly_spaced(run, monkeypatch):
     monkeypatch.setattr(data, "GROUPS_INDEXED", 256)
-    monkeypatch.setattr(page, "MOST_GROUPS", 40)
+    monkeypatch.setattr(groups, "MOST_GROUPS", 40)
     with open(run / "episodes.jsonl", "w") as file:
         for step in range(1, 1001):
             texts = {
@@ -304,7 +305,7 @@ def test_a_long_log_is_read_in_bounded_memory_and_its_groups_are_evenly_spaced(r
     assert found.groups == 1000 and len(found.places) <= data.GROUPS_INDEXED + 1
     text = report(run)
     steps = [int(step) for step in re.findall(r'data-step="(\d+)"', text)]
-    assert len(steps) == page.MOST_GROUPS and (steps[0], steps[-1]) == (1, 1000)
+    assert len(steps) == groups.MOST_GROUPS and (steps[0], steps[-1]) == (1, 1000)
     assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) <= 32
     assert "The page has 40 of 1000 groups, evenly spaced." in words(text)
 
@@ -317,6 +318,12 @@ def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(run):
     assert len(text.encode()) < page.PAGE_BYTES
     assert "The page has" in words(text) and '"left_out":4' in text
     assert len(re.findall('class="group"', text)) < 40
+
+
+def test_a_page_that_cannot_be_small_enough_is_refused_in_one_line(run, monkeypatch, capsys):
+    monkeypatch.setattr(page, "PAGE_BYTES", 10_000)
+    assert main([str(run)]) == 2
+    assert re.fullmatch(r"error: .* at most 10000 bytes, got \d+: name fewer runs\n", capsys.readouterr().err)
 
 
 def test_one_endless_line_is_skipped(run, monkeypatch):
