@@ -55,10 +55,9 @@ def write_report(folders: Sequence[Path], output: Path) -> list[str]:
     folders = list({folder.resolve(): folder for folder in folders}.values())  # each run once
     if not 1 <= len(folders) <= MOST_RUNS:
         raise ValueError(f"RUN must be 1 to {MOST_RUNS} run directories, got {len(folders)}")
-    names = [folder.resolve().name for folder in folders]
-    distinct = len(set(names)) == len(names)
+    names = distinct_names(folders)
     for group_bytes in (GROUP_BYTES, GROUP_BYTES // 4, 0):
-        runs = [read_run(f, name if distinct else str(f)) for f, name in zip(folders, names, strict=True)]
+        runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
         text = render(runs, group_bytes)
         if len(text.encode()) <= PAGE_BYTES:
             break
@@ -69,6 +68,16 @@ def write_report(folders: Sequence[Path], output: Path) -> list[str]:
     with files.written_whole(output) as path:
         path.write_text(text, encoding="utf-8")
     return [note for run in runs for note in run.notes]
+
+
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as make them differ."""
+    paths = [folder.resolve() for folder in folders]
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = [str(Path(*path.parts[-parts:])) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 class LiveReport:

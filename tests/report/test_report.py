@@ -112,6 +112,12 @@ def test_several_runs_share_charts_and_show_different_settings(run, tmp_path, mo
     assert "tiny-001" in chart and "other" in chart and 'class="swatch series-2"' in chart
 
 
+def test_runs_of_one_name_are_told_apart_by_the_folders_above():
+    folders = [Path("/a/b/demo-001"), Path("/a/c/demo-001"), Path("/a/c/demo-002")]
+    assert page.distinct_names(folders) == ["b/demo-001", "c/demo-001", "c/demo-002"]
+    assert page.distinct_names(folders[1:]) == ["demo-001", "demo-002"]
+
+
 def test_tokens_of_one_character_are_one_piece_and_each_turn_says_whether_it_is_trained():
     fast = tiny.byte_tokenizer()
     ids = fast.encode("é 5", add_special_tokens=False)
