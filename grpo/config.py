@@ -266,7 +266,7 @@ FREE_ON_RESUME = (
 )
 
 # What version 0.1 lacks or names differently. Its run directories still open.
-ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report"})  # since 0.1; its config.yaml is complete without
+ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report"})  # since 0.1; its config.yaml may lack them
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 
