@@ -10,7 +10,8 @@ A run has four stages, each a function of this file, in this order:
     warm_start -> collect_failures -> train -> evaluate
 
 Each stage leaves its result in the run directory and is skipped if the result is already there. Resuming
-needs nothing else. `train` is the RL loop: sample episodes, update the policy, log, validate, save.
+needs nothing else. `train` is the RL loop: sample episodes, update the policy, log, validate, save. The run's
+page, report.html, is refreshed meanwhile.
 
 Left out: several processes (one device trains), and early stopping.
 """
@@ -43,6 +44,7 @@ from grpo.evaluate.comparison import CONTROLS, report
 from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
+from grpo.report import page
 from grpo.rollout import Attempt, attempt_episodes
 from grpo.run import build, checkpoint, files, inputs, state
 from grpo.run.diagnostics import nothing_right
@@ -165,6 +167,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
         max_steps=config.max_steps,
         console=AboveBar(),  # type: ignore[arg-type]  # it has the two methods that `print` uses
     )
+    live = page.LiveReport(run.folder)
     steps = tqdm(
         range(done + 1, config.max_steps + 1),
         desc="training",
@@ -208,6 +211,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             if due or step in (run.best_step(), config.max_steps):
                 saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
+            if config.report and (problem := live.refresh()):
+                tqdm.write(problem, file=sys.stderr)
     except (Exception, Interrupted, SystemExit):  # SystemExit: a task may call sys.exit
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         if done > saved and learner.num_steps == done and learner.between_steps:
@@ -290,15 +295,27 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
 
 
 def all_stages(run: RunState) -> None:
-    """Runs the four stages in order."""
-    with run.timed("warm start"):
-        warm_start(run)
-    with run.timed("failures"):
-        pool = collect_failures(run)
-    with run.timed("training"):
-        train(run, pool)
-    with run.timed("evaluation"):
-        evaluate(run)
+    """Runs the four stages in order; however they end, they leave a report."""
+    try:
+        with run.timed("warm start"):
+            warm_start(run)
+        with run.timed("failures"):
+            pool = collect_failures(run)
+        with run.timed("training"):
+            train(run, pool)
+        with run.timed("evaluation"):
+            evaluate(run)
+    except (Exception, Interrupted, SystemExit):
+        write_report(run)
+        raise
+    write_report(run)
+
+
+def write_report(run: RunState) -> None:
+    """Writes report.html into the run directory and prints where it is."""
+    if run.config.report:
+        problem = page.LiveReport(run.folder).write()
+        print(problem or f"report: {run.folder / page.FILE}", file=sys.stderr if problem else sys.stdout)
 
 
 def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:

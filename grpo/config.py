@@ -254,16 +254,19 @@ class Config:
     eval_temperature: Amount = field(0.9, "sampling temperature in validation and evaluation; 0: greedy")
     save_steps: Natural = field(50, "checkpoint every so many steps; 0: only the last step")
     save_total_limit: Count = field(2, "newest checkpoints kept, besides the best one")
+    report: bool = field(True, "write report.html into the run directory, and refresh it during RL")
     tensorboard: bool = field(False, "also write TensorBoard files (pip install 'reflect-grpo[tensorboard]')")
 
 
 _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
-FREE_ON_RESUME = "config output_dir preset resume run_name save_steps save_total_limit tensorboard".split()
+FREE_ON_RESUME = (
+    "config output_dir preset resume run_name save_steps save_total_limit report tensorboard".split()
+)
 
 # What version 0.1 lacks or names differently. Its run directories still open.
-ADDED_SETTINGS = frozenset({"chat_template_kwargs"})  # new since 0.1; its config.yaml is complete without
+ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report"})  # since 0.1; its config.yaml may lack them
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 

@@ -80,7 +80,8 @@ def test_a_wheel_holds_train_the_packages_the_presets_and_nothing_else(wheel, se
         (metadata,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         assert "reflect-grpo = train:main" in archive.read(entry_points).decode()
         assert f"Version: {setup['metadata']['version']}\n" in archive.read(metadata).decode()
-    assert names == modules() | {f"grpo/presets/{path.name}" for path in (ROOT / "grpo/presets").iterdir()}
+    files = [*(ROOT / "grpo/presets").iterdir(), *(ROOT / "grpo/report").glob("page.*")]
+    assert names == modules() | {str(path.relative_to(ROOT)) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,15 @@ def installed(wheel, tmp_path_factory) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "command",
-    ["train", "grpo.failures", "grpo.evaluate", "grpo.experiments", "grpo.export", "grpo.interact"],
+    [
+        "train",
+        "grpo.failures",
+        "grpo.evaluate",
+        "grpo.experiments",
+        "grpo.export",
+        "grpo.interact",
+        "grpo.report",
+    ],
 )
 def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp_path, command):
     argv = [sys.executable, "-m", command, "--help"]

@@ -46,6 +46,7 @@ SETTINGS = {
     "num_eval": 8,
     "save_steps": 1,
     "save_total_limit": 2,
+    "report": False,  # it takes as long as the rest
 }
 DETERMINED = ("metrics.jsonl", "failures.jsonl", "episodes.jsonl", "warm_start.jsonl", "evaluation.json")
 

@@ -79,30 +79,36 @@ def _comparison(comparison: Figures) -> str:
 
 
 def _figures(models: Mapping[str, Figures]) -> str:
+    rows = [("percent [95% interval]", list(models)), *figure_rows(models)]
+    return "\n".join(_row(label, cells) for label, cells in rows)
+
+
+def figure_rows(models: Mapping[str, Figures]) -> list[tuple[str, list[str]]]:
+    """(label, a cell per model) of each metric of `models`, which are those of a report."""
     figures = list(models.values())
-    lines = [_row("percent [95% interval]", list(models))]
-    lines.append(_row("first try right", [_share(f["first_try"]) for f in figures]))
-    lines.append(_row("second try right", [_share(f["second_try"]) for f in figures]))
+    rows = [
+        ("first try right", [_share(f["first_try"]) for f in figures]),
+        ("second try right", [_share(f["second_try"]) for f in figures]),
+    ]
     if any("tolerant" in f for f in figures):
         tolerant = [f.get("tolerant", {}) for f in figures]
-        lines.append(_row("first try, tolerant", [_share(shares.get("first_try")) for shares in tolerant]))
-        lines.append(_row("second try, tolerant", [_share(shares.get("second_try")) for shares in tolerant]))
-    lines.append(_row("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
-    lines.append(_row("retries right", [_share(f["retry_success"]) for f in figures]))
+        rows.append(("first try, tolerant", [_share(shares.get("first_try")) for shares in tolerant]))
+        rows.append(("second try, tolerant", [_share(shares.get("second_try")) for shares in tolerant]))
+    rows.append(("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
+    rows.append(("retries right", [_share(f["retry_success"]) for f in figures]))
     for name in CONTROLS:
         if any(name in f["controls"] for f in figures):
             control = [f["controls"].get(name, {}) for f in figures]
-            lines.append(_row(f"  {name} retry right", [_share(c.get("success")) for c in control]))
-            lines.append(
-                _row(f"  retry minus {name}", [_points(c.get("retry_minus_control")) for c in control])
-            )
-    lines.append(_row("answer in the reflection", [_share(f["answer_leakage"]) for f in figures]))
-    lines.append(
-        _row("reflections cut at the limit", [_plain_percent(f["reflection_truncated"]) for f in figures])
-    )
-    lines.append(_row("mean reflection, tokens", [_number(f["reflection_mean_length"]) for f in figures]))
-    lines.append(_row("first tries wrong, problems", [str(f["num_failures"]) for f in figures]))
-    return "\n".join(lines)
+            rows.append((f"  {name} retry right", [_share(c.get("success")) for c in control]))
+            rows.append((f"  retry minus {name}", [_points(c.get("retry_minus_control")) for c in control]))
+    truncated = [_plain_percent(f["reflection_truncated"]) for f in figures]
+    return [
+        *rows,
+        ("answer in the reflection", [_share(f["answer_leakage"]) for f in figures]),
+        ("reflections cut at the limit", truncated),
+        ("mean reflection, tokens", [_number(f["reflection_mean_length"]) for f in figures]),
+        ("first tries wrong, problems", [str(f["num_failures"]) for f in figures]),
+    ]
 
 
 def _reasons(models: Mapping[str, Figures]) -> str:
