@@ -78,9 +78,10 @@ def test_each_log_is_one_console_line(tmp_path):
 
 
 def test_verdict_metrics_tell_wrong_from_unreadable():
-    mixed = verdict_metrics(["ok", "wrong_value", "no_answer", "parse"], frozenset({"no_answer", "parse"}))
+    reasons, right = ["ok", "wrong_value", "no_answer", "parse"], [True, False, False, False]
+    mixed = verdict_metrics(reasons, right, frozenset({"no_answer", "parse"}))
     assert mixed == {"verdicts/ok": 0.25, "verdicts/format": 0.5}
-    assert verdict_metrics([], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+    assert verdict_metrics([], [], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
 
 
 class Declared(tiny.Toy):

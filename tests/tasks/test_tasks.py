@@ -79,7 +79,7 @@ def test_get_task_by_path() -> None:
         ("test_tasks:Needy", {}, "do not fit: missing a required argument: 'length'"),
         ("test_tasks:Nameless", {}, "lacks name, system, reflection_instruction"),
         ("test_tasks:made", {}, "did you mean make"),
-        (":Countdown", {}, "must be a registered name or package.module:Name, got ':Countdown'"),
+        (":Countdown", {}, "must be given as package.module:Name or FILE.py:Name, got ':Countdown'"),
         ("grpo.tasks:Verdict", {"reason": "ok"}, "methods .*; it lacks examples, verify, leaks"),
     ],
 )
