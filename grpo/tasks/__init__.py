@@ -20,7 +20,7 @@ import pkgutil
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
@@ -170,6 +170,15 @@ class OpeningTask(Task, Protocol):
     ) -> tuple[list[dict[str, str]], list[dict[str, Any]] | None]: ...
 
 
+@runtime_checkable
+class CheckedTask(Task, Protocol):
+    """A task that can look at examples before a run: whether each of them can be judged."""
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raises ValueError with one line for the user."""
+        ...
+
+
 class TakesTools(Protocol):
     """Of a chat (grpo/chat.py): whether its template writes out tools."""
 
@@ -286,16 +295,14 @@ def load_object(spec: str, what: str) -> Any:
     module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:
         raise ValueError(f"{what} must be given as package.module:Name or FILE.py:Name, got {spec!r}")
-    if not module_name.endswith(".py"):
-        _add_to_path(os.getcwd())
+    path = Path(module_name) if module_name.endswith(".py") else None
+    if path is not None and not path.is_file():
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise ValueError(f"{what} {spec!r}: there is no file {str(path)!r} in {os.getcwd()}{near}")
+    _add_to_path(os.getcwd() if path is None else str(path.resolve().parent))
     _print_files(f"{what} {spec}", module_name)
     try:
-        if module_name.endswith(".py"):
-            module = _module_of_file(Path(module_name), f"{what} {spec!r}")
-        else:
-            module = importlib.import_module(module_name)
-    except NoSuchFile as error:
-        raise ValueError(str(error)) from None
+        module = importlib.import_module(module_name) if path is None else _module_of_file(path)
     except ModuleNotFoundError as error:
         # An import that fails inside the user's module is the user's to see, with its own traceback.
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
@@ -349,18 +356,10 @@ def files_of_module(name: str) -> list[Path]:
     return files
 
 
-class NoSuchFile(Exception):
-    """Told apart from what the user's file raises."""
-
-
-def _module_of_file(path: Path, label: str) -> Any:
-    """The module in a file. It is loaded once, and may import its neighbours."""
-    if not path.is_file():
-        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise NoSuchFile(f"{label}: there is no file {str(path)!r} in {os.getcwd()}{near}")
+def _module_of_file(path: Path) -> Any:
+    """The module in a file. It is loaded once."""
     name = str(path.resolve())  # no name of an import statement, so it shadows none
     if name not in sys.modules:
-        _add_to_path(str(path.resolve().parent))
         spec = importlib.util.spec_from_file_location(name, name)
         assert spec is not None and spec.loader is not None  # there is a loader for .py
         module = sys.modules[name] = importlib.util.module_from_spec(spec)

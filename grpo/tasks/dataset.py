@@ -34,7 +34,7 @@ class Dataset:
         prompt: column with the question: text, or chat messages of which the last is the user's.
         answer: column with the right answer; default: `answer`. Functions can do without.
         verifier: see grpo/tasks/verifiers.py; several functions as a list, or joined by "+".
-        template: text with columns in braces, such as "{question} Answer with a number."; instead of `prompt`.
+        template: text with columns in braces, such as "{question} Give a number."; instead of `prompt`.
         system: system message, if the row has none of its own.
         train, validation, heldout: the file of the split, or the split of the Hugging Face dataset.
         subset: of a Hugging Face dataset, such as `main`.
@@ -162,7 +162,8 @@ class Dataset:
 
     def _usable(self, rows: Sequence[Row], skipped: Skipped) -> list[Example]:
         """The examples of the rows that can be used; each prompt once."""
-        examples, seen = [], {}
+        examples: list[Example] = []
+        seen: dict[str, str] = {}
         for row in rows:
             try:
                 example = self._example(row)
@@ -210,7 +211,7 @@ class _Prompt:
         """The messages, and whether the row has them as such. Raises Malformed."""
         if self.parts is not None:
             text = "".join(
-                literal + ("" if name is None else text_of(value_of(row, name)))
+                f"{literal}{'' if name is None else text_of(value_of(row, name))}"
                 for literal, name in self.parts
             )
             return [_message("user", text)], False
@@ -232,7 +233,7 @@ class _Prompt:
             texts = [part.get("text") for part in content if isinstance(part, dict)]
             if len(texts) < len(content) or not all(isinstance(text, str) for text in texts):
                 raise Malformed(f"{self.column} must contain text only")
-            content = "".join(texts)
+            content = "".join(map(str, texts))
         if not isinstance(content, str):
             raise Malformed(f"{self.column} must be messages with text as content")
         return _message(entry["role"], content)
@@ -250,9 +251,7 @@ def _parts(template: str) -> list[tuple[str, str | None]]:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
         raise ValueError(f"template must have columns in braces, got {template!r}: {error}") from None
-    if any(spec or conversion for _, _, spec, conversion in parts) or any(
-        name == "" for _, name, *_ in parts
-    ):
+    if any(name == "" or spec or conversion for _, name, spec, conversion in parts):
         raise ValueError(f"template must have plain column names in braces, got {template!r}")
     if all(name is None for _, name, *_ in parts):
         raise ValueError(f"template must have at least one column in braces, got {template!r}")

@@ -93,12 +93,15 @@ def read_splits(
                 f"path must be a folder with a file for each split, such as train.jsonl and heldout.jsonl, "
                 f"got {path!r} with {inside}; name the files with train=FILE,heldout=FILE"
             )
-    elif not folder.is_dir() and (
-        folder.suffix in SUFFIXES or path.count("/") != 1 or folder.parent.is_dir()
-    ):
+    elif not folder.is_dir() and not _may_be_an_id(folder):
         near = nearest(folder.name, [file.name for file in folder.parent.glob("*")])
         raise ValueError(f"path must be a file, a folder or a Hugging Face dataset, got {path!r}{near}")
     return _hugging_face(path, subset, named)
+
+
+def _may_be_an_id(path: Path) -> bool:
+    """Whether it may be `owner/name` on the Hub. If `owner` is a folder here, it is a mistyped path."""
+    return len(path.parts) == 2 and path.suffix not in SUFFIXES and not path.parent.is_dir()
 
 
 def _files_of_splits(folder: Path, named: dict[str, str]) -> dict[str, list[Path]]:
@@ -181,8 +184,8 @@ def _json(path: Path, skipped: Skipped) -> Iterator[Row]:
             return
         raise ValueError(f"{path} {_WHY[error.reason]}") from None
     if isinstance(value, dict):
-        (first, *others) = value.values() or [None]
-        value = first if isinstance(first, list) and not others else [value]
+        only = next(iter(value.values())) if len(value) == 1 else None
+        value = only if isinstance(only, list) else [value]
     if not isinstance(value, list):
         raise ValueError(f"{path} must be an array of objects")
     for number, entry in enumerate(value, 1):
@@ -276,10 +279,10 @@ def _hugging_face(path: str, subset: str | None, named: dict[str, str]) -> dict[
             hint = nearest(name, tables)
             raise ValueError(f"{split} must be a split of {path} ({', '.join(tables)}), got {name!r}{hint}")
     if not named:
-        known = {name: split for name in tables if (split := _split_of(name)) is not None}
-        named = {split: name for name, split in known.items()}
-        if "train" not in named:
-            named = {"train": next(iter(tables))} if len(tables) == 1 else named
+        known = [(_split_of(name), name) for name in tables]
+        named = {split: name for split, name in known if split is not None}
+        if "train" not in named and len(tables) == 1:
+            named = {"train": next(iter(tables))}
     if "train" not in named:
         raise ValueError(f"train must name one of the splits of {path}: {', '.join(tables)}")
     return {

@@ -9,7 +9,7 @@
     function:package.module:name, function:path/to/file.py:name
               a reward function with TRL's signature: `completions, **columns -> list[float]`
 
-The answer is what is inside the last <answer>...</answer>, or else the last \\boxed{...}, or else the whole text.
+The answer is what is inside the last <answer>...</answer>, else the last \\boxed{...}, else the whole text.
 Only what follows the last </think> is judged. regex, math and functions run in a process of their own
 (worker.py) with a time limit. Left out: units, percentages, spelling, and judging several answers at once.
 """
@@ -419,7 +419,7 @@ class Functions:
         try:
             self._worker.open()
         except WorkerError as error:
-            raise ValueError(f"verifier {'+'.join(self.specs)}: {error}") from None
+            raise ValueError(f"verifier cannot be loaded: {error}") from None
 
     def problem(self, gold: Any) -> str | None:
         return None
@@ -478,15 +478,16 @@ class _Function:
             named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
             if named and required and parameter.name not in offered:
                 raise ValueError(
-                    f"{spec} takes {parameter.name!r}, but must take only completions, prompts and columns of "
-                    f"the data, which are {', '.join(columns)}{nearest(parameter.name, columns)}"
+                    f"{spec} takes {parameter.name!r}, but must take only completions, prompts and columns "
+                    f"of the data, which are {', '.join(columns)}{nearest(parameter.name, columns)}"
                 )
 
     def __call__(self, value: Any) -> float | None:
         prompt, completion = value["prompt"], value["completion"]
         if isinstance(prompt, list):  # messages, so the completion is one too
             completion = [{"role": "assistant", "content": completion}]
-        arguments = {name: [column] for name, column in value["columns"].items() if name not in NOT_PASSED}
+        columns = value["columns"].items()
+        arguments: dict[str, Any] = {name: [item] for name, item in columns if name not in NOT_PASSED}
         arguments |= {
             "prompts": [prompt],
             "completions": [completion],

@@ -1,8 +1,9 @@
 """A judge in a process of its own, with a time limit for each answer.
 
-What judges an answer may take for ever (a formula to simplify, a regular expression that backtracks), need all
-memory, or crash. In its own process it can do none of this to a run: past the limit the process is killed, and
-the next answer gets a new one. Code that sets alarms, such as math-verify's, has a main thread there too.
+What judges an answer may take for ever (a formula to simplify, a regular expression that backtracks), need
+all memory, or crash. In its own process it can do none of this to a run: past the limit the process is
+killed, and the next answer gets a new one. Code that sets alarms, such as math-verify's, has a main thread
+there too.
 
 The two processes exchange JSON lines; nothing is pickled. Left out: several processes at once.
 """
