@@ -277,8 +277,8 @@ class Countdown:
             else:
                 unsolvable += 1
         self._advice = (
-            f"{path} has {len(problems)} problems, {unsolvable} of which have no solution with "
-            f"{self.operators!r} up to max_target"
+            f"{path} has {len(problems)} problems; {unsolvable} have no solution in whole numbers with "
+            f"operators {self.operators!r}, or a target above max_target"
         )
 
 
