@@ -141,11 +141,12 @@ def _factory() -> Any:
         raise ValueError("task reasoning_gym needs its extra: pip install 'reflect-grpo[reasoning_gym]'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
-        return importlib.import_module("reasoning_gym.factory")
+        import reasoning_gym.factory
+
+        return reasoning_gym.factory
 
 
 def _config(name: str) -> Any:
-    importlib.import_module("reasoning_gym")  # registers all
     return _factory().DATASETS[name][1]
 
 
@@ -164,7 +165,6 @@ def _check_options(name: str, options: dict[str, Any]) -> None:
 
 
 def _dataset(name: str, options: dict[str, Any], seed: int) -> Any:
-    importlib.import_module("reasoning_gym")
     return _factory().create_dataset(name, seed=seed, size=BLOCK, **options)
 
 
@@ -199,7 +199,6 @@ def _worker() -> Worker:
 
 
 def score_judge() -> Callable[[Any], float]:
-    importlib.import_module("reasoning_gym")
     for module in _EVALUATE_LITERALS:
         with contextlib.suppress(ImportError):
             loaded: Any = importlib.import_module(f"reasoning_gym.{module}")

@@ -6,6 +6,7 @@ store: anything else, such as a date, becomes text. Left out: compressed files, 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import importlib.util
 import json
@@ -147,11 +148,12 @@ def read_file(path: Path, skipped: Skipped) -> list[Row]:
 
 
 def _json_lines(path: Path, skipped: Skipped) -> Iterator[Row]:
-    if path.read_bytes().lstrip()[:1] == b"[":
+    content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    if content.lstrip()[:1] == b"[":
         yield from _json(path, skipped)
         return
     # Lines end in a line feed only: a JSON string may contain the other characters that end lines.
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         where = f"{path.name} line {number}"
@@ -178,7 +180,7 @@ def _json(path: Path, skipped: Skipped) -> Iterator[Row]:
     try:
         value = read_json(path.read_text(encoding="utf-8-sig"))
     except Unreadable as error:
-        first = path.read_bytes().strip().partition(b"\n")[0].removeprefix(b"\xef\xbb\xbf")
+        first = path.read_bytes().removeprefix(codecs.BOM_UTF8).strip().partition(b"\n")[0]
         if first.startswith(b"{") and first.rstrip().endswith(b"}"):
             yield from _json_lines(path, skipped)
             return
