@@ -1,7 +1,8 @@
 """The generators of the package reasoning-gym (Apache-2.0) as tasks: puzzles, algebra, logic, games. Offline.
 
-`python -m grpo.tasks.reasoning_gym` lists them, and with a NAME shows its options and an example. The
-package's scorers judge the answers, from 0 to 1, in a process of their own (worker.py).
+`python -m grpo.tasks.reasoning_gym` lists them, and with a NAME shows its options and an example. Questions
+and scores, from 0 to 1, are made in a process of their own (worker.py): a score has a time limit, and some
+questions depend on the order of a set, which is the same only there.
 
 A split has its own range of seeds, and a hash of the question decides which of the split's questions are
 used: small generators give the same question for many seeds. So no question is in two splits.
@@ -19,21 +20,24 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo.tasks import SPLITS, Example, Verdict, check_split, nearest, register
+from grpo.tasks import SPLITS, Example, TaskError, Verdict, check_split, nearest, register
 from grpo.tasks.verifiers import MEMORY_GB, after_thought
 from grpo.tasks.worker import Worker, WorkerError
 
 SEEDS = 2**24  # of a split; the ranges of two splits or seeds do not overlap
 MAX_SEED = 2**32 // (len(SPLITS) * SEEDS)  # NumPy's generators take seeds of 32 bits
-BLOCK = 256  # questions that one generator makes, from as many seeds
-PATIENCE = 20  # blocks without a new question after which a generator counts as exhausted
+BLOCK = 256  # questions that one object of a generator makes, from as many seeds
+BATCH = 8  # questions asked for together; divides BLOCK
+PATIENCE = 500  # batches without a new question after which a generator counts as exhausted
 SECONDS = 10.0  # limit of one score
+MAKING = 600.0  # limit of a batch of questions, in seconds; some generators search for puzzles
 CHARACTERS = 10_000  # of an answer; a longer one is `too_long`
 
 
@@ -63,9 +67,13 @@ class ReasoningGym:
             )
         if not 0 <= seed < MAX_SEED:
             raise ValueError(f"seed must be from 0 to {MAX_SEED - 1}, got {seed}")
-        _check_options(name, options)
-        self.name, self.seed, self.options = f"reasoning_gym {name}", seed, options
-        self.generator = name
+        if unknown := [option for option in options if option not in defaults(name)]:
+            raise ValueError(
+                f"options of {name} must be among {', '.join(defaults(name))}, got {unknown[0]!r}"
+                f"{nearest(unknown[0], defaults(name))}"
+            )
+        self.name, self.seed, self.generator, self.options = f"reasoning_gym {name}", seed, name, options
+        self._asked(0, 0)  # options that do not fit are reported now
         self._sources = {split: self._questions(place) for place, split in enumerate(SPLITS)}
         self._ready: dict[str, list[Example]] = {split: [] for split in SPLITS}
 
@@ -103,75 +111,58 @@ class ReasoningGym:
 
     def _judge(self, example: Example, answer: str) -> Verdict:
         question = {name: example.data[name] for name in ("seed", "index")}
-        value = {"generator": self.generator, "options": self.options, **question, "answer": answer}
         try:
-            score = _worker()(value)
+            score = _worker()(self._request("score", **question, answer=answer))
         except WorkerError as error:
             return Verdict("crash" if error.kind == "raised" else error.kind)
         return Verdict("ok" if score >= 1 else "wrong_value", score)
+
+    def _request(self, what: str, **more: Any) -> dict[str, Any]:
+        return {"what": what, "generator": self.generator, "options": self.options, **more}
 
     def _questions(self, place: int) -> Iterator[Example]:
         """The questions of a split, each once; ends when no new ones come."""
         first = (self.seed * len(SPLITS) + place) * SEEDS
         seen: set[str] = set()
         idle = 0
-        for block in range(SEEDS // BLOCK):
+        for start in range(0, SEEDS, BATCH):
             before = len(seen)
-            seed = first + block * BLOCK
-            for index, entry in enumerate(_entries(self.generator, self.options, seed)):
+            # A generator makes BLOCK questions, from as many seeds.
+            seed, index = first + start // BLOCK * BLOCK, start % BLOCK
+            for entry in self._asked(seed, index):
                 digest = hashlib.sha256(entry["question"].encode()).hexdigest()
-                if digest in seen or int(digest[:12], 16) % len(SPLITS) != place:
-                    continue
-                seen.add(digest)
-                answer = entry["answer"] if isinstance(entry["answer"], str) else None
-                data = {"seed": seed, "index": index, "answer": answer}
-                yield Example(f"{self.generator}:{digest[:24]}", entry["question"], data)
+                if digest not in seen and int(digest[:12], 16) % len(SPLITS) == place:
+                    seen.add(digest)
+                    data = {"seed": seed, "index": entry["index"], "answer": entry["answer"]}
+                    yield Example(f"{self.generator}:{digest[:24]}", entry["question"], data)
             idle = 0 if len(seen) > before else idle + 1
             if idle == PATIENCE:
                 return
 
+    def _asked(self, seed: int, index: int) -> list[dict[str, Any]]:
+        try:
+            return _worker()(self._request("questions", seed=seed, index=index), MAKING)
+        except WorkerError as error:
+            raise ValueError(f"{self.generator} with options {self.options} {error}") from None
+
 
 def names() -> list[str]:
     """The generators, sorted. Raises ValueError if the extra is not installed."""
-    return sorted(set(_factory().DATASETS) - {"composite"})
-
-
-def _factory() -> Any:
     if importlib.util.find_spec("reasoning_gym") is None:
         raise ValueError("task reasoning_gym needs its extra: pip install 'reflect-grpo[reasoning_gym]'")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that it imports
-        import reasoning_gym.factory
-
-        return reasoning_gym.factory
+    return _worker()({"what": "names"})
 
 
-def _config(name: str) -> Any:
-    return _factory().DATASETS[name][1]
+def defaults(name: str) -> dict[str, str]:
+    """The options of a generator, each with its default as Python writes it."""
+    return _worker()({"what": "defaults", "generator": name})
 
 
-def _check_options(name: str, options: dict[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(_config(name))} - {"seed", "size"}
-    for option in options:
-        if option not in known:
-            raise ValueError(
-                f"options of {name} must be among {', '.join(sorted(known))}, got {option!r}"
-                f"{nearest(option, known)}"
-            )
-    try:
-        _dataset(name, options, 0)
-    except Exception as error:  # assertions about the options, and what a wrong type leads to
-        raise ValueError(f"{name} cannot be built with {options}: {error or type(error).__name__}") from None
-
-
-def _dataset(name: str, options: dict[str, Any], seed: int) -> Any:
-    return _factory().create_dataset(name, seed=seed, size=BLOCK, **options)
-
-
-def _entries(name: str, options: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
-    dataset = _dataset(name, options, seed)
-    for index in range(BLOCK):
-        yield dataset[index]
+@functools.cache
+def _worker() -> Worker:
+    """One for all tasks of this process: the package takes seconds to import."""
+    # Not __name__, which is __main__ in the command.
+    return Worker("grpo.tasks.reasoning_gym:answering", {}, seconds=SECONDS, memory=MEMORY_GB)
 
 
 # --- in the worker process ----------------------------------------------------------------------------------
@@ -192,13 +183,12 @@ _FORMULA = re.compile(
 )
 
 
-@functools.cache
-def _worker() -> Worker:
-    """One for all tasks of this process: the package takes seconds to import."""
-    return Worker(f"{__name__}:score_judge", {}, seconds=SECONDS, memory=MEMORY_GB)
-
-
-def score_judge() -> Callable[[Any], float]:
+def answering() -> Callable[[Any], Any]:
+    """Answers the requests of the functions above."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SyntaxWarning)  # of a package that this one imports
+        import reasoning_gym.factory
+    known = reasoning_gym.factory.DATASETS
     for module in _EVALUATE_LITERALS:
         with contextlib.suppress(ImportError):
             loaded: Any = importlib.import_module(f"reasoning_gym.{module}")
@@ -206,16 +196,39 @@ def score_judge() -> Callable[[Any], float]:
 
     @functools.lru_cache(maxsize=16)
     def dataset(generator: str, options: str, seed: int) -> Any:
-        return _dataset(generator, ast.literal_eval(options), seed)
+        try:
+            return reasoning_gym.create_dataset(generator, seed=seed, size=BLOCK, **json.loads(options))
+        except Exception as error:  # assertions about the options, and what a wrong type leads to
+            raise TaskError(f"cannot be built: {error or type(error).__name__}") from None
 
-    def judge(value: Any) -> float:
-        generator, answer = value["generator"], value["answer"]
-        if generator in _FORMULAS and not _FORMULA.fullmatch(answer):
+    def answer(request: Any) -> Any:
+        what = request["what"]
+        if what == "names":
+            return sorted(set(known) - {"composite"})
+        generator = request["generator"]
+        if what == "defaults":
+            fields = dataclasses.fields(known[generator][1])
+            return {field.name: _default(field) for field in fields if field.name not in ("seed", "size")}
+        if what == "score" and generator in _FORMULAS and not _FORMULA.fullmatch(request["answer"]):
             return 0.0
-        made = dataset(generator, repr(value["options"]), value["seed"])
-        return float(made.score_answer(answer, made[value["index"]]))
+        made = dataset(generator, json.dumps(request["options"]), request["seed"])
+        if what == "score":
+            return float(made.score_answer(request["answer"], made[request["index"]]))
+        indices = range(request["index"], request["index"] + BATCH)
+        return [_entry(made[index], index) for index in indices]
 
-    return judge
+    return answer
+
+
+def _entry(entry: dict[str, Any], index: int) -> dict[str, Any]:
+    answer = entry["answer"] if isinstance(entry["answer"], str) else None
+    return {"question": entry["question"], "answer": answer, "index": index}
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        return repr(field.default)
+    return "required" if field.default_factory is dataclasses.MISSING else repr(field.default_factory())
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -230,14 +243,12 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(names()))
             return 0
         task = ReasoningGym(arguments[0])
-    except ValueError as error:
+    except (ValueError, WorkerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"--task reasoning_gym --task_options name={arguments[0]}\n\noptions:")
-    for field in dataclasses.fields(_config(arguments[0])):
-        if field.name not in ("seed", "size"):
-            default = field.default if field.default is not dataclasses.MISSING else "(computed)"
-            print(f"  {field.name} = {default!r}")
+    for option, default in defaults(arguments[0]).items():
+        print(f"  {option} = {default}")
     (example,) = task.examples("train", 1)
     print(f"\nquestion:\n{example.prompt}\n\nanswer:\n{example.data['answer']}")
     return 0

@@ -59,14 +59,15 @@ class Worker:
         self, factory: str, settings: dict[str, Any], *, seconds: float, memory: float | None = None
     ) -> None:
         self.seconds = seconds
-        self._start = {"factory": factory, "settings": settings, "seconds": seconds, "memory": memory}
+        self._start = {"factory": factory, "settings": settings, "memory": memory}
         self._process: subprocess.Popen[bytes] | None = None
         self._rest = b""  # what was read after the last whole line
 
-    def __call__(self, value: Any) -> Any:
-        """The judge's result. Raises WorkerError."""
+    def __call__(self, value: Any, seconds: float | None = None) -> Any:
+        """The judge's result, within `seconds` instead of the usual limit. Raises WorkerError."""
         self.open()
-        return self._exchange(value, self.seconds)
+        seconds = self.seconds if seconds is None else seconds
+        return self._exchange({"seconds": seconds, "value": value}, seconds)
 
     def open(self) -> None:
         """Starts the process and builds the judge in it, if that is not done. Raises WorkerError."""
@@ -77,6 +78,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the parent, which may want another verdict first
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # sets then have the same order in every process
         )
         weakref.finalize(self, _end, self._process)
         try:
@@ -160,9 +162,10 @@ def serve() -> None:
     print(json.dumps(answer), file=answers, flush=True)
     while judge is not None and (line := sys.stdin.readline()):
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(int(start["seconds"]) + GRACE)  # ends this process, if nobody is left to do so
+        request = json.loads(line)
+        signal.alarm(int(request["seconds"]) + GRACE)  # ends this process, if nobody is left to do so
         try:
-            answer = {"value": judge(json.loads(line))}
+            answer = {"value": judge(request["value"])}
         except Exception as error:
             answer = _raised(error)
         signal.alarm(0)
