@@ -80,6 +80,22 @@ def test_failures_of_the_model_are_what_it_saw(tmp_path):
     assert {failure.generation for failure in found} == {0, 1}
 
 
+def test_scores_below_the_threshold_are_failures_and_are_kept(tmp_path):
+    class Graded(tiny.Toy):
+        def verify(self, example, text):
+            return Verdict("partial", example.data["i"] / 4)
+
+    parts = tiny.build(task=Graded(), success_threshold=0.5)
+    found = collect(tmp_path / "f.jsonl", parts.rollout, parts.task.examples("train", 6))
+    assert [failure.verdict for failure in found] == [Verdict("partial", 0.0), Verdict("partial", 0.25)]
+    assert load(tmp_path / "f.jsonl") == found
+    counts = summary(tmp_path / "f.jsonl")
+    assert (counts["solved"], counts["failed"], counts["right"]) == (4, 2, 4)
+    other = tiny.build(task=Graded(), success_threshold=0.25)
+    with pytest.raises(files.MismatchError, match="success_threshold: 0.5 -> 0.25"):
+        collect(tmp_path / "f.jsonl", other.rollout, parts.task.examples("train", 6))
+
+
 @pytest.mark.parametrize(("attempts", "kept"), [(1, 1), (3, 1), (3, 2), (3, 3)])
 def test_attempts_and_failures_per_example(tmp_path, attempts, kept):
     rollout = Scripted(right=0.6)

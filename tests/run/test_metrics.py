@@ -84,6 +84,20 @@ def test_verdict_metrics_tell_wrong_from_unreadable():
     assert verdict_metrics([], [], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
 
 
+def test_graded_verdicts_have_a_mean_score():
+    parts = tiny.build()
+    pool = tiny.failures(parts, 1)
+    episodes = tiny.episodes(parts, pool)
+    options = {"train_on": "reflection", "task": parts.task, "groups": pool}
+    assert "verdicts/score" not in rollout_metrics(episodes, **options)
+    scores = [0.25, 0.5, 1.5]
+    for episode, score in zip(episodes, scores, strict=False):
+        episode.reasons, episode.scores = ["wrong"], [score]
+    episodes[3].reasons = ["ok"]
+    metrics = rollout_metrics(episodes, success_threshold=0.5, **options)
+    assert metrics["verdicts/score"] == sum([*scores, 1.0]) / 4 and metrics["verdicts/ok"] == 3 / 4
+
+
 class Declared(tiny.Toy):
     format_reasons = frozenset({"wrong"})
 
