@@ -27,8 +27,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from grpo.tasks import SPLITS, Example, TaskError, Verdict, check_split, nearest, register
-from grpo.tasks.verifiers import MEMORY_GB, after_thought
+from grpo.tasks import SPLITS, Example, TaskError, Verdict, after_thought, check_split, nearest, register
+from grpo.tasks.verifiers import MEMORY_GB
 from grpo.tasks.worker import Worker, WorkerError
 
 SEEDS = 2**24  # of a split; the ranges of two splits or seeds do not overlap
@@ -94,9 +94,9 @@ class ReasoningGym:
 
     def verify(self, example: Example, text: str) -> Verdict:
         answer = after_thought(text)
-        end = -1 if answer is None else answer.rfind("</answer>")
-        start = -1 if answer is None else answer.rfind("<answer>", 0, max(end, 0))
-        if answer is None or start < 0:
+        end = answer.rfind("</answer>")
+        start = answer.rfind("<answer>", 0, max(end, 0))
+        if start < 0:
             return Verdict("no_answer")
         answer = answer[start + len("<answer>") : end].strip()
         if not answer:

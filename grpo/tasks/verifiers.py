@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
-from grpo.tasks import TaskError, Verdict, load_object, nearest
+from grpo.tasks import TaskError, Verdict, after_thought, load_object, nearest
 from grpo.tasks.function_calling.json_calls import Unreadable, read_json
 from grpo.tasks.function_calling.matching import equal
 from grpo.tasks.worker import Worker, WorkerError, described
@@ -95,12 +95,6 @@ def verifier(
     return VERIFIERS[names[0]](seconds or SECONDS)
 
 
-def after_thought(text: str) -> str | None:
-    """What follows the last </think>; None if a thought is opened and never closed."""
-    answer = text.rpartition("</think>")[2]
-    return None if "<think>" in answer else answer
-
-
 def final_answer(text: str) -> str:
     """What is inside the last <answer>...</answer>, else inside the last \\boxed{...}, else all of it."""
     end = text.rfind("</answer>")
@@ -153,12 +147,9 @@ class Exact:
         return _text(_accepted(gold)[0])
 
     def verify(self, data: Data, text: str) -> Verdict:
-        answer = after_thought(text)
-        if answer is None:
-            return Verdict("no_answer")
-        answer = final_answer(answer[-JUDGED:])
+        answer = final_answer(after_thought(text)[-JUDGED:])
         if not answer:
-            return Verdict("empty")
+            return _nothing(text)
         return self.compare(_accepted(data["gold"]), answer)
 
     def compare(self, golds: list[Any], answer: str) -> Verdict:
@@ -228,14 +219,11 @@ class Json(Exact):
         return _text(gold)
 
     def verify(self, data: Data, text: str) -> Verdict:
-        answer = after_thought(text)
-        if answer is None:
-            return Verdict("no_answer")
-        answer = final_answer(answer)
+        answer = final_answer(after_thought(text))
         fences = _FENCE.findall(answer)
         answer = fences[-1] if fences else answer
         if not answer.strip():
-            return Verdict("empty")
+            return _nothing(text)
         try:
             value = read_json(answer)
         except Unreadable:
@@ -296,12 +284,9 @@ class Math(Regex):
         return f"<answer>{_after_hashes(_text(_accepted(gold)[0])).strip()}</answer>"
 
     def verify(self, data: Data, text: str) -> Verdict:
-        answer = after_thought(text)
-        if answer is None:
-            return Verdict("no_answer")
-        answer = answer[-JUDGED:]
+        answer = after_thought(text)[-JUDGED:]
         if not answer.strip():
-            return Verdict("empty")
+            return _nothing(text)
         return self.compare(_accepted(data["gold"]), answer)
 
 
@@ -335,6 +320,11 @@ def _fraction(number: str) -> Fraction | None:
 def _after_hashes(gold: str) -> str:
     """GSM8K ends its worked answers with #### and the number."""
     return gold.rpartition("####")[2]
+
+
+def _nothing(text: str) -> Verdict:
+    """Of a blank answer: the text is blank, or it is all thought."""
+    return Verdict("no_answer" if text.strip() else "empty")
 
 
 def _accepted(gold: Any) -> list[Any]:
@@ -429,8 +419,8 @@ class Functions:
 
     def verify(self, data: Data, text: str) -> Verdict:
         answer = text if self.keep_thoughts else after_thought(text)
-        if answer is None:
-            return Verdict("no_answer")
+        if text.strip() and not answer.strip():
+            return Verdict("no_answer")  # not even a function that likes short answers may like this
         value = {"prompt": data["prompt"], "completion": answer, "columns": data["columns"]}
         try:
             score = self._worker(value)
