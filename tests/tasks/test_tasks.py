@@ -1,8 +1,10 @@
 """The registry, the small data classes, and the example of docs/tasks.md, run as it stands there."""
 
+import importlib.util
 import json
 import random
 import re
+import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -202,6 +204,33 @@ def test_tasks_declare_which_verdicts_are_format_errors() -> None:
     for text, unreadable in (("", True), ("<answer>1 +</answer>", True), ("<answer>1</answer>", False)):
         verdict = countdown.verify(countdown.examples("train", 1)[0], text)
         assert (verdict.reason in format_reasons(countdown)) == unreadable
+
+
+def test_extras_are_imported_when_a_task_needs_them_and_not_when_tasks_are_listed() -> None:
+    extras = {"datasets", "math_verify", "pyarrow", "reasoning_gym"}
+    code = f"import sys, grpo.tasks; grpo.tasks.task_names(); sys.exit(len({extras} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=DOC.parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [
+        ({"path": "a.jsonl", "verifier": "math"}, "math"),
+        ({"path": "a.parquet"}, "parquet"),
+        ({"path": "owner/name"}, "datasets"),
+        ({"name": "gcd"}, "reasoning_gym"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    options: dict[str, Any], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "?", "answer": "1"}\n')
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = rf"pip install 'reflect-grpo\[{extra}\]'"
+    with pytest.raises(ValueError, match=message):
+        get_task("reasoning_gym" if "name" in options else "dataset", options)
 
 
 def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
