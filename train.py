@@ -51,6 +51,7 @@ from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
 from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
 from grpo.sampler.engine import DivergedError
+from grpo.tasks import TaskError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 COMMAND = "reflect-grpo" if Path(sys.argv[0]).name == "reflect-grpo" else "python train.py"
@@ -140,7 +141,7 @@ def sample_episodes(run: RunState, groups: Sequence[Attempt], step: int) -> list
         attempts = rollout.attempts(
             examples, count=config.num_generations, stage="rollout", step=step, progress=check
         )
-        return attempt_episodes(attempts, config.num_generations)
+        return attempt_episodes(attempts, config.num_generations, rollout.value)
     return rollout.reflect_and_retry(
         groups,
         num_generations=config.num_generations,
@@ -183,7 +184,11 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
             episodes = sample(run, groups, step)
             sampled_metrics = rollout_metrics(
-                episodes, train_on=config.train_on, task=parts.task, groups=groups
+                episodes,
+                train_on=config.train_on,
+                task=parts.task,
+                groups=groups,
+                success_threshold=config.success_threshold,
             )
             sampled = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
@@ -192,7 +197,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
             for episode in episodes:
-                files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **vars(episode)})
+                files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **episode.to_json()})
             metrics.log(step, sampled_metrics | update_metrics)
             seconds = {
                 "step_time": time.perf_counter() - start,
@@ -204,7 +209,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             metrics.timings(step, seconds)
             done = step
             build.return_unused_memory()
-            if (problem := nothing_right(metrics.warnings.history)) is not None:
+            # Scores can teach although no answer is right.
+            if config.reward == "binary" and (problem := nothing_right(metrics.warnings.history)) is not None:
                 raise failures.NoSignalError(problem)
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
@@ -381,6 +387,9 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_FAILED, f"error: {error}. {state.saved_weights(folder)}"
     if isinstance(error, files.MismatchError):
         return EXIT_USAGE, f"error: {error}"
+    if isinstance(error, TaskError):
+        message = f"error: {error}. {state.saved_weights(folder)}"
+        return EXIT_FAILED, message + (f"; once it is fixed, {resume}" if begun else "")
     if isinstance(error, (failures.NoSignalError, files.RunDirError)):
         return EXIT_FAILED, f"error: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

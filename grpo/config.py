@@ -162,7 +162,7 @@ class Config:
     chat_template_kwargs: TaskOptions = field(
         TaskOptions, "variables for the chat template, such as enable_thinking=false, or JSON"
     )
-    task: str = field("countdown", "registered task, or package.module:Name")
+    task: str = field("countdown", "registered task, package.module:Name, or FILE.py:Name")
     task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
     preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
     config: str | None = field(None, "YAML file with settings; they win over the preset")
@@ -196,6 +196,10 @@ class Config:
     num_generations: Annotated[int, ("at least", 2)] = field(8, "G, completions per group (the paper: 8)")
     groups_per_step: Count = field(8, "groups per optimiser step; a batch is this times num_generations")
     retries_per_reflection: Count = field(1, "retries sampled per reflection; their mean is its reward")
+    reward: Literal["binary", "score"] = field(
+        "binary", "of a retry; binary: 1 if it is right, else 0 (the paper); score: the verifier's score"
+    )
+    success_threshold: Positive = field(1.0, "lowest score of a right answer; others are reflected on")
     temperature: Positive = field(0.9, "of sampling and of log-probs in training (the paper: 0.9)")
     top_p: float = field(1.0, "must be 1.0 in training: a cut distribution biases the ratio")
     top_k: int = field(0, "must be 0 in training: a cut distribution biases the ratio")
@@ -266,7 +270,8 @@ FREE_ON_RESUME = (
 )
 
 # What version 0.1 lacks or names differently. Its run directories still open.
-ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report"})  # since 0.1; its config.yaml may lack them
+# New since 0.1; its config.yaml is complete without them.
+ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report", "reward", "success_threshold"})
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 

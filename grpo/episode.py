@@ -12,6 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 # train_on -> the roles whose tokens are in the loss. "context", which the program fed in between, never is.
 ROLES_TRAINED: dict[str, frozenset[str]] = {
@@ -42,6 +43,7 @@ class Episode:
     advantage: float = 0.0
     retry_finish_reason: str = "stop"
     reasons: list[str] = field(default_factory=list)  # of the verdicts, in order
+    scores: list[float] = field(default_factory=list)  # of the verdicts; none if the reasons imply them
     texts: dict[str, str] = field(default_factory=dict)  # decoded turns by role, for people to read
 
     def __post_init__(self) -> None:
@@ -50,6 +52,10 @@ class Episode:
         lengths = (len(self.completion_ids), len(self.roles), len(self.logprobs))
         if len(set(lengths)) != 1:
             raise ValueError(f"completion_ids, roles and logprobs must be equally long, got {lengths}")
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields; without `scores` if there are none, as in episodes.jsonl of older versions."""
+        return {name: value for name, value in vars(self).items() if name != "scores" or value}
 
     def truncated(self, train_on: str) -> bool:
         """Whether a trained turn was cut at its length limit."""

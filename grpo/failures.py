@@ -16,7 +16,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ if __name__ == "__main__":
 from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
 from grpo.sampler.engine import Turn
-from grpo.tasks import Example, Verdict
+from grpo.tasks import Example, TaskError, Verdict
+
+Right = Callable[[Verdict], bool]  # `Rollout.is_right`
 
 BLOCK = 64  # examples sampled together, and redone together after a kill
 
@@ -94,8 +96,9 @@ def collect(
         per_example = [
             attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(block))
         ]
-        kept = [a for group in per_example for a in _kept(group, failures_per_example, keep_solved)]
-        end_line = {**_summary(start // BLOCK, block, per_example), "settings": settings}
+        right = rollout.is_right
+        kept = [a for group in per_example for a in _kept(group, right, failures_per_example, keep_solved)]
+        end_line = {**_summary(start // BLOCK, block, per_example, right), "settings": settings}
         files.append_block(path, [_to_json(attempt) for attempt in kept], end_line)
         done = start + BLOCK
     report_progress()
@@ -152,14 +155,16 @@ def check_trainable(counts: dict[str, Any]) -> None:
         )
 
 
-def _kept(attempts: list[Attempt], most: int, keep_solved: bool) -> list[Attempt]:
-    wrong = [attempt for attempt in attempts if not attempt.verdict.ok][:most]
+def _kept(attempts: list[Attempt], right: Right, most: int, keep_solved: bool) -> list[Attempt]:
+    wrong = [attempt for attempt in attempts if not right(attempt.verdict)][:most]
     return wrong or (attempts[:1] if keep_solved else [])
 
 
-def _summary(number: int, block: Sequence[Example], per_example: list[list[Attempt]]) -> dict[str, Any]:
+def _summary(
+    number: int, block: Sequence[Example], per_example: list[list[Attempt]], right: Right
+) -> dict[str, Any]:
     attempts = [attempt for group in per_example for attempt in group]
-    solved = sum(all(attempt.verdict.ok for attempt in group) for group in per_example)
+    solved = sum(all(right(attempt.verdict) for attempt in group) for group in per_example)
     return {
         "block": number,
         "first": block[0].id,
@@ -168,7 +173,7 @@ def _summary(number: int, block: Sequence[Example], per_example: list[list[Attem
         "solved": solved,
         "failed": len(block) - solved,
         "attempts": len(attempts),
-        "right": sum(attempt.verdict.ok for attempt in attempts),
+        "right": sum(right(attempt.verdict) for attempt in attempts),
         "reasons": dict(Counter(attempt.verdict.reason for attempt in attempts)),
     }
 
@@ -181,13 +186,13 @@ def _to_json(attempt: Attempt) -> dict[str, Any]:
         "attempt_ids": attempt.turn.ids,
         "finish_reason": attempt.turn.finish_reason,
         "text": attempt.text,
-        "reason": attempt.verdict.reason,
+        **attempt.verdict.to_json(),
     }
 
 
 def _from_json(line: dict[str, Any]) -> Attempt:
     turn = Turn(line["attempt_ids"], [0.0] * len(line["attempt_ids"]), line["finish_reason"])
-    verdict = Verdict(line["reason"])
+    verdict = Verdict(line["reason"], line.get("score"))
     return Attempt(
         Example(**line["example"]), line["prompt_ids"], turn, line["text"], verdict, line["generation"]
     )
@@ -263,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     except files.MismatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:
+    except (OSError, FloatingPointError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

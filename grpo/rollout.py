@@ -9,7 +9,8 @@ row runs a script: sample the reflection, feed the next user turn, sample the re
 finished its reflection retries at once, on its own cache. Sampled ids are never decoded and encoded again.
 Text is only for the verifier and for people.
 
-Left out: advantages and gradients (grpo/learner/learner.py), and reward models. The verdict is the reward.
+Left out: advantages and gradients (grpo/learner/learner.py), and reward models. The verdict is the reward: 1
+or 0 for a success or a failure, or its score.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class NoiseKey(NamedTuple):
 
 
 def reward(
-    successes: Sequence[bool],
+    values: Sequence[float],
     length: int,
     *,
     limit: int,
@@ -66,28 +67,30 @@ def reward(
 ) -> float:
     """Reward of one reflection.
 
-        share * (1 - length_cost * length / limit) - soft_overlong_penalty * excess
+        mean * (1 - length_cost * length / limit) - soft_overlong_penalty * excess
 
-        share   of the retries after the reflection that are right. The paper's reward is this alone, with
-                one retry: 1 or 0.
+        mean    of the values of the retries after the reflection (`Rollout.value`): the share that are right,
+                or with `reward: score` their mean score. The paper's reward is this alone, with one retry: 1
+                or 0.
         excess  (length - (limit - overlong_buffer)) / overlong_buffer, kept within [0, 1]: the soft overlong
                 punishment of DAPO (arXiv 2503.14476, eq. 13) with the opposite sign. 0 without a buffer.
 
-    The length cost takes from successes only. So giving up early is never better than failing late.
+    The length cost takes from means above 0 only. So giving up early is never better than failing late.
 
     Args:
-        successes: the verdicts of the retries.
+        values: of the verdicts of the retries.
         length: tokens of the reflection, its stop token included.
         limit: `max_reflection_length`, in tokens.
         length_cost: share of a success's reward that a reflection of `limit` tokens loses.
         overlong_buffer: last tokens of the limit, over which the overlong penalty rises.
         soft_overlong_penalty: reward that a reflection of `limit` tokens loses.
     """
-    share = sum(successes) / len(successes)
+    mean = sum(values) / len(values)
     excess = 0.0
     if overlong_buffer > 0:
         excess = min(max((length - (limit - overlong_buffer)) / overlong_buffer, 0.0), 1.0)
-    return share * (1.0 - length_cost * length / limit) - soft_overlong_penalty * excess
+    kept = 1.0 - length_cost * length / limit if mean > 0 else 1.0
+    return mean * kept - soft_overlong_penalty * excess
 
 
 # --- the turns ----------------------------------------------------------------------------------------------
@@ -126,6 +129,8 @@ class Rollout:
         max_completion_length: limit of an attempt and of a retry, in tokens, including the stop token.
         max_reflection_length: limit of a reflection, in tokens, including the stop token.
         overlong_buffer, soft_overlong_penalty, length_cost: of the reward; see `reward`.
+        score_rewards: the value of a verdict is its score (`reward: score`), not 1 or 0.
+        success_threshold: lowest score that is a success.
         task_options: options that the task was built with; only recorded, in `settings`.
         dtype: of the sampler's model; only recorded, in `settings`.
     """
@@ -142,6 +147,8 @@ class Rollout:
         overlong_buffer: int = 0,
         soft_overlong_penalty: float = 0.0,
         length_cost: float = 0.0,
+        score_rewards: bool = False,
+        success_threshold: float = 1.0,
         task_options: Mapping[str, Any] | None = None,
         dtype: str = "float32",
     ):
@@ -152,14 +159,27 @@ class Rollout:
         self.overlong_buffer = overlong_buffer
         self.soft_overlong_penalty = soft_overlong_penalty
         self.length_cost = length_cost
+        self.score_rewards = score_rewards
+        self.success_threshold = success_threshold
         # As JSON returns them, because they are compared with those in a file.
         self.task_options = json.loads(json.dumps(task_options or {}))
         self.dtype = dtype
         self.sampled_tokens = 0  # since this rollout was built
 
+    def is_right(self, verdict: Verdict) -> bool:
+        """Whether an answer is a success. Any other is a failure, and worth a reflection."""
+        return verdict.score >= self.success_threshold
+
+    def value(self, verdict: Verdict) -> float:
+        """What a verdict gives to the reward."""
+        return verdict.score if self.score_rewards else float(self.is_right(verdict))
+
     @property
     def settings(self) -> dict[str, Any]:
-        """What a first answer depends on, besides weights and example. Stored with answers that are kept."""
+        """What a first answer and its verdict depend on, besides weights and example.
+
+        Stored with answers that are kept. A threshold of 1 is left out, because older files have none.
+        """
         sampler = self.sampler
         return {
             "task": self.task.name,
@@ -174,6 +194,7 @@ class Rollout:
             "greedy": sampler.greedy,
             "top_p": sampler.top_p,
             "top_k": sampler.top_k,
+            **({"success_threshold": self.success_threshold} if self.success_threshold != 1.0 else {}),
         }
 
     def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[Finished]:
@@ -328,7 +349,7 @@ class Rollout:
             logprobs=[*reflection.logprobs, *[0.0] * len(fed), *retry.logprobs],
             finish_reason=reflection.finish_reason,
             reward=reward(
-                [attempt.verdict.ok for attempt in tries],
+                [self.value(attempt.verdict) for attempt in tries],
                 len(reflection.ids),
                 limit=self.max_reflection_length,
                 length_cost=self.length_cost,
@@ -337,6 +358,7 @@ class Rollout:
             ),
             retry_finish_reason=retry.finish_reason,
             reasons=[attempt.verdict.reason for attempt in tries],
+            scores=graded_scores(tries),
             texts={
                 "prompt": failure.example.prompt,
                 "attempt": failure.text,
@@ -346,8 +368,21 @@ class Rollout:
         )
 
 
-def attempt_episodes(attempts: Sequence[Attempt], num_generations: int) -> list[Episode]:
-    """Plain GRPO on the first answer (`train_on: attempt`): `num_generations` neighbours are a group."""
+def graded_scores(attempts: Sequence[Attempt]) -> list[float]:
+    """The scores of the verdicts, or none if their reasons imply them all."""
+    graded = any("score" in attempt.verdict.to_json() for attempt in attempts)
+    return [attempt.verdict.score for attempt in attempts] if graded else []
+
+
+def attempt_episodes(
+    attempts: Sequence[Attempt],
+    num_generations: int,
+    value: Callable[[Verdict], float] = lambda verdict: verdict.score,
+) -> list[Episode]:
+    """Plain GRPO on the first answer (`train_on: attempt`): `num_generations` neighbours are a group.
+
+    `value` gives the reward of a verdict; see `Rollout.value`.
+    """
     return [
         Episode(
             example_id=attempt.example.id,
@@ -358,8 +393,9 @@ def attempt_episodes(attempts: Sequence[Attempt], num_generations: int) -> list[
             roles=["attempt"] * len(attempt.turn.ids),
             logprobs=list(attempt.turn.logprobs),
             finish_reason=attempt.turn.finish_reason,
-            reward=float(attempt.verdict.ok),
+            reward=value(attempt.verdict),
             reasons=[attempt.verdict.reason],
+            scores=graded_scores([attempt]),
             texts={"prompt": attempt.example.prompt, "attempt": attempt.text},
         )
         for index, attempt in enumerate(attempts)

@@ -31,6 +31,9 @@ class Scripted:
     def __init__(self, right=0.5, die_at=None, **settings):
         self.right, self.die_at, self.asked, self.settings = right, die_at, [], settings
 
+    def is_right(self, verdict):
+        return verdict.ok
+
     def attempts(self, examples, *, stage, count, progress=None):
         assert stage == "failures"
         self.asked += [example.id for example in examples]
@@ -75,6 +78,22 @@ def test_failures_of_the_model_are_what_it_saw(tmp_path):
     sampled = parts.rollout.attempts(examples, stage="failures", count=2)
     assert found == without_logprobs([a for a in sampled if not a.verdict.ok])
     assert {failure.generation for failure in found} == {0, 1}
+
+
+def test_scores_below_the_threshold_are_failures_and_are_kept(tmp_path):
+    class Graded(tiny.Toy):
+        def verify(self, example, text):
+            return Verdict("partial", example.data["i"] / 4)
+
+    parts = tiny.build(task=Graded(), success_threshold=0.5)
+    found = collect(tmp_path / "f.jsonl", parts.rollout, parts.task.examples("train", 6))
+    assert [failure.verdict for failure in found] == [Verdict("partial", 0.0), Verdict("partial", 0.25)]
+    assert load(tmp_path / "f.jsonl") == found
+    counts = summary(tmp_path / "f.jsonl")
+    assert (counts["solved"], counts["failed"], counts["right"]) == (4, 2, 4)
+    other = tiny.build(task=Graded(), success_threshold=0.25)
+    with pytest.raises(files.MismatchError, match="success_threshold: 0.5 -> 0.25"):
+        collect(tmp_path / "f.jsonl", other.rollout, parts.task.examples("train", 6))
 
 
 @pytest.mark.parametrize(("attempts", "kept"), [(1, 1), (3, 1), (3, 2), (3, 3)])

@@ -9,6 +9,7 @@ from grpo.learner.packing import pack_episodes
 from grpo.rollout import REFLECTION, RETRY, STAGES, NoiseKey, attempt_episodes, reward
 from grpo.sampler.engine import Feed, Sample
 from grpo.sampler.sampling import uniforms
+from grpo.tasks import Verdict
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
@@ -147,6 +148,42 @@ def test_length_costs_successes_only():
     assert [reward([True], n, limit=10, length_cost=0.5) for n in lengths] == [0.95, 0.75, 0.5]
     assert [reward([True, False], n, limit=10, length_cost=0.5) for n in lengths] == [0.475, 0.375, 0.25]
     assert {reward([False], n, limit=10, length_cost=0.5) for n in lengths} == {0}
+
+
+def test_costs_of_a_mean_score():
+    assert reward([0.5, 0.25], 5, limit=10) == 0.375
+    assert reward([2.0], 5, limit=10, length_cost=0.5) == 1.5
+    assert reward([-1.0], 5, limit=10, length_cost=0.5) == -1.0  # a longer reflection must not lose less
+
+
+class Graded(tiny.Toy):
+    """The share of digits."""
+
+    def verify(self, example, text):
+        share = sum(c in "0123456789" for c in text) / max(len(text), 1)
+        return Verdict("ok" if share == 1 else "wrong", share)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reward": "score"}, {"success_threshold": 0.2}])
+def test_a_graded_verdict_gives_its_score_or_success(settings):
+    parts = tiny.build(task=Graded(), retries_per_reflection=2, **settings)
+    threshold = settings.get("success_threshold", 1.0)
+    attempts = parts.rollout.attempts(parts.task.examples("train", 12), stage="failures")
+    values = [parts.rollout.value(attempt.verdict) for attempt in attempts]
+    if settings.get("reward") == "score":
+        assert values == [attempt.verdict.score for attempt in attempts] and 0 < sum(values) < 12
+    else:
+        assert values == [float(attempt.verdict.score >= threshold) for attempt in attempts]
+    assert [e.reward for e in attempt_episodes(attempts, 4, parts.rollout.value)] == values
+    failures = [attempt for attempt in attempts if not parts.rollout.is_right(attempt.verdict)]
+    episodes = tiny.episodes(parts, failures[:3])
+    assert any(episode.scores for episode in episodes)
+    for episode in episodes:
+        scores = episode.scores or [Verdict(reason).score for reason in episode.reasons]
+        given = scores if settings.get("reward") == "score" else [score >= threshold for score in scores]
+        assert episode.reward == sum(given) / 2 and len(scores) == 2
+        assert ("scores" in episode.to_json()) == bool(episode.scores)
+    assert ("success_threshold" in parts.rollout.settings) == (threshold != 1.0)
 
 
 def test_episodes_have_the_reward_of_the_settings(pool):

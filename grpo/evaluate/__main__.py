@@ -33,6 +33,7 @@ from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID
 from grpo.run import build, checkpoint, files
+from grpo.tasks import TaskError
 from grpo.tasks.contract import check_task
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (checkpoint.CheckpointError, files.RunDirError, FloatingPointError, OSError) as error:
+    except (checkpoint.CheckpointError, files.RunDirError, TaskError, FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

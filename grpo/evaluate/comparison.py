@@ -150,7 +150,20 @@ def model_figures(result: ModelResult) -> Figures:
     }
     if all("tolerant" in record["first"] for record in result.records):
         figures["tolerant"] = _tolerant(result.records)
+    if any("score" in turn for record in result.records for turn in (record["first"], record["retry"] or {})):
+        figures["mean_score"] = _mean_score(result.records)
     return figures
+
+
+def _mean_score(records: Sequence[ProblemRecord]) -> Figures:
+    """Mean scores of the first tries, and of the last: the retry, if there is one."""
+
+    def score(turn: Mapping[str, Any]) -> float:
+        return turn.get("score", float(turn["reason"] == "ok"))
+
+    first = [score(record["first"]) for record in records]
+    last = [score(record["retry"] or record["first"]) for record in records]
+    return {"first_try": sum(first) / len(first), "last_try": sum(last) / len(last)}
 
 
 def _tolerant(records: Sequence[ProblemRecord]) -> Figures:
@@ -258,7 +271,7 @@ def _shared_settings(result: ModelResult) -> dict[str, Any]:
 
 def _right(attempt: Mapping[str, Any] | None) -> bool:
     """Of a first try, a retry or a control; None: it was not made."""
-    return attempt is not None and attempt["reason"] == "ok"
+    return attempt is not None and attempt.get("right", attempt["reason"] == "ok")
 
 
 def _numbers(flags: Any) -> list[float]:

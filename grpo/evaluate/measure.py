@@ -21,7 +21,7 @@ from grpo.episode import Episode
 from grpo.evaluate.comparison import CONTROLS, ModelResult, ProblemRecord
 from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
-from grpo.tasks import Example, TolerantTask
+from grpo.tasks import Example, TolerantTask, Verdict
 from grpo.tasks.contract import leaks, tolerant_verdict
 
 BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
@@ -43,7 +43,8 @@ def measure(
     One record per example: `id`, `prompt`, `first` {text, reason, tokens, finish_reason}; for failures also
     `reflection` {text, tokens, finish_reason, leaks}, `retry` {text, reason, tokens} (both otherwise None)
     and `controls` {name: {text, reason}} (otherwise empty). For a TolerantTask `first` and `retry` also have
-    `tolerant`, the reason of the lenient verdict.
+    `tolerant`, the reason of the lenient verdict. After a `reason` comes `score` if the reason does not imply
+    it, and `right` if `success_threshold` decides otherwise than the reason.
 
     Args:
         rollout: policy and task; its sampler's decoding settings are used as they are.
@@ -113,12 +114,12 @@ def _measure_block(
     progress: Sequence[Progress],
 ) -> list[ProblemRecord]:
     attempts = rollout.attempts(examples, stage=stage, progress=progress[0])
-    failures = [attempt for attempt in attempts if not attempt.verdict.ok]
+    failures = [attempt for attempt in attempts if not rollout.is_right(attempt.verdict)]
     episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
     verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress[2])
     reflected = iter(zip(episodes, verdicts, strict=True))
     return [
-        _record(rollout, attempt, *((None, {}) if attempt.verdict.ok else next(reflected)))
+        _record(rollout, attempt, *((None, {}) if rollout.is_right(attempt.verdict) else next(reflected)))
         for attempt in attempts
     ]
 
@@ -153,7 +154,9 @@ def _control_verdicts(
     verdicts: list[dict[str, Any]] = []
     for _ in failures:
         done = {control: next(retries) for control in tried}
-        texts = {name: {"text": retry.text, "reason": retry.verdict.reason} for name, retry in done.items()}
+        texts = {
+            name: {"text": retry.text, **_judged(rollout, retry.verdict)} for name, retry in done.items()
+        }
         verdicts.append({control: texts.get(control) for control in controls})
     return verdicts
 
@@ -175,7 +178,7 @@ def _record(
     rollout: Rollout, attempt: Attempt, episode: Episode | None, controls: dict[str, Any]
 ) -> ProblemRecord:
     example, turn = attempt.example, attempt.turn
-    first = {"text": attempt.text, "reason": attempt.verdict.reason, "tokens": len(turn.ids)}
+    first = {"text": attempt.text, **_judged(rollout, attempt.verdict), "tokens": len(turn.ids)}
     record: ProblemRecord = {
         "id": example.id,
         "prompt": example.prompt,
@@ -192,10 +195,17 @@ def _record(
             "finish_reason": episode.finish_reason,
             "leaks": leaks(rollout.task, example, text),
         }
-        retry = {"text": episode.texts["retry"], "reason": episode.reasons[0]}
+        verdict = Verdict(episode.reasons[0], episode.scores[0] if episode.scores else None)
+        retry = {"text": episode.texts["retry"], **_judged(rollout, verdict)}
         tolerant = _tolerant(rollout, example, retry["text"])
         record["retry"] = {**retry, "tokens": len(_ids(episode, "retry")), **tolerant}
     return record
+
+
+def _judged(rollout: Rollout, verdict: Verdict) -> dict[str, Any]:
+    """The verdict for a record, with `right` where the reason alone would say otherwise."""
+    right = rollout.is_right(verdict)
+    return verdict.to_json() | ({} if right == verdict.ok else {"right": right})
 
 
 def _tolerant(rollout: Rollout, example: Example, text: str) -> dict[str, str]:

@@ -46,6 +46,8 @@ def _headline(report: Figures) -> str:
     title = f"{task}, {report['num_problems']} problems, right answers in percent"
     names = list(report["models"])
     lines = [title]
+    if threshold := report["settings"].get("success_threshold"):
+        lines.append(f"(right: a score of at least {threshold:g})")
     for start in range(0, len(names), MODELS_PER_TABLE):
         shown = names[start : start + MODELS_PER_TABLE]
         width = max(20, min(COLUMN + 8, 2 + max(len(name) for name in shown)))
@@ -94,6 +96,10 @@ def figure_rows(models: Mapping[str, Figures]) -> list[tuple[str, list[str]]]:
         tolerant = [f.get("tolerant", {}) for f in figures]
         rows.append(("first try, tolerant", [_share(shares.get("first_try")) for shares in tolerant]))
         rows.append(("second try, tolerant", [_share(shares.get("second_try")) for shares in tolerant]))
+    if any("mean_score" in f for f in figures):
+        scores = [f.get("mean_score", {}) for f in figures]
+        rows.append(("mean score, first try", [_score(means.get("first_try")) for means in scores]))
+        rows.append(("mean score, last try", [_score(means.get("last_try")) for means in scores]))
     rows.append(("gain of the second try", [_points(f["gain_of_second_try"]) for f in figures]))
     rows.append(("retries right", [_share(f["retry_success"]) for f in figures]))
     for name in CONTROLS:
@@ -152,6 +158,10 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _score(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
 def _share(share: Mapping[str, Any] | None) -> str:
     return (
         "-"
@@ -208,7 +218,10 @@ def turn_lines(label: str, turn: Mapping[str, Any], width: int) -> list[str]:
         width: columns.
     """
     verdict = turn.get("reason", "cut at the limit" if turn.get("finish_reason") == "length" else "")
-    mark = f" ({'right' if verdict == 'ok' else verdict})" if verdict else ""
+    if turn.get("right", verdict == "ok"):
+        verdict = "right"
+    score = f", score {turn['score']:.3g}" if "score" in turn else ""
+    mark = f" ({verdict}{score})" if verdict else ""
     return [f"{label}{mark}:", *(f"  {line}" for line in _wrapped(turn["text"], width - 2))]
 
 

@@ -41,7 +41,13 @@ class Noisy:
         self.name, self.system = self.true.name, self.true.system
         self.reflection_instruction = self.true.reflection_instruction
         self._train: set[str] = set()
-        for name in ("opening", "transcript", "tolerant", "format_reasons"):  # what only some tasks have
+        for name in (
+            "opening",
+            "transcript",
+            "tolerant",
+            "check",
+            "format_reasons",
+        ):  # what only some tasks have
             if hasattr(self.true, name):
                 setattr(self, name, getattr(self.true, name))
 

@@ -95,6 +95,8 @@ def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> R
         overlong_buffer=config.overlong_buffer,
         soft_overlong_penalty=config.soft_overlong_penalty,
         length_cost=config.length_cost,
+        score_rewards=config.reward == "score",
+        success_threshold=config.success_threshold,
         task_options=config.task_options,
         dtype=config.dtype,
     )

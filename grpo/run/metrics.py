@@ -17,7 +17,7 @@ from grpo.episode import Episode, episode_metrics
 from grpo.rollout import Attempt
 from grpo.run import files
 from grpo.run.diagnostics import Record, Warnings
-from grpo.tasks import Task, format_reasons
+from grpo.tasks import Task, Verdict, format_reasons
 from grpo.tasks.contract import leaks
 
 # Label and number format of what the console shows of a step.
@@ -108,7 +108,12 @@ def console_line(record: Record, max_steps: int | None = None) -> str:
 
 
 def rollout_metrics(
-    episodes: Sequence[Episode], *, train_on: str, task: Task, groups: Sequence[Attempt]
+    episodes: Sequence[Episode],
+    *,
+    train_on: str,
+    task: Task,
+    groups: Sequence[Attempt],
+    success_threshold: float = 1.0,
 ) -> dict[str, float]:
     """All metrics of one step of RL that its episodes show; `Learner.step` returns those of the update.
 
@@ -119,30 +124,43 @@ def rollout_metrics(
         train_on: the setting; "attempt" has no reflections, so no `leaks`.
         task: the verifier of the episodes.
         groups: the failed attempt of each group; `group_id` of an episode is an index into them.
+        success_threshold: the setting.
     Returns:
-        Rewards and lengths (`episode_metrics`), verdicts (`verdict_metrics`), and `leaks`: the share of
-        reflections that state an accepted answer.
+        Rewards and lengths (`episode_metrics`), verdicts (`verdict_metrics`; `verdicts/score`, their mean
+        score, if a verdict is graded), and `leaks`: the share of reflections that state an accepted answer.
     """
     reasons = [reason for episode in episodes for reason in episode.reasons]
-    metrics = episode_metrics(episodes, train_on) | verdict_metrics(reasons, format_reasons(task))
+    scores = [score for episode in episodes for score in episode.scores or map(_implied, episode.reasons)]
+    right = [score >= success_threshold for score in scores]
+    metrics = episode_metrics(episodes, train_on) | verdict_metrics(reasons, right, format_reasons(task))
+    if any(episode.scores for episode in episodes):
+        metrics["verdicts/score"] = sum(scores) / len(scores)
     if train_on != "attempt":
         leaking = [leaks(task, groups[e.group_id].example, e.texts["reflection"]) for e in episodes]
         metrics["leaks"] = sum(leaking) / len(leaking)
     return metrics
 
 
-def verdict_metrics(reasons: Sequence[str], format_reasons: frozenset[str]) -> dict[str, float]:
-    """Shares of right answers, and of answers that could not be read, from the verdicts' reasons.
+def verdict_metrics(
+    reasons: Sequence[str], right: Sequence[bool], format_reasons: frozenset[str]
+) -> dict[str, float]:
+    """Shares of right answers, and of answers that could not be read.
 
     Args:
         reasons: one per verdict.
+        right: whether its score reaches `success_threshold`, for each verdict.
         format_reasons: reasons that mean that the answer could not be read; see `grpo.tasks.Task`.
     """
     count = max(len(reasons), 1)
     return {
-        "verdicts/ok": sum(reason == "ok" for reason in reasons) / count,
+        "verdicts/ok": sum(right) / count,
         "verdicts/format": sum(reason in format_reasons for reason in reasons) / count,
     }
+
+
+def _implied(reason: str) -> float:
+    """The score of a verdict that has none of its own."""
+    return Verdict(reason).score
 
 
 def _number(value: Any) -> float | int | None:

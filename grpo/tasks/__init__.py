@@ -3,7 +3,8 @@
 A task gives examples, judges answers and, for models that need a warm start, writes worked conversations. It
 knows nothing about tokens, models or training, so a new task fits in one file (docs/tasks.md).
 
-Left out: partial rewards. The reward of the paper (arXiv 2505.24726) is 1 or 0, and so is ours.
+The reward of the paper (arXiv 2505.24726) is 1 or 0. A verdict may also have another score; the settings
+`reward` and `success_threshold` decide what becomes of it. Left out: reward models.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
+import importlib.util
 import inspect
+import math
+import os
 import pkgutil
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, get_args, get_type_hints, runtime_checkable
@@ -28,19 +32,40 @@ RIGHT_ATTEMPTS = 0.2  # share of transcripts whose first attempt is right
 THINK, END_THINK = "<think>", "</think>"  # around the thoughts of thinking models
 
 
-@dataclass(frozen=True)
+class TaskError(RuntimeError):
+    """A task cannot go on, because of something that its user wrote, such as a reward function that raises.
+
+    The message is one line for the user. The commands end with it, after the finished steps are saved.
+    """
+
+
+@dataclass(frozen=True, init=False)
 class Verdict:
-    """What a verifier found: `reason` is "ok" or a short code for the first check that failed."""
+    """What a verifier found.
+
+    Attributes:
+        reason: "ok" or a short code for the first check that failed.
+        score: how good the answer is; without it 1 for "ok" and 0 for any other reason.
+    """
 
     reason: str
+    score: float
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.reason, str) or not self.reason:
-            raise ValueError(f"a Verdict's reason must be 'ok' or a short code, got {self.reason!r}")
+    def __init__(self, reason: str, score: float | None = None) -> None:
+        if not isinstance(reason, str) or not reason:
+            raise ValueError(f"a Verdict's reason must be 'ok' or a short code, got {reason!r}")
+        if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
+            raise ValueError(f"a Verdict's score must be a finite number, got {score!r}")
+        object.__setattr__(self, "reason", reason)  # the way to set a field of a frozen dataclass
+        object.__setattr__(self, "score", float(self.ok if score is None else score))
 
     @property
     def ok(self) -> bool:
         return self.reason == "ok"
+
+    def to_json(self) -> dict[str, Any]:
+        """{"reason"}, and "score" where the reason does not imply it. `Verdict(**...)` reads it."""
+        return {"reason": self.reason} | ({} if self.score == float(self.ok) else {"score": self.score})
 
 
 @dataclass(frozen=True)
@@ -145,6 +170,15 @@ class OpeningTask(Task, Protocol):
     ) -> tuple[list[dict[str, str]], list[dict[str, Any]] | None]: ...
 
 
+@runtime_checkable
+class CheckedTask(Task, Protocol):
+    """A task that can look at examples before a run: whether each of them can be judged."""
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Raises ValueError with one line for the user."""
+        ...
+
+
 class TakesTools(Protocol):
     """Of a chat (grpo/chat.py): whether its template writes out tools."""
 
@@ -187,15 +221,15 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
     """Builds a task from `--task` and `--task_options`.
 
     Args:
-        spec: a registered name, or `package.module:Name` for a class, or a function annotated to return a
-            Task, anywhere on the import path.
+        spec: a registered name; `package.module:Name`, on the import path or in the current directory, or
+            `path/to/file.py:Name`, for a class, or a function annotated to return a Task.
         options: keyword arguments of that class or function.
     Raises:
         ValueError: unknown task or option (the message gives the nearest known one), an option of another
             type than its annotation says, or what it builds is no task.
     """
     options = options or {}
-    factory = _import_factory(spec) if ":" in spec else _registered_factory(spec)
+    factory = load_object(spec, "task") if ":" in spec else _registered_factory(spec)
     _check_makes_tasks(spec, factory)
     _check_options(spec, factory, options)
     try:
@@ -210,8 +244,10 @@ def get_task(spec: str, options: dict[str, Any] | None = None) -> Task:
 def raised(error: BaseException, where: str) -> str:
     """One line about an exception in a task's code: `where`, the exception, and the file and line.
 
-    A ValueError of the tasks of this package is written for users: of it, the message alone.
+    A TaskError, or a ValueError of the tasks of this package, is written for users: of it, the message alone.
     """
+    if isinstance(error, TaskError):
+        return str(error)
     package = Path(__file__).parent
     callers = ("<frozen importlib", importlib.__file__, __file__, str(package / "contract.py"))
     trace = traceback.extract_tb(error.__traceback__)
@@ -238,40 +274,65 @@ def check_split(split: str) -> None:
 def _registered_factory(name: str) -> Callable[..., Any]:
     known = task_names()
     if name not in _REGISTRY:
-        hint = nearest(name, known)
-        raise ValueError(f"task must be one of {', '.join(known)} or package.module:Name, got {name!r}{hint}")
+        raise ValueError(
+            f"task must be one of {', '.join(known)}, or package.module:Name or FILE.py:Name, "
+            f"got {name!r}{nearest(name, known)}"
+        )
     return _REGISTRY[name]
 
 
-def _import_factory(spec: str) -> Callable[..., Any]:
-    module_name, _, attribute = spec.partition(":")
+def load_object(spec: str, what: str) -> Any:
+    """The object that `package.module:Name` or `path/to/file.py:Name` names.
+
+    The current directory is on the import path, also for an installed command.
+
+    Args:
+        what: what the object is for, such as "task"; begins the messages.
+    Raises:
+        ValueError: no such file, module or name. What the user's module itself raises, with its own
+            traceback, is the user's to see.
+    """
+    module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:
-        raise ValueError(f"task must be a registered name or package.module:Name, got {spec!r}")
-    _print_files(spec, module_name)
+        raise ValueError(f"{what} must be given as package.module:Name or FILE.py:Name, got {spec!r}")
+    path = Path(module_name) if module_name.endswith(".py") else None
+    if path is not None and not path.is_file():
+        near = nearest(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise ValueError(f"{what} {spec!r}: there is no file {str(path)!r} in {os.getcwd()}{near}")
+    _add_to_path(os.getcwd() if path is None else str(path.resolve().parent))
+    _print_files(f"{what} {spec}", module_name)
     try:
-        module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name) if path is None else _module_of_file(path)
     except ModuleNotFoundError as error:
         # An import that fails inside the user's module is the user's to see, with its own traceback.
         if error.name is None or not (module_name + ".").startswith(error.name + "."):
             raise
-        raise ValueError(f"task {spec!r}: no module {error.name!r} on the import path") from error
+        raise ValueError(
+            f"{what} {spec!r}: no module {error.name!r} on the import path or in {os.getcwd()}"
+        ) from error
     except (
         ValueError,
         OSError,
         SystemExit,
     ) as error:  # without its place it would read like a wrong argument
-        raise ValueError(raised(error, f"task {spec!r}: import")) from error
+        raise ValueError(raised(error, f"{what} {spec!r}: import")) from error
     if not hasattr(module, attribute):
         names = [name for name in dir(module) if not name.startswith("_")]
-        raise ValueError(f"task {spec!r}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
+        raise ValueError(f"{what} {spec!r}: {module_name} has no {attribute!r}{nearest(attribute, names)}")
     return getattr(module, attribute)
 
 
-def _print_files(spec: str, module_name: str) -> None:
+def _print_files(what: str, module_name: str) -> None:
     """Says which files an import is about to execute: a config.yaml, perhaps another person's, names them."""
-    if module_name not in sys.modules and module_name.partition(".")[0] != "grpo":
-        if files := files_of_module(module_name):
-            print(f"task {spec} runs code from {', '.join(map(str, files))}", flush=True)
+    if module_name.endswith(".py"):
+        path = Path(module_name).resolve()
+        files = [path] if path.is_file() and str(path) not in sys.modules else []
+    elif module_name in sys.modules or module_name.partition(".")[0] == "grpo":
+        files = []
+    else:
+        files = files_of_module(module_name)
+    if files:
+        print(f"{what} runs code from {', '.join(map(str, files))}", flush=True)
 
 
 def files_of_module(name: str) -> list[Path]:
@@ -293,6 +354,27 @@ def files_of_module(name: str) -> list[Path]:
             files.append(Path(spec.origin))
         path = spec.submodule_search_locations
     return files
+
+
+def _module_of_file(path: Path) -> Any:
+    """The module in a file. It is loaded once."""
+    name = str(path.resolve())  # no name of an import statement, so it shadows none
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, name)
+        assert spec is not None and spec.loader is not None  # there is a loader for .py
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def _add_to_path(folder: str) -> None:
+    """Last, so that a folder of the user, such as `datasets`, hides no installed package."""
+    if folder not in sys.path:
+        sys.path.append(folder)
 
 
 def _check_makes_tasks(spec: str, factory: Any) -> None:

@@ -17,7 +17,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from grpo.tasks import Example, TakesTools, Task, TolerantTask, Transcript, Verdict, opening, raised
+from grpo.tasks import (
+    CheckedTask,
+    Example,
+    TakesTools,
+    Task,
+    TolerantTask,
+    Transcript,
+    Verdict,
+    opening,
+    raised,
+)
 
 # An empty answer, and one with what parsers stumble over.
 PROBES = ("", 'probe <answer>1 +</answer> {"a": [1, \x00 \u4e2d\U0001f600')
@@ -86,6 +96,9 @@ def check_task(
         for example in (part[0], part[-1]):
             _check_methods(task, example, transcripts)
         examples += part
+    if isinstance(task, CheckedTask):
+        with _calling(task, "check"):
+            task.check(examples)
     return examples
 
 

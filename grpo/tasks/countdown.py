@@ -1,9 +1,10 @@
 """Countdown: combine all the given numbers, each once, into an expression that equals the target.
 
 The paper (arXiv 2505.24726) plays it with 3 or 4 numbers up to 100 and + - * /; the demo with 3 numbers up
-to 12 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is
-downloaded. Left out: partial credit for the right format, and problems whose only solutions pass through
-negative numbers or fractions (the verifier accepts such answers all the same).
+to 12 and + and -, which a 135M model can learn in minutes. Problems are generated, so nothing is downloaded,
+or read from a file such as Countdown-Tasks-3to4. Left out: partial credit for the right format, and problems
+whose only solutions pass through negative numbers or fractions (the verifier accepts such answers all the
+same).
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ import hashlib
 import itertools
 import math
 import random
+import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 from grpo.tasks import (
     RIGHT_ATTEMPTS,
@@ -25,6 +29,9 @@ from grpo.tasks import (
     register,
 )
 from grpo.tasks.expression import contains, evaluate, literals, parse, reachable, worked
+from grpo.tasks.function_calling.data import Skipped
+from grpo.tasks.function_calling.json_calls import Unreadable, read_json
+from grpo.tasks.rows import Malformed, Row, read_file, require, value_of
 
 MAX_ANSWER_CHARACTERS = 200
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
@@ -33,6 +40,7 @@ _ALLOWED = frozenset("0123456789+-*/()")
 HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.1
 WANTED_HELDOUT, MAX_HELDOUT_SHARE = 512, 0.7  # a small space gives more of itself to held-out problems
 ENUMERABLE = 2_000  # number sets; up to this many, all problems are listed, above it they are drawn
+MAX_NUMBERS = 6
 PATIENCE = 10_000  # draws without a new problem after which a space counts as exhausted
 
 Problem = tuple[tuple[int, ...], int]  # sorted numbers, target
@@ -82,6 +90,8 @@ class Countdown:
         reflection_stop: in transcripts, share of reflections that give up after one combination that failed.
         max_tries: in transcripts, most combinations that a reflection tries.
         max_target: largest target; None for no limit. (With * four numbers up to 100 make eight digits.)
+        path: file with the columns nums and target (grpo/tasks/rows.py), to take the problems from.
+            Its problems must be solvable with `operators`; numbers, low and high are not used.
     """
 
     name = "countdown"
@@ -101,6 +111,7 @@ class Countdown:
         reflection_stop: float = 0.5,
         max_tries: int = 6,
         max_target: int | None = None,
+        path: str | None = None,
     ) -> None:
         self.counts = _parse_counts(numbers)
         if not 0 <= low <= high:
@@ -116,9 +127,13 @@ class Countdown:
         self.system: str | None = _rules(operators)
         self.low, self.high, self.operators, self.seed = low, high, operators, seed
         self.reflection_stop, self.max_tries, self.max_target = reflection_stop, max_tries, max_target
+        self._advice = "raise high or numbers, or add operators"
         self._splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
         small = sum(math.comb(high - low + count, count) for count in self.counts) <= ENUMERABLE
-        self._source = self._listed() if small else self._drawn()
+        if path is None:
+            self._source = self._listed() if small else self._drawn()
+        else:
+            self._source = self._from_file(Path(path))
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         """Examples `offset` to `offset + count` of train, validation or heldout.
@@ -140,7 +155,7 @@ class Countdown:
             if produced is None:
                 raise ValueError(
                     f"split {split!r} has {len(ready)} examples, but offset {offset} plus count {count} were "
-                    "asked for; raise high or numbers, or add operators"
+                    f"asked for; {self._advice}"
                 )
             self._splits[produced[0]].append(produced[1])
         return ready[offset : offset + count]
@@ -230,9 +245,41 @@ class Countdown:
                 continue
             misses = 0
             seen.add(problem)
-            place = _fraction(problem)
-            split = "validation" if place < HELDOUT_SHARE + VALIDATION_SHARE else "train"
-            yield ("heldout" if place < HELDOUT_SHARE else split), _example(problem)
+            yield _split(problem), _example(problem)
+
+    def _from_file(self, path: Path) -> Iterator[tuple[str, Example]]:
+        """The solvable problems of a file. A problem is in the split in which `_drawn` would have it."""
+        skipped = Skipped()
+        rows = read_file(path, skipped)
+        nums = "numbers" if rows and "numbers" in rows[0].values else "nums"
+        for column in (nums, "target") if rows else ():
+            require(column, rows, column)
+        problems: dict[Problem, None] = {}
+        for row in rows:
+            try:
+                problems[_problem(row, nums)] = None
+            except Malformed as error:
+                skipped.add(row.where, str(error))
+        if not problems:
+            raise ValueError(f"{path} has no usable row: {skipped}")
+        if skipped.count:
+            seen = skipped.count + len(problems)
+            warnings.warn(f"{path}: skipped {skipped.count} of {seen} rows: {skipped}", stacklevel=3)
+        return self._solvable(path, list(problems))
+
+    def _solvable(self, path: Path, problems: list[Problem]) -> Iterator[tuple[str, Example]]:
+        """Looks for a solution as a problem is asked for: for all of them it would take an hour."""
+        random.Random(f"countdown order {self.seed}").shuffle(problems)
+        unsolvable = 0
+        for numbers, target in problems:
+            if target in reachable(numbers, self.operators) and target <= (self.max_target or math.inf):
+                yield _split((numbers, target)), _example((numbers, target))
+            else:
+                unsolvable += 1
+        self._advice = (
+            f"{path} has {len(problems)} problems; {unsolvable} have no solution in whole numbers with "
+            f"operators {self.operators!r}, or a target above max_target"
+        )
 
 
 def _rules(operators: str) -> str:
@@ -249,8 +296,10 @@ def _parse_counts(numbers: int | str) -> range:
     """3 or "3" -> range(3, 4); "3-4" -> range(3, 5)."""
     first, _, last = str(numbers).partition("-")
     last = last or first
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= 6):
-        raise ValueError(f'numbers must be a count from 1 to 6 or a range such as "3-4", got {numbers!r}')
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last) <= MAX_NUMBERS):
+        raise ValueError(
+            f'numbers must be a count from 1 to {MAX_NUMBERS} or a range such as "3-4", got {numbers!r}'
+        )
     return range(int(first), int(last) + 1)
 
 
@@ -261,6 +310,34 @@ def _digest(problem: Problem) -> bytes:
 def _fraction(problem: Problem) -> float:
     """Where the problem lies in [0, 1): the same in every setting, so it decides the split."""
     return int.from_bytes(_digest(problem)[:6], "big") / 2.0**48
+
+
+def _split(problem: Problem) -> str:
+    place = _fraction(problem)
+    if place < HELDOUT_SHARE:
+        return "heldout"
+    return "validation" if place < HELDOUT_SHARE + VALIDATION_SHARE else "train"
+
+
+def _problem(row: Row, nums: str) -> Problem:
+    """Raises Malformed."""
+    numbers, target = (_read(value_of(row, name)) for name in (nums, "target"))
+    if not isinstance(numbers, list) or not 1 <= len(numbers) <= MAX_NUMBERS:
+        raise Malformed(f"{nums} must be 1 to {MAX_NUMBERS} numbers, got {numbers!r}")
+    for number in [*numbers, target]:
+        if type(number) is not int or not 0 <= number < 10**6:
+            raise Malformed(f"{nums} and target must be whole numbers from 0, got {number!r}")
+    return tuple(sorted(numbers)), target
+
+
+def _read(value: Any) -> Any:
+    """CSV has text: "[1, 2, 3]"."""
+    if isinstance(value, str):
+        try:
+            return read_json(value)
+        except Unreadable:
+            raise Malformed(f"must have numbers, got {value!r}") from None
+    return value
 
 
 def _orders(problem: Problem) -> list[tuple[int, ...]]:

@@ -207,3 +207,19 @@ def test_all_right_from_the_start_leaves_nothing_to_compare():
         and figures["examples"] == []
     )
     assert "retries right" in table(figures)
+
+
+def test_scores_are_reported_and_a_threshold_decides_what_is_right(before_rl):
+    records = [record(0, BAD), record(1, OK), record(2, BAD, BAD, controls=(BAD, None, None))]
+    records[0]["first"] |= {"score": 0.75, "right": True}
+    records[1]["first"] |= {"score": 0.25, "right": False}
+    records[2]["first"] |= {"score": 0.25}
+    records[2]["retry"] |= {"score": 0.5, "right": True}
+    result = report({"model": ModelResult(records, {"task": "mine", "success_threshold": 0.5})})
+    figures = result["models"]["model"]
+    assert figures["first_try"]["count"] == 1 and figures["second_try"]["count"] == 2
+    assert figures["mean_score"] == {"first_try": 1.25 / 3, "last_try": 1.5 / 3}
+    text = table(result)
+    assert "(right: a score of at least 0.5)" in text and "mean score, last try" in text and "0.417" in text
+    assert "second try (right, score 0.5):" in text
+    assert "mean score" not in table(report({"model": before_rl}))  # and a file without scores is as it was

@@ -78,9 +78,24 @@ def test_each_log_is_one_console_line(tmp_path):
 
 
 def test_verdict_metrics_tell_wrong_from_unreadable():
-    mixed = verdict_metrics(["ok", "wrong_value", "no_answer", "parse"], frozenset({"no_answer", "parse"}))
+    reasons, right = ["ok", "wrong_value", "no_answer", "parse"], [True, False, False, False]
+    mixed = verdict_metrics(reasons, right, frozenset({"no_answer", "parse"}))
     assert mixed == {"verdicts/ok": 0.25, "verdicts/format": 0.5}
-    assert verdict_metrics([], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+    assert verdict_metrics([], [], frozenset()) == {"verdicts/ok": 0.0, "verdicts/format": 0.0}
+
+
+def test_graded_verdicts_have_a_mean_score():
+    parts = tiny.build()
+    pool = tiny.failures(parts, 1)
+    episodes = tiny.episodes(parts, pool)
+    options = {"train_on": "reflection", "task": parts.task, "groups": pool}
+    assert "verdicts/score" not in rollout_metrics(episodes, **options)
+    scores = [0.25, 0.5, 1.5]
+    for episode, score in zip(episodes, scores, strict=False):
+        episode.reasons, episode.scores = ["wrong"], [score]
+    episodes[3].reasons = ["ok"]
+    metrics = rollout_metrics(episodes, success_threshold=0.5, **options)
+    assert metrics["verdicts/score"] == sum([*scores, 1.0]) / 4 and metrics["verdicts/ok"] == 3 / 4
 
 
 class Declared(tiny.Toy):

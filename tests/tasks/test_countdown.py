@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.tasks import Example, countdown, expression
+from grpo.tasks import SPLITS, Example, countdown, expression
 from grpo.tasks.countdown import Countdown, verify
 from grpo.tasks.expression import MAX_DEPTH, evaluate, parse, reachable
 
@@ -392,3 +392,41 @@ def test_system_message_names_the_operators() -> None:
     assert rules.endswith("with + and - to reach the target. Answer as <answer>3 + 5 - 2</answer>.")
     assert "+, -, * and /" in (Countdown(operators="+-*/").system or "")
     assert "with + to" in (Countdown(operators="+").system or "")
+
+
+# --- problems from a file -----------------------------------------------------------------------------------
+
+
+def test_problems_of_a_file_are_in_the_split_of_the_drawn_ones(tmp_path: Path) -> None:
+    drawn = Countdown("3-4", high=100, operators="+-*/", max_target=100)
+    problems = {split: [e.data for e in drawn.examples(split, 20)] for split in SPLITS}
+    rows = [
+        {"nums": data["numbers"], "target": data["target"]} for part in problems.values() for data in part
+    ]
+    rows += [{"nums": rows[0]["nums"][::-1], "target": rows[0]["target"]}, {"nums": [1, 1], "target": 999}]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Countdown(path=str(path), operators="+-*/")
+    for split, part in problems.items():
+        found = task.examples(split, 20)
+        assert {(*sorted(e.data["numbers"]), e.data["target"]) for e in found} == {
+            (*sorted(data["numbers"]), data["target"]) for data in part
+        }
+        assert all(task.transcript(e, random.Random(0)).attempt for e in found)
+        message = r"has 61 problems; 1 have no solution in whole numbers with operators '\+-\*/'"
+        with pytest.raises(ValueError, match=message):
+            task.examples(split, 21)
+
+
+def test_a_csv_file_and_rows_that_cannot_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.csv"
+    path.write_text('numbers,target\n"[1, 2, 3]",6\n"[1, ""a""]",6\n[],1\nx,1\n"[1, 2]",-3\n')
+    with pytest.warns(UserWarning, match="skipped 4 of 5 rows: tasks.csv line 3: numbers and target must be"):
+        task = Countdown(path=str(path))
+    assert sum(len(task._splits[split]) for split in SPLITS) == 0  # nothing is solved before it is asked for
+    path.write_text("nums,goal\n[1],1\n")
+    with pytest.raises(ValueError, match="target must be a column of the data"):
+        Countdown(path=str(path))
+    path.write_text("nums,target\n[],1\n")
+    with pytest.raises(ValueError, match="tasks.csv has no usable row"):
+        Countdown(path=str(path))

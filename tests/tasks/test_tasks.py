@@ -1,8 +1,10 @@
 """The registry, the small data classes, and the example of docs/tasks.md, run as it stands there."""
 
+import importlib.util
 import json
 import random
 import re
+import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from grpo import tasks
 from grpo.tasks import Example, Task, Transcript, Verdict, format_reasons, get_task, register, task_names
 from grpo.tasks.countdown import Countdown
+from grpo.tasks.dataset import Dataset
 from grpo.tasks.function_calling import FunctionCalling
 
 DOC = Path(__file__).parents[2] / "docs" / "tasks.md"
@@ -40,6 +43,13 @@ def test_verdict_and_example() -> None:
     assert Verdict("ok").ok and not Verdict("syntax").ok
     with pytest.raises(FrozenInstanceError):
         Verdict("ok").reason = "syntax"  # type: ignore[misc]
+    assert (Verdict("ok").score, Verdict("syntax").score, Verdict("wrong", 0.25).score) == (1.0, 0.0, 0.25)
+    assert Verdict("ok") == Verdict("ok", 1) and Verdict("wrong") != Verdict("wrong", 0.5)
+    assert Verdict("ok").to_json() == {"reason": "ok"}
+    assert Verdict("wrong", 0.5).to_json() == {"reason": "wrong", "score": 0.5}
+    for score in (float("nan"), float("inf"), "1"):
+        with pytest.raises(ValueError, match="score must be a finite number"):
+            Verdict("ok", score)  # type: ignore[arg-type]
     example = Example(id="a", prompt="?")
     # sha256("a") begins with ca978112ca1bbdca; the key is its first 63 bits.
     assert example.key == 0xCA978112CA1BBDCA >> 1 < 2**63
@@ -79,7 +89,7 @@ def test_get_task_by_path() -> None:
         ("test_tasks:Needy", {}, "do not fit: missing a required argument: 'length'"),
         ("test_tasks:Nameless", {}, "lacks name, system, reflection_instruction"),
         ("test_tasks:made", {}, "did you mean make"),
-        (":Countdown", {}, "must be a registered name or package.module:Name, got ':Countdown'"),
+        (":Countdown", {}, "must be given as package.module:Name or FILE.py:Name, got ':Countdown'"),
         ("grpo.tasks:Verdict", {"reason": "ok"}, "methods .*; it lacks examples, verify, leaks"),
     ],
 )
@@ -95,6 +105,60 @@ def test_an_import_error_inside_the_users_module_is_shown_as_it_is(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_package"):
         get_task("task_with_bad_import:Task", {})
+
+
+TASK_FILE = """
+from neighbour import WORD
+from grpo.tasks import Example, Verdict
+
+class Words:
+    name, system, reflection_instruction = "words", None, "Why?"
+
+    def examples(self, split, count, offset=0):
+        return [Example(f"{split} {i}", WORD) for i in range(offset, offset + count)]
+
+    def verify(self, example, text):
+        return Verdict("ok" if text == WORD else "wrong")
+
+    def leaks(self, example, reflection):
+        return WORD in reflection
+"""
+
+
+@pytest.mark.parametrize("spec", ["{folder}/words.py:Words", "words.py:Words", "words:Words"])
+def test_a_task_by_the_path_of_its_file_or_from_the_current_directory(
+    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "words.py").write_text(TASK_FILE)
+    (tmp_path / "neighbour.py").write_text("WORD = 'apple'\n")
+    # As in an installed command, whose path has neither its directory nor the current one.
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.chdir(tmp_path.parent if "folder" in spec else tmp_path)
+    spec = spec.format(folder=tmp_path)
+    task = get_task(spec)
+    assert task.verify(task.examples("train", 1)[0], "apple").ok
+    assert capsys.readouterr().out == f"task {spec} runs code from {tmp_path / 'words.py'}\n"
+    assert get_task(spec).__class__ is task.__class__ and capsys.readouterr().out == ""
+    assert sys.path[-1] == str(tmp_path)  # last, so that it hides no installed package
+
+
+def test_a_task_file_that_is_not_there_or_has_no_such_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.py").write_text("class Words: pass\n")
+    (tmp_path / "raises.py").write_text("raise ValueError('bad')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for spec, message in [
+        ("wordz.py:Words", "there is no file 'wordz.py' in .*; did you mean words.py"),
+        ("words.py:Word", "has no 'Word'; did you mean Words"),
+        ("words.py:Words", "it lacks examples, verify, leaks"),
+        ("raises.py:Words", r"import raised ValueError: bad \(.*raises.py, line 1\)"),
+        ("words.py", "must be one of .* or package.module:Name or FILE.py:Name"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            get_task(spec)
 
 
 @pytest.mark.parametrize("spec", ["os:system", "subprocess:Popen", "builtins:exec", "shutil:rmtree"])
@@ -142,6 +206,33 @@ def test_tasks_declare_which_verdicts_are_format_errors() -> None:
         assert (verdict.reason in format_reasons(countdown)) == unreadable
 
 
+def test_extras_are_imported_when_a_task_needs_them_and_not_when_tasks_are_listed() -> None:
+    extras = {"datasets", "math_verify", "pyarrow", "reasoning_gym"}
+    code = f"import sys, grpo.tasks; grpo.tasks.task_names(); sys.exit(len({extras} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=DOC.parents[1]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "extra"),
+    [
+        ({"path": "a.jsonl", "verifier": "math"}, "math"),
+        ({"path": "a.parquet"}, "parquet"),
+        ({"path": "owner/name"}, "datasets"),
+        ({"name": "gcd"}, "reasoning_gym"),
+    ],
+)
+def test_a_missing_extra_is_named(
+    options: dict[str, Any], extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "?", "answer": "1"}\n')
+    (tmp_path / "a.parquet").touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    message = rf"pip install 'reflect-grpo\[{extra}\]'"
+    with pytest.raises(ValueError, match=message):
+        get_task("reasoning_gym" if "name" in options else "dataset", options)
+
+
 def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_REGISTRY", dict(tasks._REGISTRY))
 
@@ -180,7 +271,12 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_options_in_the_docs_are_those_of_the_class() -> None:
     import inspect
 
-    for section, factory in (("Countdown", Countdown), ("Function calling", FunctionCalling)):
+    sections = {
+        "Your data without code": Dataset,
+        "Countdown": Countdown,
+        "Function calling": FunctionCalling,
+    }
+    for section, factory in sections.items():
         text = DOC.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]
         options = re.findall(r"^(?:\||-) (`.*?) [|(]", text, re.MULTILINE)  # of a table or of a list
         names = re.findall(r"`(\w+)`", " ".join(options))
