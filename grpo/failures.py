@@ -117,7 +117,12 @@ def collect(
 
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
     """The failures in a file, finished or not, in the order of their examples."""
-    return [_from_json(line) for line in files.records(Path(path), FAILURE)]
+    try:
+        return [_from_json(line) for line in files.records(Path(path), FAILURE)]
+    except files.MismatchError:
+        raise
+    except ValueError as error:  # of a Verdict
+        raise files.MismatchError(f"{path}: {error}") from error
 
 
 def check_ids(path: Path, pool: Sequence[Attempt], chat: Chat, vocab_size: int) -> None:
@@ -126,7 +131,7 @@ def check_ids(path: Path, pool: Sequence[Attempt], chat: Chat, vocab_size: int) 
         ids, reason = attempt.turn.ids, attempt.turn.finish_reason
         known = all(0 <= token < vocab_size for token in (*attempt.prompt_ids, *ids))
         closed = reason == "length" or (reason == "stop" and ids and ids[-1] in chat.stop_token_ids)
-        if not (known and closed and attempt.prompt_ids and attempt.verdict.reason):
+        if not (known and closed and attempt.prompt_ids):
             raise files.MismatchError(
                 f"{path}: the attempt at {attempt.example.id} was not made with this model: delete the file"
             )

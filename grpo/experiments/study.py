@@ -30,16 +30,6 @@ from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import history
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"  # next to grpo/, in a checkout and in a wheel
-# Shape of a line of episodes.jsonl, as far as experiments read it
-EPISODE = {
-    "step": int,
-    "example_id": str,
-    "group_id": int,
-    "roles": [str],
-    "reward": float,
-    "reasons": [str],
-    "texts": {"prompt": str, str: str},
-}
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
 BEFORE_RL = "evaluation-before_rl.jsonl"
 # Settings that the records of the model before RL depend on, besides seed and weights.
@@ -79,8 +69,9 @@ class Arm:
         """A line per step of RL, without those of validations and warnings."""
         return [line for line in history(self.folder) if "reward" in line]
 
-    def episodes(self) -> Iterator[dict[str, Any]]:
-        return files.read_jsonl(self.folder / "episodes.jsonl", lambda _: EPISODE)
+    def episodes(self, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The lines of episodes.jsonl; `shape` (files.misfit) has what the caller reads of them."""
+        return files.read_jsonl(self.folder / "episodes.jsonl", lambda _: shape)
 
     def seconds(self) -> float:
         """Seconds of RL."""
@@ -93,7 +84,9 @@ class Arm:
 
     def sampled_tokens(self) -> int:
         """Tokens that the policy sampled during RL."""
-        return sum(role != "context" for episode in self.episodes() for role in episode["roles"])
+        return sum(
+            role != "context" for episode in self.episodes({"roles": [str]}) for role in episode["roles"]
+        )
 
 
 def joined(results: Iterable[ModelResult]) -> ModelResult:
