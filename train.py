@@ -121,6 +121,7 @@ def collect_failures(run: RunState) -> list[Attempt]:
             weights="start",
             progress=run.progress(bar),
         )
+    failures.check_ids(path, pool, parts.chat, parts.model.config.vocab_size)
     counts = failures.summary(path)
     print(failures.describe(counts))
     failures.check_trainable(counts)
@@ -394,6 +395,8 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_FAILED, f"error: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return EXIT_FAILED, f"error: {error}; what was saved before is intact"
+    if isinstance(error, OSError) and error.filename and folder in Path(str(error.filename)).parents:
+        return EXIT_FAILED, f"error: {error}"  # a file of the run that cannot be read or written
     if not running and isinstance(error, (ValueError, FileNotFoundError)):
         return EXIT_USAGE, f"error: {error}"
     if not running and isinstance(error, OSError):

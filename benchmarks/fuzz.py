@@ -23,14 +23,16 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stderr
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,18 +46,27 @@ from hypothesis import strategies as st  # noqa: E402
 from lib.measure import command_line, hide_benchmarks  # noqa: E402
 
 hide_benchmarks()
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
 
+import tiny_run  # noqa: E402
 import torch  # noqa: E402
 from grpo_kernels import backend  # noqa: E402
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast  # noqa: E402
 
-from grpo.config import Config, TaskOptions  # noqa: E402
+from grpo import config as configuration  # noqa: E402
+from grpo import failures  # noqa: E402
+from grpo.config import TYPES, Config, TaskOptions  # noqa: E402
+from grpo.evaluate import __main__ as evaluate  # noqa: E402
+from grpo.evaluate.comparison import ModelResult, read_report, report  # noqa: E402
+from grpo.evaluate.measure import RECORD  # noqa: E402
+from grpo.evaluate.table import table  # noqa: E402
 from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
 from grpo.model import gguf as gguf_file  # noqa: E402
 from grpo.model import weights  # noqa: E402
 from grpo.model.rope import Rope, frequencies  # noqa: E402
-from grpo.run import build, checkpoint, inputs, state  # noqa: E402
+from grpo.run import build, checkpoint, files, inputs, metrics, state  # noqa: E402
+from grpo.run.diagnostics import Warnings  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
 from grpo.tasks import SPLITS, Example, countdown, function_calling  # noqa: E402
 from grpo.tasks.countdown import Countdown  # noqa: E402
@@ -843,6 +854,146 @@ def safetensors_index(folder: Path, value: Any) -> None:
 def model_names(value: str) -> None:
     if not weights.HUB_ID.fullmatch(value):  # would be looked up on the Hub
         weights.resolve(value)
+
+
+SETTINGS = {"seed": 7, "learning_rate": 1e-5, "delta": None, "tensorboard": False, "run_name": "x"}
+SETTINGS |= {"loss_type": "dapo", "num_generations": 4, "task_options": {"numbers": 3, "operators": "+-"}}
+YAML = "\n".join(f"{name}: {json.dumps(value)}" for name, value in SETTINGS.items()).encode()
+TRAPS = [
+    "010",
+    "1_000",
+    "0x10",
+    "1e5",
+    "yes",
+    "12:30:00",
+    "~",
+    "2024-01-01",
+    "*a",
+    "&a 1",
+    "!!int 010",
+    "!x 1",
+]
+TRAPS += [
+    "!!python/object/apply:os.mkdir [escaped]",
+    "{<<: {a: 1}}",
+    "|\n  x",
+    "? x",
+    "- 1",
+    "[",
+    "{",
+    "\t1",
+    "'",
+]
+
+
+@entry_point(
+    lambda: (
+        mutated_bytes(YAML)
+        | mutated_json(SETTINGS).map(lambda content: json.dumps(content).encode())
+        | st.lists(st.tuples(st.sampled_from([*TYPES, "<<", "x"]), st.sampled_from(TRAPS)), max_size=3).map(
+            lambda lines: YAML + "".join(f"\n{name}: {value}" for name, value in lines).encode()
+        )
+    )
+)
+def settings_file(content: bytes) -> None:
+    """A YAML file: what is accepted is written to config.yaml and read from it again."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mine.yaml")
+        path.write_bytes(content)
+        config = configuration.parse(["--config", str(path)])
+        configuration.to_yaml(config, path)
+        assert replace(configuration.load(path), config=config.config) == config
+    assert not Path("escaped").exists()
+
+
+@entry_point(
+    lambda: st.lists(
+        st.sampled_from([f"--{name}" for name in TYPES if name not in ("config", "resume")])
+        | st.sampled_from([*TRAPS, "{", '{"a": NaN}', "a=1,a=2", "a=[1", "--", "-h5", "--seed=1", "--config"])
+        | st.text(max_size=12).filter(lambda text: text not in ("-h", "--help")),
+        max_size=6,
+    )
+)
+def options(argv: list[str]) -> None:
+    """A command line: what is accepted is written to config.yaml and read from it again."""
+    config = configuration.parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        configuration.to_yaml(config, Path(folder, "config.yaml"))
+        assert configuration.load(Path(folder, "config.yaml")) == config
+
+
+@cache
+def whole_run() -> Path:
+    """A finished run of the tests' tiny model, with a file of records of `grpo.evaluate`."""
+    return tiny_run.finished(Path(tempfile.mkdtemp(prefix="fuzz-")))
+
+
+LOGS = ["failures.jsonl", "metrics.jsonl", "evaluation-before_rl.jsonl", "evaluation.json"]
+
+
+def damaged(names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """The name of one of the files, and what it contains after a few changes: of bytes, or inside a line."""
+
+    def line(content: bytes) -> st.SearchStrategy[bytes]:
+        lines = content.splitlines()
+
+        def put(chosen: tuple[int, Any]) -> bytes:
+            return b"\n".join(
+                [*lines[: chosen[0]], json.dumps(chosen[1]).encode(), *lines[chosen[0] + 1 :], b""]
+            )
+
+        index = st.integers(0, len(lines) - 1)
+        return index.flatmap(lambda at: mutated_json(json.loads(lines[at])).map(lambda new: (at, new))).map(
+            put
+        )
+
+    def changed(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
+        content = (whole_run() / name).read_bytes()
+        of_bytes = mutated_bytes(content, edits=2)
+        strategy = of_bytes | line(content) if name.endswith(".jsonl") else of_bytes
+        return strategy.map(lambda new: (name, new))
+
+    return st.sampled_from(names).flatmap(changed)
+
+
+@entry_point(
+    lambda: damaged(["failures.jsonl", "metrics.jsonl", "evaluation-before_rl.jsonl", "evaluation.json"])
+)
+def run_logs(value: tuple[str, bytes]) -> None:
+    """The saved lines of a run, read as the stages and the experiments read them."""
+    name, content = value
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, name)
+        path.write_bytes(content)
+        if name == "failures.jsonl":
+            files.keep_whole_blocks(path)
+            pool = failures.load(path)
+            failures.describe(failures.summary(path))
+            chat = SimpleNamespace(stop_token_ids=range(10**6))
+            failures.check_ids(path, pool, chat, 10**6)  # type: ignore[arg-type]
+        elif name == "metrics.jsonl":
+            lines = metrics.history(Path(folder))
+            Warnings(lines).update(lines[-1] if lines else {"step": 1})
+            state.validated(Path(folder))
+        elif name == "evaluation.json":
+            read_report(path)
+        else:
+            table(report({"before_rl": ModelResult(list(files.records(path, RECORD)))}))
+
+
+@entry_point(lambda: damaged([*LOGS, "config.yaml", "inputs.json", "start/sha256.json"]))
+def run_folder(value: tuple[str, bytes]) -> None:
+    """A run with a damaged file is resumed by train.py and measured by grpo.evaluate: no traceback."""
+    name, content = value
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(shutil.copytree(whole_run(), Path(folder, "run")))
+        (run / "evaluation.json").unlink()
+        if name != "evaluation.json":
+            (run / name).write_bytes(content)
+        done = tiny_run.run(["--resume", str(run)])
+        assert "Traceback" not in done.err, done.err
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+            evaluate.main([str(run / "start"), "--num_eval", "2"])
 
 
 # --- the search ------------------------------------------------------------------------------------------

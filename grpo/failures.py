@@ -26,6 +26,7 @@ from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 if __name__ == "__main__":
     set_up_process()  # before the imports below, which take seconds
 
+from grpo.chat import Chat
 from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
 from grpo.sampler.engine import Turn
@@ -33,6 +34,19 @@ from grpo.tasks import Example, TaskError, Verdict
 
 Right = Callable[[Verdict], bool]  # `Rollout.is_right`
 
+# Shapes of the lines (files.misfit)
+FAILURE: dict[str, Any] = {
+    "example": {"id": str, "prompt": str, "data": dict},
+    "generation": int,
+    "prompt_ids": [int],
+    "attempt_ids": [int],
+    "finish_reason": str,
+    "text": str,
+    "reason": str,
+    "?score": float,
+}
+COUNTS = {"examples": int, "solved": int, "failed": int, "attempts": int, "right": int}
+END = {"block": int, "first": str, "last": str, **COUNTS, "reasons": {str: int}, "settings": dict}
 BLOCK = 64  # examples sampled together, and redone together after a kill
 
 NONE_RIGHT = (
@@ -107,7 +121,24 @@ def collect(
 
 def load(path: str | os.PathLike[str]) -> list[Attempt]:
     """The failures in a file, finished or not, in the order of their examples."""
-    return [_from_json(line) for line in files.records(Path(path))]
+    try:
+        return [_from_json(line) for line in files.records(Path(path), FAILURE)]
+    except files.MismatchError:
+        raise
+    except ValueError as error:  # of a Verdict
+        raise files.MismatchError(f"{path}: {error}") from error
+
+
+def check_ids(path: Path, pool: Sequence[Attempt], chat: Chat, vocab_size: int) -> None:
+    """Raises MismatchError if a failure has ids that the model cannot have seen or sampled."""
+    for attempt in pool:
+        ids, reason = attempt.turn.ids, attempt.turn.finish_reason
+        known = all(0 <= token < vocab_size for token in (*attempt.prompt_ids, *ids))
+        closed = reason == "length" or (reason == "stop" and ids and ids[-1] in chat.stop_token_ids)
+        if not (known and closed and attempt.prompt_ids):
+            raise files.MismatchError(
+                f"{path}: the attempt at {attempt.example.id} was not made with this model: delete the file"
+            )
 
 
 def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[Attempt]:
@@ -125,14 +156,18 @@ def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[A
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Counts over all blocks: examples tried, solved (every time, hence dropped) and failed; reasons."""
-    total: dict[str, Any] = {"examples": 0, "solved": 0, "failed": 0, "attempts": 0, "right": 0}
+    total: dict[str, Any] = dict.fromkeys(COUNTS, 0)
     reasons: Counter[str] = Counter()
-    for line in files.read_jsonl(Path(path)):
+    for line in files.read_jsonl(Path(path), _shape):
         if "block" in line:
             for name in total:
                 total[name] += line[name]
             reasons.update(line["reasons"])
     return {**total, "reasons": dict(reasons.most_common())}
+
+
+def _shape(line: dict[str, Any]) -> dict[str, Any]:
+    return END if "block" in line else FAILURE
 
 
 def describe(counts: dict[str, Any]) -> str:
@@ -193,13 +228,12 @@ def _to_json(attempt: Attempt) -> dict[str, Any]:
 def _from_json(line: dict[str, Any]) -> Attempt:
     turn = Turn(line["attempt_ids"], [0.0] * len(line["attempt_ids"]), line["finish_reason"])
     verdict = Verdict(line["reason"], line.get("score"))
-    return Attempt(
-        Example(**line["example"]), line["prompt_ids"], turn, line["text"], verdict, line["generation"]
-    )
+    example = Example(**{name: line["example"][name] for name in FAILURE["example"]})
+    return Attempt(example, line["prompt_ids"], turn, line["text"], verdict, line["generation"])
 
 
 def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -> None:
-    for line in files.read_jsonl(path):
+    for line in files.read_jsonl(path, _shape):
         if "block" in line:
             before = line["settings"]
             names = dict.fromkeys([*settings, *before])

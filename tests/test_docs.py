@@ -31,7 +31,8 @@ BENCHMARK_OPTIONS, EXPERIMENT_OPTIONS = (
 # Names of other programs, and names that the pages make up for their examples.
 FOREIGN = set(
     "train_dataset per_device_train_batch_size adam_epsilon num_train_epochs eval_strategy logging_steps"
-    " eval_reward reward_weights linear_cross_entropy chunked_nll selective_log_softmax torch_compile".split()
+    " eval_reward reward_weights linear_cross_entropy chunked_nll selective_log_softmax torch_compile"
+    " my_tasks".split()
 )
 LOGGED_FILES = {"grpo/model.py"}  # which entries of docs/LOG.md name, and which have moved since
 FOREIGN_FILES = {"my.yaml", "my_tasks.py", "spelling.py", "compare.json"}

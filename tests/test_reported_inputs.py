@@ -738,6 +738,42 @@ def test_tokens_without_an_embedding_are_found_before_sampling() -> None:
         build.check_run(parts.config, parts)
 
 
+def test_a_config_that_names_a_command_as_its_task_runs_nothing(model, tmp_path):
+    """A run directory of another person: its config.yaml decides what is imported and called."""
+    settings = {"task": "os:system", "task_options": json.dumps({"command": f"touch {tmp_path}/executed"})}
+    done = started(model, tmp_path, **settings)
+    assert done.status == 2 and "task 'os:system' must be a class with the methods" in done.err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_file_of_a_task_is_printed_before_it_runs(model, tmp_path, monkeypatch):
+    (tmp_path / "strange_task.py").write_text("print('it runs')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = started(model, tmp_path, task="strange_task:Task").out.splitlines()
+    assert lines == [f"task strange_task:Task runs code from {tmp_path}/strange_task.py", "it runs"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"attempt_ids": [10**6]},
+        {"finish_reason": "stop", "attempt_ids": [5]},
+        {"prompt_ids": []},
+        {"reason": ""},
+    ],
+)
+def test_failures_that_the_model_cannot_have_made(model, tmp_path, change):
+    done = started(model, tmp_path, max_steps=1, num_eval=2)
+    path = done.folder / "failures.jsonl"
+    lines = tiny_run.records(done.folder, path.name)
+    lines[0].update(change)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (done.folder / "evaluation.json").unlink()
+    done = tiny_run.run(["--resume", str(done.folder)])
+    assert done.status == 2 and "failures.jsonl" in done.err and "Traceback" not in done.err
+    assert "was not made with this model: delete" in done.err or "reason must be" in done.err
+
+
 # --- 9. editors and YAML -----------------------------------------------------------------------------------
 
 

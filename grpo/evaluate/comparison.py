@@ -16,7 +16,6 @@ Left out: comparing models on different problems.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.evaluate.statistics import Interval, paired_difference, paired_rate_difference, wilson_interval
+from grpo.run import files
 
 ProblemRecord = dict[str, Any]  # what one model did with one problem; see `grpo.evaluate.measure.measure`
 Figures = dict[str, Any]  # JSON-able
@@ -113,7 +113,8 @@ def report(results: Mapping[str, ModelResult]) -> Figures:
 
 def read_report(path: Path) -> Figures:
     """The report in an evaluation.json, with today's labels for the models in one of version 0.1."""
-    figures = json.loads(path.read_text(encoding="utf-8"))
+    compared = {"before": str, "after": str}
+    figures = files.read_json(path, {"models": {str: dict}, "comparisons": [compared]})
 
     def current(label: str) -> str:
         return RETIRED_LABELS.get(label, label)
@@ -169,7 +170,7 @@ def _mean_score(records: Sequence[ProblemRecord]) -> Figures:
 def _tolerant(records: Sequence[ProblemRecord]) -> Figures:
     """First and second try by the task's milder judgement. Retries follow failures of the strict one."""
     first = [record["first"]["tolerant"] == "ok" for record in records]
-    retry = [record["retry"] is not None and record["retry"]["tolerant"] == "ok" for record in records]
+    retry = [record["retry"] is not None and record["retry"].get("tolerant") == "ok" for record in records]
     second = [first_right or retry_right for first_right, retry_right in zip(first, retry, strict=True)]
     return {"first_try": _share(first), "second_try": _share(second)}
 

@@ -24,6 +24,17 @@ from grpo.run import files
 from grpo.tasks import Example, TolerantTask, Verdict
 from grpo.tasks.contract import leaks, tolerant_verdict
 
+# Shapes of the lines (files.misfit)
+TRY = {"text": str, "reason": str, "?score": float, "?right": bool}
+RECORD: dict[str, Any] = {
+    "id": str,
+    "prompt": str,
+    "first": TRY,
+    "reflection": (None, {"text": str, "tokens": int, "finish_reason": str, "leaks": bool}),
+    "retry": (None, TRY),
+    "controls": {str: (None, TRY)},
+}
+END = {"block": int, "first": str, "last": str, "examples": int, "settings": dict}
 BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
 
 
@@ -244,7 +255,7 @@ def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -
     """The records of the whole blocks in `path`, once it is checked that they belong to this evaluation."""
     if not files.keep_whole_blocks(path):
         return []
-    lines = list(files.read_jsonl(path))
+    lines = list(files.read_jsonl(path, lambda line: END if "block" in line else RECORD))
     ends = [line for line in lines if "block" in line]
     for end in ends:
         if end["settings"] != settings:
@@ -263,4 +274,8 @@ def _stored(path: Path, examples: Sequence[Example], settings: dict[str, Any]) -
             raise files.MismatchError(
                 f"{path} was made for other problems: write to a new file, or delete it"
             )
-    return [line for line in lines if "block" not in line]
+    records = [line for line in lines if "block" not in line]
+    reflected = [(record["reflection"] is None) == (record["retry"] is None) for record in records]
+    if not all(reflected) or [record["id"] for record in records] != [e.id for e in examples[: len(records)]]:
+        raise files.MismatchError(f"{path} has records that do not fit each other: delete it")
+    return records

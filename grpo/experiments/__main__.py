@@ -99,7 +99,7 @@ def claim_directory(folder: Path, options: argparse.Namespace, rest: list[str]) 
     asked["settings"] = " ".join(rest)
     file = folder / COMMAND_FILE
     if file.exists():
-        before = json.loads(file.read_text(encoding="utf-8"))
+        before = files.read_json(file, {str: (None, str, [(int, float, str)])})
         names = dict.fromkeys([*before, *asked])
         pairs = {name: (before.get(name), asked.get(name)) for name in names}
         if changed := [f"{name}: {a} -> {b}" for name, (a, b) in pairs.items() if not _extends(a, b)]:

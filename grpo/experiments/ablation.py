@@ -58,5 +58,7 @@ def run(study: Study, options: argparse.Namespace) -> Outcome:
 def matching_groups(reflection: Arm, start: Path) -> int:
     """Groups of attempts that sample as many tokens per step as `reflection` does with its retries."""
     per_step = reflection.sampled_tokens() / reflection.config.max_steps
-    lengths = [len(line["attempt_ids"]) for line in files.records(start / "failures.jsonl")]
+    lengths = [
+        len(line["attempt_ids"]) for line in files.records(start / "failures.jsonl", {"attempt_ids": [int]})
+    ]
     return max(1, round(per_step / (statistics.fmean(lengths) * reflection.config.num_generations)))

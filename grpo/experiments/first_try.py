@@ -74,7 +74,8 @@ def _rows(mode: str, arms: list[Arm], parts: int) -> list[Row]:
 
 def _similarity(arm: Arm) -> list[float]:
     """Per held-out problem, its similarity to the most similar prompt in training."""
-    trained = {trigrams(episode["texts"]["prompt"]) for episode in arm.episodes()}
+    episodes = arm.episodes({"texts": {"prompt": str}})
+    trained = {trigrams(episode["texts"]["prompt"]) for episode in episodes}
     heldout = [trigrams(record["prompt"]) for record in arm.records()]
     return [max(jaccard(problem, prompt) for prompt in trained) for problem in heldout]
 

@@ -22,6 +22,8 @@ from grpo.tasks import Example, get_task
 
 QUESTION = "How far do a verifier's mistakes reach: reward, gradient, final success?"
 DEFAULTS = {"max_steps": 6, "num_eval": 128}
+# What is read of a line of episodes.jsonl
+EPISODE = {"step": int, "example_id": str, "group_id": int, "reasons": [str], "texts": {"retry": str}}
 COLUMNS = {
     "arm": Column("mistakes"),
     "wrong_rewards": percent("retries misjudged"),
@@ -76,7 +78,7 @@ def reach(study: Study, arms: list[Arm]) -> dict[str, Any]:
         # An episode stores only the id of its example.
         known = {example.id: example for example in task.examples("train", arm.config.num_examples)}
         by_step = defaultdict(list)
-        for episode in arm.episodes():
+        for episode in arm.episodes(EPISODE):
             by_step[episode["step"]].append(episode)
         for episodes in by_step.values():
             true = [_true_reward(task, known[episode["example_id"]], episode) for episode in episodes]

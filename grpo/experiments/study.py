@@ -12,7 +12,6 @@ Left out: arms that run at the same time. On a laptop they would only share the 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -25,9 +24,10 @@ from typing import Any
 from grpo import config as configuration
 from grpo.config import Config, current_file
 from grpo.evaluate.comparison import ModelResult
-from grpo.evaluate.measure import records_file
+from grpo.evaluate.measure import RECORD, records_file
 from grpo.run import checkpoint, files
 from grpo.run.diagnostics import nothing_right
+from grpo.run.metrics import history
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"  # next to grpo/, in a checkout and in a wheel
 START_FILES = ("warm_start.jsonl", "failures.jsonl")
@@ -57,7 +57,7 @@ class Arm:
 
     def records(self, model: str = "trained") -> list[dict[str, Any]]:
         """What the model (`before_rl` or `trained`) did with each held-out problem."""
-        return list(files.records(current_file(self.folder, f"evaluation-{model}.jsonl")))
+        return list(files.records(current_file(self.folder, f"evaluation-{model}.jsonl"), RECORD))
 
     def checkpoint(self) -> Path:
         """The weights after RL, if the arm keeps them."""
@@ -67,24 +67,26 @@ class Arm:
 
     def metrics(self) -> list[dict[str, Any]]:
         """A line per step of RL, without those of validations and warnings."""
-        return [
-            line
-            for line in files.read_jsonl(self.folder / "metrics.jsonl", missing_ok=True)
-            if "reward" in line
-        ]
+        return [line for line in history(self.folder) if "reward" in line]
 
-    def episodes(self) -> Iterator[dict[str, Any]]:
-        return files.read_jsonl(self.folder / "episodes.jsonl")
+    def episodes(self, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The lines of episodes.jsonl; `shape` (files.misfit) has what the caller reads of them."""
+        return files.read_jsonl(self.folder / "episodes.jsonl", lambda _: shape)
 
     def seconds(self) -> float:
         """Seconds of RL."""
         return sum(
-            line["step_time"] for line in files.read_jsonl(self.folder / "timings.jsonl", missing_ok=True)
+            line["step_time"]
+            for line in files.read_jsonl(
+                self.folder / "timings.jsonl", lambda _: {"step_time": float}, missing_ok=True
+            )
         )
 
     def sampled_tokens(self) -> int:
         """Tokens that the policy sampled during RL."""
-        return sum(role != "context" for episode in self.episodes() for role in episode["roles"])
+        return sum(
+            role != "context" for episode in self.episodes({"roles": [str]}) for role in episode["roles"]
+        )
 
 
 def joined(results: Iterable[ModelResult]) -> ModelResult:
@@ -206,7 +208,7 @@ def _has_records(run: Path) -> bool:
 
 
 def _lacks_signal(folder: Path) -> bool:
-    return nothing_right(list(files.read_jsonl(folder / "metrics.jsonl", missing_ok=True))) is not None
+    return nothing_right(history(folder)) is not None
 
 
 # --- processes ----------------------------------------------------------------------------------------------
@@ -235,8 +237,8 @@ def evaluate(models: Sequence[Path], output: Path, options: Sequence[str]) -> li
         print(f"--- {output}", flush=True)
         command = [sys.executable, "-m", "grpo.evaluate", *map(str, models), *options]
         _check(output, wait_for([*command, "--output", str(output)]))
-    labels = json.loads(output.read_text(encoding="utf-8"))["models"]
-    return [ModelResult(list(files.records(records_file(output, label)))) for label in labels]
+    labels = files.read_json(output, {"models": dict})["models"]
+    return [ModelResult(list(files.records(records_file(output, label), RECORD))) for label in labels]
 
 
 def _check(output: Path, status: int) -> None:

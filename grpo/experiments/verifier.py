@@ -23,6 +23,7 @@ from functools import cache
 from typing import Any
 
 from grpo.evaluate.comparison import ModelResult
+from grpo.evaluate.measure import RECORD
 from grpo.evaluate.statistics import wilson_interval
 from grpo.experiments.answers import changed_answers, right_answers
 from grpo.experiments.outcome import Column, Outcome, Row, percent
@@ -106,7 +107,7 @@ def _models(study: Study, seeds: Sequence[int]) -> Iterator[ModelResult]:
     """What models wrote: those of the run's evaluation, or without a run the model before RL, sampled now."""
     if study.run is not None:
         for file in sorted(study.run.glob("evaluation-*.jsonl")):
-            yield ModelResult(list(files.records(file)))
+            yield ModelResult(list(files.records(file, RECORD)))
         return
     for seed in seeds:
         settings = ["--num_eval", str(study.config.num_eval), "--controls"]

@@ -22,14 +22,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grpo.run.files import RunDirError, remove, written_whole
+from grpo.run.files import MismatchError, RunDirError, read_json, remove, written_whole
 
 STATE = "trainer/state.json"
 TENSORS = "trainer/state.safetensors"
 SEAL = "sha256.json"
+# Shape of STATE (files.misfit)
+PAYLOAD = {
+    "step": int,
+    "state": dict,
+    "environment": {str: str},
+    "sha256": {str: str},
+    "digest": str,
+}
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -70,7 +79,10 @@ def load(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], di
     """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged."""
     path = Path(path)
     state = verify(path) if check else _read_state(path)
-    return load_file(path / TENSORS), state["state"]
+    try:
+        return load_file(path / TENSORS), state["state"]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / TENSORS} is damaged: {error}") from error
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -113,8 +125,8 @@ def check_seal(folder: Path) -> None:
     if not (folder / SEAL).exists():
         return
     try:
-        sums = dict(json.loads((folder / SEAL).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        sums = read_json(folder / SEAL, {str: str})
+    except (MismatchError, OSError) as error:
         raise CheckpointError(f"{folder / SEAL} is damaged: {error}") from error
     _compare(folder, sums, SEAL)
 
@@ -190,11 +202,11 @@ def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
     try:
-        payload = json.loads(path.read_text(encoding="utf-8"))
+        payload = read_json(path, PAYLOAD)
         intact = payload.pop("digest") == _digest(payload)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (MismatchError, OSError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not intact:
         raise CheckpointError(f"{path} is damaged: its content differs from its digest")
@@ -216,6 +228,8 @@ def _sums(folder: Path) -> dict[str, str]:
 def _compare(folder: Path, sums: Mapping[str, str], stored_in: str) -> None:
     for name, digest in sums.items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{folder / stored_in} must name files in its folder, got {name!r}")
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if _sha256(file) != digest:

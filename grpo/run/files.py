@@ -15,8 +15,10 @@ import fcntl
 import json
 import os
 import re
+import reprlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +43,87 @@ class MismatchError(RunDirError, ValueError):
 # --- JSON lines ------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: str | Path, *, missing_ok: bool = False) -> Iterator[dict[str, Any]]:
+def read_jsonl(
+    path: str | Path, shape: Callable[[dict[str, Any]], Any] | None = None, *, missing_ok: bool = False
+) -> Iterator[dict[str, Any]]:
     """The lines of a JSON lines file, in order and one at a time.
 
     Args:
+        shape: gives the shape (`misfit`) that a line must have.
         missing_ok: yield nothing if the file does not exist.
     Raises:
-        MismatchError: a line is not JSON; the message names file and line.
+        MismatchError: a line is no JSON object or has another shape; the message names file and line.
     """
     if missing_ok and not Path(path).exists():
         return
-    with open(path, encoding="utf-8") as file:
-        for number, text in enumerate(file, 1):
-            try:
-                yield json.loads(text)
-            except json.JSONDecodeError as error:
-                raise MismatchError(f"{path}, line {number}: not JSON ({error})") from error
+    with open(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            line = _parsed(content, f"{path}, line {number}")
+            if (fault := misfit(line, dict)) or (fault := misfit(line, shape(line) if shape else dict)):
+                raise MismatchError(f"{path}, line {number}: {fault}")
+            yield line
+
+
+def read_json(path: Path, shape: Any) -> Any:
+    """The content of a JSON file. MismatchError: it is not JSON, or has another shape (`misfit`)."""
+    content = _parsed(path.read_bytes(), str(path))
+    if fault := misfit(content, shape):
+        raise MismatchError(f"{path}: {fault}")
+    return content
+
+
+def _parsed(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:  # also of numbers with too many digits
+        raise MismatchError(f"{where}: not JSON ({error})") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """How a JSON value differs from a shape, in words; None if it fits.
+
+    A shape is a type, `None`, `[shape]` for a list, `{key: shape}` for an object with at least these keys, or
+    a tuple of shapes, one of which must fit. A key "?name" may be missing. The key `str` stands for all other
+    keys. Numbers have 64 bits.
+    """
+    if isinstance(shape, tuple):
+        faults = [misfit(value, other, name) for other in shape]
+        return None if None in faults else faults[-1]
+    kind = type(shape) if isinstance(shape, dict | list | None) else shape
+    right = isinstance(value, kind) and not (isinstance(value, bool) and kind is not bool)
+    if kind is int:
+        right = right and abs(value) < 2**63
+    if kind is float:
+        right = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if not right:
+        return f"{name.lstrip('.') or 'the content'} must be {_KINDS[kind]}, got {reprlib.repr(value)}"
+    if isinstance(shape, list):
+        pairs = [(f"{name}[{index}]", item, shape[0]) for index, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        named = {key.lstrip("?"): part for key, part in shape.items() if key is not str}
+        if missing := [key for key in named if key in shape and key not in value]:
+            return f"{name.lstrip('.') or 'the content'} lacks {missing[0]!r}"
+        pairs = [(f"{name}.{key}", value[key], part) for key, part in named.items() if key in value]
+        others = [key for key in value if key not in named] if str in shape else []
+        pairs += [(f"{name}.{key}", value[key], shape[str]) for key in others]
+    else:
+        return None
+    return next(filter(None, (misfit(item, part, where) for where, item, part in pairs)), None)
+
+
+_KINDS: dict[Any, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 
 
 def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) -> None:
@@ -108,9 +175,10 @@ def append_block(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str
     append_jsonl(path, *lines, end_line, sync=True)
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """All lines but the end lines."""
-    return (line for line in read_jsonl(path) if "block" not in line)
+def records(path: Path, shape: Any = dict) -> Iterator[dict[str, Any]]:
+    """All lines but the end lines; each must have the shape (`misfit`)."""
+    lines = read_jsonl(path, lambda line: dict if "block" in line else shape)
+    return (line for line in lines if "block" not in line)
 
 
 # --- directories -----------------------------------------------------------------------------------------

@@ -32,6 +32,17 @@ _CONSOLE = {
 }
 
 
+def history(run_dir: Path) -> list[Record]:
+    """The lines of metrics.jsonl; none if there is no such file. MismatchError: a line is damaged."""
+    return list(files.read_jsonl(run_dir / "metrics.jsonl", _shape, missing_ok=True))
+
+
+def _shape(line: Record) -> dict[Any, Any]:
+    if "warning" in line:
+        return {"step": int, "warning": str, "advice": str}
+    return {"step": int, str: (None, float)}
+
+
 class Metrics:
     """Writes the metrics of one run.
 
@@ -58,8 +69,7 @@ class Metrics:
         self.max_steps = max_steps
         self.console = console or sys.stdout
         self.writer = _summary_writer(self.run_dir / "tensorboard") if tensorboard else None
-        history = files.read_jsonl(self.run_dir / "metrics.jsonl", missing_ok=True)
-        self.warnings = Warnings(history, dtype=dtype)
+        self.warnings = Warnings(history(self.run_dir), dtype=dtype)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line to metrics.jsonl and one to the console. NaN and infinity become null."""

@@ -21,7 +21,7 @@ from grpo import config as configuration
 from grpo.config import Config
 from grpo.learner.learner import Kernels, Learner
 from grpo.model import weights
-from grpo.run import build, checkpoint, files
+from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
 
@@ -200,8 +200,8 @@ def saved_model(run: Path, which: str = "newest") -> Path:
 
 def validated(folder: Path) -> dict[int, float]:
     """Share of right second tries by validated step; read from the log, so a resumed run has it too."""
-    records = files.read_jsonl(folder / "metrics.jsonl", missing_ok=True)
-    return {record["step"]: record[SECOND_TRY] for record in records if SECOND_TRY in record}
+    lines = metrics.history(folder)
+    return {line["step"]: line[SECOND_TRY] for line in lines if line.get(SECOND_TRY) is not None}
 
 
 def directory(config: Config) -> Path:

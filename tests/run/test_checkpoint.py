@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, damage is found, the newest and the best stay."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -188,3 +189,19 @@ def test_environment_differences_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "environment", lambda: {"torch": "0.0", "new": "x"})
     differences = checkpoint.environment_differences(path)
     assert "torch was " in " ".join(differences) and "new was not recorded, is x" in differences
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "trainer/../../secret"])
+def test_sums_name_no_file_outside_their_folder(tmp_path, name):
+    (tmp_path / "secret").write_text("x")
+    (folder := tmp_path / "start").mkdir()
+    (folder / checkpoint.SEAL).write_text(json.dumps({name: "0" * 64}))
+    with pytest.raises(CheckpointError, match="must name files in its folder, got"):
+        checkpoint.check_seal(folder)
+
+
+@pytest.mark.parametrize("content", ["[[1, 2]]", "5", '{"a": 1}', "[" * 100_000])
+def test_a_seal_of_another_form_is_damaged(tmp_path, content):
+    (tmp_path / checkpoint.SEAL).write_text(content)
+    with pytest.raises(CheckpointError, match="sha256.json is damaged"):
+        checkpoint.check_seal(tmp_path)

@@ -17,7 +17,9 @@ from grpo.run.files import (
     cut_logs,
     lock,
     log_sizes,
+    misfit,
     new_run_dir,
+    read_json,
     read_jsonl,
     remove_if_empty,
     written_whole,
@@ -170,3 +172,63 @@ def test_a_log_that_became_shorter_is_named_and_one_that_is_gone_starts_anew(tmp
     with pytest.raises(RunDirError, match="a.jsonl must have at least the 4 bytes .* got 3"):
         cut_logs(tmp_path, {"a.jsonl": 4})
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+# --- lines that were changed ------------------------------------------------------------------------------
+
+LINE = {"id": str, "tokens": int, "share": (None, float), "calls": [{"name": str}], "counts": {str: int}}
+WHOLE = {
+    "id": "a",
+    "tokens": 3,
+    "share": 0.5,
+    "calls": [{"name": "f", "x": 1}],
+    "counts": {"ok": 1},
+    "more": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"share": None}, None),
+        ({"share": 1}, None),
+        ({"calls": []}, None),
+        ({"id": 5}, "id must be a string, got 5"),
+        ({"tokens": True}, "tokens must be an integer, got True"),
+        ({"tokens": 3.0}, "tokens must be an integer, got 3.0"),
+        ({"tokens": 2**63}, "tokens must be an integer, got 9223372036854775808"),
+        ({"share": "x"}, "share must be a number, got 'x'"),
+        ({"share": 10**400}, "share must be a number, got 1000"),
+        ({"share": float("inf")}, "share must be a number, got inf"),
+        ({"calls": {"name": "f"}}, "calls must be a list, got {'name': 'f'}"),
+        ({"calls": [{"name": "f"}, {}]}, "calls[1] lacks 'name'"),
+        ({"counts": {"ok": "1"}}, "counts.ok must be an integer, got '1'"),
+    ],
+)
+def test_a_value_of_another_shape_is_named(change, fault):
+    said = misfit({**WHOLE, **change}, LINE)
+    assert (said is None and fault is None) or said.startswith(fault)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"5", "the content must be an object, got 5"),
+        (b"[1]", "the content must be an object"),
+        (b"{", "not JSON"),
+        (b'{"a": NaN}', "not JSON .NaN is no JSON number"),
+        (b'{"a": "\xff"}', "not JSON .'utf-8' codec"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b'{"a": 1}', "the content lacks 'id'"),
+    ],
+)
+def test_a_damaged_line_is_named_with_its_number(tmp_path, content, fault):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"id": "x"}\n' + content + b"\n")
+    with pytest.raises(MismatchError, match=f"log.jsonl, line 2: {fault}"):
+        list(read_jsonl(path, lambda _: {"id": str}))
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(MismatchError, match=f"file.json: {fault}"):
+        read_json(tmp_path / "file.json", {"id": str})
