@@ -176,7 +176,14 @@ def test_a_log_that_became_shorter_is_named_and_one_that_is_gone_starts_anew(tmp
 
 # --- lines that were changed ------------------------------------------------------------------------------
 
-LINE = {"id": str, "tokens": int, "share": (None, float), "calls": [{"name": str}], "counts": {str: int}}
+LINE = {
+    "id": str,
+    "tokens": int,
+    "share": (None, float),
+    "calls": [{"name": str}],
+    "counts": {str: int},
+    "?score": float,
+}
 WHOLE = {
     "id": "a",
     "tokens": 3,
@@ -194,6 +201,8 @@ WHOLE = {
         ({"share": None}, None),
         ({"share": 1}, None),
         ({"calls": []}, None),
+        ({"score": 0.5}, None),
+        ({"score": "high"}, "score must be a number, got 'high'"),
         ({"id": 5}, "id must be a string, got 5"),
         ({"tokens": True}, "tokens must be an integer, got True"),
         ({"tokens": 3.0}, "tokens must be an integer, got 3.0"),
