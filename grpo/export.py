@@ -189,7 +189,7 @@ def usage(config: Config, chat: Chat, to: Path) -> str:
         task = get_task(config.task, config.task_options)
         (example,) = task.examples("heldout", 1)
         messages, instruction = opening(task, example, chat)["messages"], task.reflection_instruction
-    except (ValueError, ImportError, OSError):  # the task or its data are not on this machine
+    except Exception:  # the task or its data are not on this machine, or a task of the user's fails
         messages, instruction = [{"role": "user", "content": "..."}], "Reflect on what went wrong."
     return (
         "```python\nfrom transformers import pipeline\n"
