@@ -1,6 +1,6 @@
 # make train   the demo, from nothing to a trained model and a table; ARGS="--max_steps 4" changes settings
 # make test    all tests; ARGS="-k loss" chooses
-# make test-transformers4   that transformers 4 reads our checkpoints; it goes to .venv/transformers4, 135 MB
+# make test-transformers4   that transformers 4 reads our checkpoints; it goes to .venv/transformers4, 70 MB
 # make lint    ruff (rules and format) and mypy
 # make bench   every script in benchmarks/; BENCH=benchmarks/kernels.py chooses, ARGS are its options
 #
