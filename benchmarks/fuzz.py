@@ -1,7 +1,7 @@
 """Which inputs end in a traceback? Changes valid inputs at random and feeds them to each entry point.
 
     python benchmarks/fuzz.py                            ten seconds for each entry point
-    python benchmarks/fuzz.py --seconds 600 config_json  ten minutes for one
+    python benchmarks/fuzz.py --seconds 600 gguf_files   ten minutes for one
 
 An entry point may raise the errors that users see as one line (`EXPECTED`). Any other exception, an input
 that takes longer than LIMIT_SECONDS, or more than LIMIT_GB of memory is a finding. hypothesis shrinks each
