@@ -1,6 +1,7 @@
 """Verifiers by name and reward functions: answers, odd text, limits of time, faults of functions."""
 
 import re
+import sys
 import threading
 import time
 
@@ -306,6 +307,14 @@ def test_a_worker_ends_with_its_parent_object():
     process = worker._process
     del worker
     assert process.poll() is not None
+
+
+def test_a_worker_imports_nothing_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('code of the data folder')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    worker = Worker("grpo.tasks.verifiers:regex_judge", {}, seconds=5)
+    assert worker({"golds": ["a"], "answer": "a"}) == "ok"
 
 
 def test_what_a_worker_cannot_build():
