@@ -284,6 +284,17 @@ def current_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
+def _options(text: str) -> TaskOptions:
+    try:
+        return TaskOptions(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(
+            f"must be JSON if it begins with a brace, got {text!r} ({error})"
+        ) from None
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error} (in {text!r})") from None
+
+
 class _Parser(HfArgumentParser):
     """transformers' parser, for the command line."""
 
@@ -294,6 +305,9 @@ class _Parser(HfArgumentParser):
             allow_abbrev=False,
             exit_on_error=False,
         )
+        for action in self._actions:
+            if action.type is TaskOptions:
+                action.type = _options  # argparse drops the reason of a ValueError
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Only what `argv` names. Raises ValueError for unknown options and values of a wrong type."""

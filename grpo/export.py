@@ -33,6 +33,8 @@ from grpo.run import build, checkpoint, files
 from grpo.run.state import saved_model, validated
 from grpo.tasks import get_task, opening
 
+TAG = "reflect-grpo"  # in the card of every export
+EXPORTED = re.compile(r"README\.md|chat_template\.jinja|tokenizer\.model|.*\.json|model.*\.safetensors")
 UNKNOWN_LICENCE = "unknown: check the base model's licence"
 OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "tensorboard")
 
@@ -135,10 +137,12 @@ def check_target(to: Path, run: Path, overwrite: bool) -> None:
             raise ValueError(f"to must be a file if it ends in .gguf, got the folder {to}")
         earlier = to.is_file()
     else:
+        if to.suffix.lower() == ".gguf":
+            raise ValueError(f"to must end in .gguf in lower case for a GGUF file, got {to}")
         if to.exists() and not to.is_dir():
             raise ValueError(f"to must be a folder or end in .gguf, got the file {to}")
         earlier = to.is_dir() and any(to.iterdir())
-        if run.resolve().is_relative_to(to.resolve()) or (earlier and not (to / "README.md").is_file()):
+        if run.resolve().is_relative_to(to.resolve()) or (earlier and not is_export(to)):
             raise ValueError(
                 f"to must be a new folder or an earlier export, got {to}, which has something else"
             )
@@ -146,6 +150,14 @@ def check_target(to: Path, run: Path, overwrite: bool) -> None:
         raise ValueError(
             f"to must not exist, got {to}: choose another name, or pass --overwrite to replace it"
         )
+
+
+def is_export(folder: Path) -> bool:
+    """Whether an export wrote the folder, and nobody added anything: only then may it be deleted."""
+    card = folder / "README.md"
+    if not card.is_file() or f"\n- {TAG}\n" not in card.read_text(encoding="utf-8", errors="replace"):
+        return False
+    return all(file.is_file() and EXPORTED.fullmatch(file.name) for file in folder.iterdir())
 
 
 def name_of(to: Path) -> str:
@@ -175,7 +187,7 @@ def card(run: Path, source: Path, config: Config, chat: Chat, to: Path, licence:
 
 def front_matter(config: Config, base: str | None, licence: str | None) -> str:
     task = re.sub(r"[^a-z0-9]+", "-", config.task.rpartition(":")[2].lower()).strip("-")
-    tags = "".join(f"- {tag}\n" for tag in ("reflect-grpo", "grpo", "reinforcement-learning", task))
+    tags = "".join(f"- {tag}\n" for tag in (TAG, "grpo", "reinforcement-learning", task))
     return (
         f"---\nlicense: {licence or 'unknown'}\n"
         + (f"base_model: {base}\n" if base else "")

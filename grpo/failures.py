@@ -209,8 +209,13 @@ def _summary(
         "failed": len(block) - solved,
         "attempts": len(attempts),
         "right": sum(right(attempt.verdict) for attempt in attempts),
-        "reasons": dict(Counter(attempt.verdict.reason for attempt in attempts)),
+        # An answer whose score makes it right is "ok" here, whatever its reason.
+        "reasons": dict(Counter(_reason(attempt.verdict, right) for attempt in attempts)),
     }
+
+
+def _reason(verdict: Verdict, right: Right) -> str:
+    return "ok" if right(verdict) else verdict.reason
 
 
 def _to_json(attempt: Attempt) -> dict[str, Any]:

@@ -195,6 +195,19 @@ def test_an_abbreviated_option_is_unknown():
         parse(["--warm_start_step", "3"])
 
 
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("low=1,low=2", r"task_options: 'low' is given twice \(in 'low=1,low=2'\)"),
+        ("low", "task_options: expected name=value, got 'low'"),
+        ("{low: 1}", "task_options: must be JSON if it begins with a brace, got '{low: 1}'"),
+    ],
+)
+def test_options_that_cannot_be_read_say_why(text, said):
+    with pytest.raises(ValueError, match=said):
+        parse(["--task_options", text])
+
+
 def test_unknown_yaml_key_names_the_file_and_the_nearest(tmp_path):
     path = write(tmp_path / "mine.yaml", "num_generation: 4\n")
     with pytest.raises(

@@ -126,7 +126,14 @@ def test_other_folders_and_files_are_never_replaced(command, run, tmp_path):
     (tmp_path / "mine/thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.gguf").mkdir()
+    for name, card in (("project", "# Mine\n"), ("added", "---\ntags:\n- reflect-grpo\n---\n")):
+        (tmp_path / name / "src").mkdir(parents=True)
+        (tmp_path / name / "README.md").write_text(card)
+    (tmp_path / "model").mkdir()  # of somebody else, as the Hub has it
+    (tmp_path / "model/README.md").write_text("---\nlicense: mit\n---\n")
     for to, message in [
+        *((tmp_path / name, "an earlier export") for name in ("project", "added", "model")),
+        (tmp_path / "mine.GGUF", "must end in .gguf in lower case"),
         (run, "a new folder or an earlier export"),
         (run.parent, "a new folder or an earlier export"),
         (tmp_path / "mine", "a new folder or an earlier export"),
@@ -136,6 +143,7 @@ def test_other_folders_and_files_are_never_replaced(command, run, tmp_path):
         status, _, err = command(to, "--overwrite")
         assert status == 2 and message in err and err.count("\n") == 1
     assert (tmp_path / "mine/thesis.tex").exists() and (run / "config.yaml").exists()
+    assert (tmp_path / "project/src").is_dir() and (tmp_path / "model/README.md").is_file()
 
 
 def test_errors_are_one_line(command, run, tmp_path, monkeypatch):

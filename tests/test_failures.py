@@ -88,6 +88,8 @@ def test_scores_below_the_threshold_are_failures_and_are_kept(tmp_path):
     parts = tiny.build(task=Graded(), success_threshold=0.5)
     found = collect(tmp_path / "f.jsonl", parts.rollout, parts.task.examples("train", 6))
     assert [failure.verdict for failure in found] == [Verdict("partial", 0.0), Verdict("partial", 0.25)]
+    assert "4 of them right" in (text := describe(summary(tmp_path / "f.jsonl")))
+    assert "Why wrong: partial 2." in text  # not those that are right by their score
     assert load(tmp_path / "f.jsonl") == found
     counts = summary(tmp_path / "f.jsonl")
     assert (counts["solved"], counts["failed"], counts["right"]) == (4, 2, 4)

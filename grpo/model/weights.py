@@ -314,6 +314,14 @@ def _given(hf_config: dict[str, Any]) -> dict[str, Any]:
             kind = rope.get("rope_type", kind) or "default"
             # "su": the first name of longrope, in early Phi-3 configs
             given[key] = rope | {"rope_type": "longrope" if kind == "su" else kind}
+    new, old = given.get("rope_parameters"), given.get("rope_scaling", {})
+    if isinstance(new, dict) and isinstance(old, dict):  # two spellings, of which each program reads one
+        old = {name: given[name] for name in ("rope_theta", "partial_rotary_factor") if name in given} | old
+        if name := next((name for name in old if name in new and old[name] != new[name]), None):
+            raise ValueError(
+                f"{name} must be the same in rope_parameters and outside them, got {new[name]!r:.60} and "
+                f"{old[name]!r:.60}: other programs would read the other one"
+            )
     return given
 
 

@@ -89,7 +89,10 @@ def check_task(
         for example in part:
             if example.id in split_of:
                 splits = " and ".join(dict.fromkeys([split_of[example.id], split]))
-                raise _fault(task, "examples", "must give each example an id of its own", splits, example)
+                got = f"one twice in {splits}"
+                raise _fault(
+                    task, "examples", "must give each example an id of its own", example=example, got=got
+                )
             split_of[example.id] = split
             _check_opening(task, example, chat)
         _check_repeatable(task, split, part, need)

@@ -206,6 +206,11 @@ def _csv(path: Path, skipped: Skipped) -> Iterator[Row]:
             header = next(reader, [])
             if len(set(header)) < len(header) or not all(name.strip() for name in header):
                 raise ValueError(f"{path} must begin with a line of different column names, got {header}")
+            if other := next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None):
+                raise ValueError(
+                    f"{path} must have {reader.dialect.delimiter!r} between its columns, but its first line "
+                    f"has {other!r}: {header[0]!r:.100}"
+                )
             while True:
                 start = reader.line_num + 1
                 fields = next(reader, None)

@@ -23,7 +23,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from typing import Any, Protocol
 
@@ -174,13 +174,23 @@ class Number(Exact):
     def read_gold(self, gold: Any) -> Fraction | None:
         return self.read(_after_hashes(_text(gold)))
 
+    def problem(self, gold: Any) -> str | None:
+        for each in _accepted(gold):
+            text = _after_hashes(_text(each))
+            if (last := _last(_NUMBER.finditer(text))) is not None:
+                before, number = text[: last.start()][-20:], last[0]
+                gap = _GAP.search(before) and (re.fullmatch(r"\d{3}", number) or "/" in number)
+                if gap or _JOINT.search(before):
+                    return f"must end in one number, got {_short(text)}, of which only {number} would count"
+        return super().problem(gold)
+
     def states(self, data: Data, text: str) -> bool:
         golds = [self.read_gold(gold) for gold in _accepted(data["gold"])]
         return any(_fraction(number) in golds for number in _NUMBER.findall(text))
 
 
 class Choice(Exact):
-    wanted = "must be a letter, or the index of a choice from 0"
+    wanted = "must be a letter, or a number (not text): the index of a choice from 0"
 
     def read(self, text: str) -> str | None:
         letters = _LETTER.findall(text)
@@ -246,7 +256,7 @@ class Regex(Exact):
         for each in _accepted(gold):
             try:
                 re.compile(each)
-            except (re.error, TypeError, RecursionError) as error:
+            except (re.error, TypeError, RecursionError, OverflowError) as error:
                 return f"{self.wanted}, got {_short(each)} ({error})"
         return None if _accepted(gold) else "must not be empty"
 
@@ -304,9 +314,19 @@ _NUMBER = re.compile(
     r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d)|\s?/\s?\d+(?!\d|\.\d))?"
     r"|(?<![\w.])[-−+]?\.\d+"
 )
+# Before the last number of a gold, these show that it is the end of a longer one: 1,5 12:30 2024-01-05 10^3.
+_JOINT = re.compile(r"\d[,:^*×–-]+\Z")
+_GAP = re.compile(r"\d[ \u00a0\u202f'’]\Z")  # 1 000 and 1 1/2
 # "A dog" and "I think" have words, not choices.
 _LETTER = re.compile(r"(?<![A-Za-z0-9'])(?![AI] [a-z])([A-Z])(?![A-Za-z0-9'])")
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
+
+
+def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
+    last = None
+    for last in matches:  # noqa: B007
+        pass
+    return last
 
 
 def _fraction(number: str) -> Fraction | None:

@@ -30,10 +30,9 @@ from grpo.tasks import TaskError
 LOADING = 300.0  # seconds that the judge may take to be built: imports of large libraries
 GRACE = 5  # seconds after the limit at which a worker whose parent was killed ends itself
 
-# What the process runs. The path is the parent's, so that both import the same files.
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from grpo.tasks.worker import serve; serve()"
-)
+# What the process runs. The path is the parent's, so that both import the same files. It is set before
+# anything is imported from files: Python begins with the current directory, where a json.py may be.
+_START = "import sys; sys.path[:] = sys.argv[1:]; from grpo.tasks.worker import serve; serve()"
 
 
 class WorkerError(Exception):
@@ -74,7 +73,7 @@ class Worker:
         if self._process is not None:
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
+            [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the parent, which may want another verdict first

@@ -218,6 +218,18 @@ def edit_json(path, **changes):
 
 
 @pytest.mark.parametrize(
+    "outside", [{"rope_theta": 5e5}, {"rope_scaling": {"type": "linear", "factor": 2.0}}], ids=str
+)
+def test_two_spellings_of_rope_that_differ_are_refused(folder, outside):
+    inside = {"rope_type": "default", "rope_theta": 10_000.0}
+    edit_json(folder / "config.json", rope_parameters=inside, rope_theta=1e4, rope_scaling=None)
+    weights.load(folder)
+    edit_json(folder / "config.json", **outside)
+    with pytest.raises(ValueError, match="must be the same in rope_parameters and outside them"):
+        weights.load(folder)
+
+
+@pytest.mark.parametrize(
     "name", ["../other.safetensors", "{}/other.safetensors", "sub/x.safetensors", 3, ["a"], ".."]
 )
 def test_an_index_names_only_files_of_its_folder(name, folder):

@@ -105,10 +105,13 @@ def test_json_keeps_what_it_can_write() -> None:
 
 
 EXAMPLES = {
-    "the same id twice": (given(id="train-1"), "an id of its own, got 'train' for example 'train-1'"),
+    "the same id twice": (
+        given(id="train-1"),
+        "an id of its own, got one twice in train for example 'train-1'",
+    ),
     "the same id in two splits": (
         lambda self, split, count, offset=0: [Example(str(offset + i), "?") for i in range(count)],
-        "an id of its own, got 'train and heldout' for example '0'",
+        "an id of its own, got one twice in train and heldout for example '0'",
     ),
     "fewer": (
         lambda self, split, count, offset=0: tiny.Toy().examples(split, count - 1),

@@ -221,6 +221,16 @@ def test_rows_that_cannot_be_used_are_counted_and_named_by_line(tmp_path):
         ("a.json", b"{", "a.json is not JSON"),
         ("a.json", b"5", "a.json must be an array of objects"),
         ("a.csv", b"question,question\n", "different column names"),
+        (
+            "a.csv",
+            b"question;answer\nx;1,5\n",
+            "a.csv must have ',' between its columns, but its first line has ';'",
+        ),
+        (
+            "a.tsv",
+            b"question|answer\nx|1\n",
+            "must have '\\t' between its columns, but its first line has '|'",
+        ),
         ("a.csv", b'question,answer\n"x,1\n', "a.csv line 2 is not CSV"),
         ("a.csv", b"question,answer\nx\n", "no usable row: a.csv line 2: must have 2 fields, got 1"),
         ("a.csv", b"question,answer\n\xff,1\n", "must be UTF-8, got byte 0xff"),

@@ -1,6 +1,7 @@
 """Verifiers by name and reward functions: answers, odd text, limits of time, faults of functions."""
 
 import re
+import sys
 import threading
 import time
 
@@ -132,10 +133,39 @@ def test_no_text_raises_in_math(math):
 @pytest.mark.parametrize(
     ("name", "gold"),
     [("exact", ""), ("exact", None), ("exact", []), ("number", "none"), ("number", None), ("choice", "AB")]
-    + [("choice", -1), ("json", "{"), ("regex", "("), ("regex", 5), ("exact", {"a": 1})],
+    + [
+        ("choice", -1),
+        ("json", "{"),
+        ("regex", "("),
+        ("regex", "a{9999999999}"),
+        ("regex", 5),
+        ("exact", {"a": 1}),
+    ],
 )
 def test_golds_that_cannot_be_used(name, gold):
     assert "must" in verifier(name).problem(gold)
+
+
+@pytest.mark.parametrize(
+    "gold", "1,5|12:30|2024-01-05|10^3|2*3|3-7|3\u20137|1 000|1'000|3 1/2|1,00|3,4,5|7 #### 1,5".split("|")
+)
+def test_a_number_of_which_only_the_end_would_count_is_refused(gold):
+    assert "must end in one number" in verifier("number").problem(gold)
+
+
+@pytest.mark.parametrize(
+    "gold",
+    "5|-5|x=-3|1,000|1,234,567.5|1/2|1 / 2|1e-3|2-1 and 7|20 apples, 30|3*5=15|3*5 #### 15|In 2024 10".split(
+        "|"
+    ),
+)
+def test_one_number_is_accepted(gold):
+    assert verifier("number").problem(gold) is None
+
+
+def test_an_index_as_text_is_refused_in_words_that_fit():
+    assert verifier("choice").problem(1) is None
+    assert "a number (not text)" in verifier("choice").problem("1")  # CSV has text only
 
 
 def test_the_right_answer_is_right_and_stated():
@@ -306,6 +336,14 @@ def test_a_worker_ends_with_its_parent_object():
     process = worker._process
     del worker
     assert process.poll() is not None
+
+
+def test_a_worker_imports_nothing_from_the_current_directory(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text("raise SystemExit('code of the data folder')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    worker = Worker("grpo.tasks.verifiers:regex_judge", {}, seconds=5)
+    assert worker({"golds": ["a"], "answer": "a"}) == "ok"
 
 
 def test_what_a_worker_cannot_build():
