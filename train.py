@@ -164,7 +164,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     run.second_tries = state.validated(run.folder)
     metrics = Metrics(
         run.folder,
-        config.tensorboard,
+        config,
         dtype=config.dtype,
         max_steps=config.max_steps,
         console=AboveBar(),  # type: ignore[arg-type]  # it has the two methods that `print` uses
@@ -208,6 +208,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
             metrics.timings(step, seconds)
+            metrics.completions(step, episodes, groups)
             done = step
             build.return_unused_memory()
             # Scores can teach although no answer is right.

@@ -34,7 +34,7 @@ from grpo.run.state import saved_model, validated
 from grpo.tasks import get_task, opening
 
 UNKNOWN_LICENCE = "unknown: check the base model's licence"
-OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "tensorboard")
+OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "report_to")
 
 # --- the command --------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,37 +128,6 @@ def test_steps_without_reflections_have_no_leaks():
     episodes = tiny.episodes(parts, pool)
     metrics = rollout_metrics(episodes, train_on="attempt", task=parts.task, groups=pool)
     assert "leaks" not in metrics and metrics["completions/max_length"] <= 8
-
-
-# --- TensorBoard ------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"reflect-grpo\[tensorboard\]"):
-        Metrics(tmp_path, tensorboard=True)
-
-
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
-    seen = []
-
-    class Writer:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "tensorboard")
-
-        def add_scalar(self, name, value, step):
-            seen.append((name, value, step))
-
-        def close(self):
-            seen.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
-    run = Metrics(tmp_path, tensorboard=True, console=io.StringIO())
-    run.log(1, {"kl": math.nan, "loss": 0.5})
-    run.timings(1, {"step_time": 2.0})
-    run.close()
-    assert seen == [("loss", 0.5, 1), ("timings/step_time", 2.0, 1), "closed"]
 
 
 # --- warnings ---------------------------------------------------------------------------------------------
