@@ -86,7 +86,7 @@ def unfinished(finished, tmp_path):
 
 def assert_error(done: Done, status: int, *fragments: str) -> None:
     """One line on stderr that begins with "error:" and holds the fragments; no traceback."""
-    lines = [line for line in done.err.splitlines() if line.strip() and "%|" not in line]  # tqdm's bars
+    lines = [line for line in done.err.splitlines() if line.strip()]
     assert done.status == status, done.err
     assert len(lines) == 1 and lines[0].startswith("error: "), done.err
     assert [fragment for fragment in fragments if fragment not in lines[0]] == [], lines[0]
