@@ -34,7 +34,6 @@ if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # the co
     set_up_process()  # before the imports below, which take seconds
 
 import grpo_kernels
-from tqdm import tqdm
 
 from grpo import config as configuration
 from grpo import failures, warmstart
@@ -49,7 +48,8 @@ from grpo.rollout import Attempt, attempt_episodes
 from grpo.run import build, checkpoint, files, inputs, state
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
-from grpo.run.state import LOGS, WARM_START_LOG, AboveBar, RunState
+from grpo.run.progress import Bar
+from grpo.run.state import LOGS, WARM_START_LOG, RunState
 from grpo.sampler.engine import DivergedError
 from grpo.tasks import TaskError
 
@@ -87,14 +87,13 @@ def supervised_steps(run: RunState, folder: Path) -> None:
     )
     done = saved = run.restore(learner, folder, [WARM_START_LOG])
     try:
-        with tqdm(total=config.warm_start_steps, initial=done, desc="warm start", unit="step") as bar:
+        with Bar("warm start", config.warm_start_steps, "step", done) as bar:
             while done < config.warm_start_steps:
                 run.interrupts.check()
                 metrics = learner.supervised_step(transcripts(step=done), rate(done))
                 files.append_jsonl(run.folder / WARM_START_LOG, {"step": done + 1, **metrics})
                 done += 1
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}")
-                bar.update()
+                bar.update(done, f"loss {metrics['loss']:.3f}")
                 if done % MEMORY_BLOCK == 0:
                     build.return_unused_memory()
                 if done % WARM_START_BLOCK == 0:
@@ -110,7 +109,7 @@ def collect_failures(run: RunState) -> list[Attempt]:
     """Builds the dataset of failures, `failures.jsonl`, with the weights in `start/`."""
     config, parts, path = run.config, run.parts, run.folder / "failures.jsonl"
     examples = parts.task.examples("train", config.num_examples)
-    with tqdm(total=len(examples), desc="failures", unit="example") as bar:
+    with Bar("failures", len(examples), "example") as bar:
         pool = failures.collect(
             path,
             parts.rollout,
@@ -164,22 +163,15 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     run.second_tries = state.validated(run.folder)
     metrics = Metrics(
         run.folder,
-        config.tensorboard,
+        config,
         dtype=config.dtype,
         max_steps=config.max_steps,
-        console=AboveBar(),  # type: ignore[arg-type]  # it has the two methods that `print` uses
     )
     live = page.LiveReport(run.folder)
-    steps = tqdm(
-        range(done + 1, config.max_steps + 1),
-        desc="training",
-        unit="step",
-        initial=done,
-        total=config.max_steps,
-    )
+    bar = Bar("training", config.max_steps, "step", done)
     try:
         validate(run, done, metrics)
-        for step in steps:
+        for step in range(done + 1, config.max_steps + 1):
             run.interrupts.check()
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
             groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
@@ -208,7 +200,9 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
             metrics.timings(step, seconds)
+            metrics.completions(step, episodes, groups)
             done = step
+            bar.update(done)
             build.return_unused_memory()
             # Scores can teach although no answer is right.
             if config.reward == "binary" and (problem := nothing_right(metrics.warnings.history)) is not None:
@@ -219,14 +213,14 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
             if config.report and (problem := live.refresh()):
-                tqdm.write(problem, file=sys.stderr)
+                print(problem, file=sys.stderr)
     except (Exception, Interrupted, SystemExit):  # SystemExit: a task may call sys.exit
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         if done > saved and learner.num_steps == done and learner.between_steps:
             save_before_leaving(run, learner, run.folder, done)
         raise
     finally:
-        steps.close()
+        bar.close()
         metrics.close()
 
 
@@ -281,7 +275,7 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
         build.load_into(parts, source)
         build.return_unused_memory()
         with (
-            tqdm(total=len(examples), desc=f"evaluate {label}", unit="problem") as bar,
+            Bar(f"evaluate {label}", len(examples), "problem") as bar,
             build.evaluation_sampling(parts),
         ):
             results[label] = measure(
@@ -316,6 +310,7 @@ def all_stages(run: RunState) -> None:
         write_report(run)
         raise
     write_report(run)
+    print(f"checkpoint: {checkpoint.latest(run.folder)}")
 
 
 def write_report(run: RunState) -> None:

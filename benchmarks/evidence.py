@@ -31,8 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # train.py is next to this folder
 
 import train  # noqa: E402
@@ -44,6 +42,7 @@ from grpo.evaluate.statistics import wilson_interval  # noqa: E402
 from grpo.experiments.outcome import difference  # noqa: E402
 from grpo.rollout import Attempt  # noqa: E402
 from grpo.run import files  # noqa: E402
+from grpo.run.progress import Bar  # noqa: E402
 from grpo.run.state import SECOND_TRY, RunState  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
@@ -83,14 +82,14 @@ def more_supervision(run: RunState, seconds: float) -> None:
     learner = run.learner(replace(config, beta=0.0))
     batch = warmstart.by_step(task, run.parts.chat, config)
     start, step = time.perf_counter(), 0
-    with tqdm(total=round(seconds), desc="supervised", unit="s") as bar:
+    with Bar("supervised", round(seconds), "second") as bar:
         while time.perf_counter() - start < seconds:
             run.interrupts.check()
             unseen = batch(step=1_000_000 + step)  # transcripts that the warm start has not seen
             result = learner.supervised_step(unseen, 0.5 * config.warm_start_learning_rate)
             step += 1
             files.append_jsonl(run.folder / "warm_start.jsonl", {"step": step, **result})
-            bar.update(round(time.perf_counter() - start) - bar.n)
+            bar.update(round(time.perf_counter() - start))
     run.save(learner, run.folder, step)
     train.evaluate(run)
 

@@ -18,7 +18,7 @@ import operator
 import re
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -74,6 +74,14 @@ class TaskOptions(dict):
         return _without_repetition(options)
 
 
+class Names(str):
+    """Names separated by commas, or "none"; in YAML also a list or null."""
+
+    def __new__(cls, value: str | Sequence[Any] | None = None) -> "Names":
+        parts = value.split(",") if isinstance(value, str) else value
+        return super().__new__(cls, ",".join(str(part).strip() for part in parts or ["none"]))
+
+
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A dict of the pairs. ValueError: a name is given twice, and one of the values would be dropped."""
     options: dict[str, Any] = {}
@@ -106,6 +114,8 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     # A number in quotes is that number; one that YAML 1.1 reads otherwise, such as 010 or 1_000, is none.
     number = plain_yaml.scalar(value) if isinstance(value, str) else value
     try:
+        if kind is Names and isinstance(value, str | list | None):
+            return Names(value)
         if kind is TaskOptions and isinstance(value, str | Mapping | None):
             return TaskOptions(value or ())
         if kind is float and isinstance(number, int | float) and not isinstance(number, bool):
@@ -117,9 +127,10 @@ def coerce(name: str, value: Any, kind: Any) -> Any:
     else:
         if type(value) is kind:
             return value
+    expected = "names separated by commas" if kind is Names else "a mapping"
     odd = kind in (int, float) and isinstance(value, str) and value[:1].isdigit()
     hint = "; write it in decimal, without leading zeros or _" if odd else ""
-    raise ValueError(f"{name} must be {_EXPECTED.get(kind, 'a mapping')}, got {value!r}{hint}")
+    raise ValueError(f"{name} must be {_EXPECTED.get(kind, expected)}, got {value!r}{hint}")
 
 
 def check(settings: Any) -> None:
@@ -145,6 +156,7 @@ def check(settings: Any) -> None:
                 raise ValueError(f"{name} must be {relation} {bound}, got {value}")
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
 PRESETS = Path(__file__).parent / "presets"
 NEWEST = "newest"  # the meaning of `--resume` without a directory
 
@@ -259,20 +271,27 @@ class Config:
     save_steps: Natural = field(50, "checkpoint every so many steps; 0: only the last step")
     save_total_limit: Count = field(2, "newest checkpoints kept, besides the best one")
     report: bool = field(True, "write report.html into the run directory, and refresh it during RL")
-    tensorboard: bool = field(False, "also write TensorBoard files (pip install 'reflect-grpo[tensorboard]')")
+    report_to: Names = field(
+        Names(),
+        "trackers that get the metrics and some completions, separated by commas: none, tensorboard, wandb, "
+        "trackio (each an extra: pip install 'reflect-grpo[wandb]')",
+    )
 
 
 _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
-    "config output_dir preset resume run_name save_steps save_total_limit report tensorboard".split()
+    "config output_dir preset resume run_name save_steps save_total_limit report report_to".split()
 )
 
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report", "reward", "success_threshold"})
-RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
+RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
+RETIRED_VALUES: dict[str, dict[Any, Any]] = {  # old name -> old value -> new value
+    "tensorboard": {True: "tensorboard", False: "none"}
+}
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 
 
@@ -322,7 +341,9 @@ class _Parser(HfArgumentParser):
             if option is None:
                 raise ValueError(f"expected --KEY VALUE, got {unknown[0]!r}")
             name = option.lstrip("-").partition("=")[0].replace("-", "_")
-            raise ValueError(f"unknown option {option}{nearest(name, TYPES, '--')}")
+            new = RETIRED_SETTINGS.get(name)
+            hint = f"; it is now --{new}" if new else nearest(name, TYPES, "--")
+            raise ValueError(f"unknown option {option}{hint}")
         return {name: value for name, value in vars(settings).items() if value is not _UNSET}
 
 
@@ -342,6 +363,8 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{key} is the old name of {name}: give one of the two")
             if name in ("config", "resume") and value is not None:
                 raise ValueError(f"{name} belongs on the command line")
+            if key in RETIRED_VALUES:
+                value = RETIRED_VALUES[key][coerce(key, value, bool)]
             settings[name] = coerce(name, value, TYPES[name])
         except ValueError as error:
             raise ValueError(f"{path}, line {lines[key]}: {error}") from None
@@ -431,6 +454,11 @@ def _run_directory(resume: str, output_dir: str) -> Path:
     return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 
+def tracker_names(report_to: str) -> list[str]:
+    """The trackers that the setting `report_to` names."""
+    return [] if report_to == "none" else report_to.split(",")
+
+
 def validate(config: Config) -> None:
     """Raises ValueError; the message names the setting, what was expected, and the value received."""
     check(config)
@@ -439,6 +467,12 @@ def validate(config: Config) -> None:
 
 def _validate_combinations(c: Config) -> None:
     """Settings that are valid alone but not together."""
+    trackers = tracker_names(c.report_to)
+    if len(set(trackers)) < len(trackers) or not set(trackers) <= set(TRACKERS):
+        wrong = next((name for name in trackers if name not in TRACKERS), "")
+        hint = nearest(wrong, ["none", *TRACKERS])
+        expected = f"none, or some of {', '.join(TRACKERS)}, each once"
+        raise ValueError(f"report_to must be {expected}, got {c.report_to!r}{hint}")
     if c.top_p != 1.0 or c.top_k != 0:
         raise ValueError(
             f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would draw "

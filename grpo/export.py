@@ -36,7 +36,7 @@ from grpo.tasks import get_task, opening
 TAG = "reflect-grpo"  # in the card of every export
 EXPORTED = re.compile(r"README\.md|chat_template\.jinja|tokenizer\.model|.*\.json|model.*\.safetensors")
 UNKNOWN_LICENCE = "unknown: check the base model's licence"
-OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "tensorboard")
+OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "report_to")
 
 # --- the command --------------------------------------------------------------------------------------------
 

@@ -263,10 +263,9 @@ def main(argv: list[str] | None = None) -> int:
     """`python -m grpo.failures --output FILE [--KEY VALUE ...]`: the first stage of train.py on its own."""
     import argparse
 
-    from tqdm import tqdm
-
     from grpo import config as configuration
     from grpo.run import build
+    from grpo.run.progress import Bar
 
     parser = argparse.ArgumentParser(
         prog="python -m grpo.failures",
@@ -293,7 +292,7 @@ def main(argv: list[str] | None = None) -> int:
             ) as error:  # one raised later is a bug, perhaps in the task
                 print(f"error: {error}", file=sys.stderr)
                 return 2
-            with tqdm(total=len(examples), desc="failures", unit="example") as bar:
+            with Bar("failures", len(examples), "example") as bar:
                 collect(
                     options.output,
                     parts.rollout,
@@ -302,7 +301,7 @@ def main(argv: list[str] | None = None) -> int:
                     failures_per_example=config.failures_per_example,
                     keep_solved=not config.only_failures,
                     weights=config.model_name_or_path,
-                    progress=lambda done, _: bar.update(done - bar.n),
+                    progress=lambda done, _: bar.update(done),
                 )
     except files.MismatchError as error:
         print(f"error: {error}", file=sys.stderr)

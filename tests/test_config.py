@@ -22,6 +22,7 @@ from grpo.config import (
     load,
     parse,
     to_yaml,
+    tracker_names,
     validate,
 )
 
@@ -48,9 +49,9 @@ def test_command_line_wins_over_yaml_over_preset(tmp_path):
 
 
 def test_a_value_equal_to_the_default_still_wins(tmp_path):
-    path = write(tmp_path / "c.yaml", "num_generations: 4\ntensorboard: true\n")
-    config = parse(["--config", path, "--num_generations", "8", "--tensorboard", "false"])
-    assert config.num_generations == 8 and config.tensorboard is False
+    path = write(tmp_path / "c.yaml", "num_generations: 4\nreport: true\n")
+    config = parse(["--config", path, "--num_generations", "8", "--report", "false"])
+    assert config.num_generations == 8 and config.report is False
 
 
 def test_yaml_may_choose_the_preset_and_the_command_line_another(tmp_path):
@@ -132,6 +133,37 @@ def test_task_options_on_the_command_line(text, expected):
     assert TaskOptions(text) == expected
 
 
+def test_tensorboard_of_version_0_1_is_report_to_now(tmp_path):
+    text = (CASES / "config-0.1.0.yaml").read_text()
+    assert load(CASES / "config-0.1.0.yaml").report_to == "none"
+    run = tmp_path / "runs/x-001"
+    run.mkdir(parents=True)
+    write(run / "config.yaml", text.replace("tensorboard: false", "tensorboard: true"))
+    config = parse(["--resume", str(run)])
+    assert config.report_to == "tensorboard" and differences(load(run / "config.yaml"), config) == []
+
+
+@pytest.mark.parametrize(
+    ("yaml", "trackers"),
+    [
+        ("none", []),
+        ("null", []),
+        ("[]", []),
+        ("wandb", ["wandb"]),
+        ("wandb, tensorboard", ["wandb", "tensorboard"]),
+        ("[trackio, wandb]", ["trackio", "wandb"]),
+    ],
+)
+def test_report_to_is_a_list_or_names_with_commas(tmp_path, yaml, trackers):
+    path = write(tmp_path / "c.yaml", f"report_to: {yaml}\n")
+    config = parse(["--config", path])
+    assert tracker_names(config.report_to) == trackers
+    to_yaml(config, tmp_path / "config.yaml")
+    assert load(tmp_path / "config.yaml").report_to == config.report_to
+    if trackers:
+        assert parse(["--report_to", ",".join(trackers)]).report_to == config.report_to
+
+
 # --- types ------------------------------------------------------------------------------------------------
 
 
@@ -152,8 +184,10 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
         ("learning_rate", "fast", "a number"),
         ("learning_rate", True, "a number"),
         ("learning_rate", [1e-5], "a number"),
-        ("tensorboard", "yes", "true or false"),
-        ("tensorboard", 1, "true or false"),
+        ("report", "yes", "true or false"),
+        ("report", 1, "true or false"),
+        ("report_to", True, "names separated by commas"),
+        ("report_to", {"a": 1}, "names separated by commas"),
         ("task", 3, "a string"),
         ("task_options", [1], "a mapping"),
         ("task_options", "numbers", "a mapping"),
@@ -171,7 +205,11 @@ def test_a_value_of_a_wrong_type_is_named(name, value, expected):
         (["--num_generations", "4.5"], ["num_generations", "int", "'4.5'"]),
         (["--learning_rate", "fast"], ["learning_rate", "float", "'fast'"]),
         (["--learning-rate"], ["learning_rate", "expected one argument"]),
-        (["--tensorboard", "maybe"], ["tensorboard", "maybe"]),
+        (["--report", "maybe"], ["report", "maybe"]),
+        (["--tensorboard", "true"], ["unknown option --tensorboard; it is now --report_to"]),
+        (["--report_to", "wandb,tensorbord"], ["report_to", "wandb,tensorbord", "did you mean tensorboard?"]),
+        (["--report_to", "wandb,none"], ["none, or some of", "'wandb,none'"]),
+        (["--report_to", "wandb,wandb"], ["each once", "'wandb,wandb'"]),
         (["--task_options", "{"], ["task_options", "'{'"]),
         (["--loss_type", "ppo"], ["loss_type", "dapo", "'ppo'"]),
         (["stray"], ["--KEY VALUE", "'stray'"]),
@@ -407,7 +445,7 @@ def test_other_yaml_readers_see_numbers(tmp_path):
 
 def test_differences_list_what_a_continued_run_may_not_change():
     old = Config()
-    new = Config(max_steps=20, learning_rate=1e-6, tensorboard=True, output_dir="other", resume="x")
+    new = Config(max_steps=20, learning_rate=1e-6, report_to="tensorboard", output_dir="other", resume="x")
     assert differences(old, new) == ["max_steps: 100 -> 20", "learning_rate: 5e-07 -> 1e-06"]
     assert differences(old, Config()) == []
 
@@ -420,11 +458,11 @@ def start_run(folder: Path, **settings) -> Path:
 
 def test_resume_takes_the_settings_of_the_run(tmp_path):
     run = start_run(tmp_path / "runs/x-001", max_steps=33, preset="paper_countdown")
-    config = parse(["--resume", str(run), "--tensorboard"])
-    assert (config.max_steps, config.preset, config.tensorboard, config.resume) == (
+    config = parse(["--resume", str(run), "--report_to", "tensorboard"])
+    assert (config.max_steps, config.preset, config.report_to, config.resume) == (
         33,
         "paper_countdown",
-        True,
+        "tensorboard",
         str(run),
     )
     assert differences(load(run / "config.yaml"), config) == []

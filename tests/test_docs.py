@@ -18,7 +18,14 @@ PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md"
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 SOURCES = [ROOT / "train.py", *sorted((ROOT / "grpo").rglob("*.py"))]
 
-OTHER_OPTIONS = {"help", "no-deps", "extra-index-url", "check"}  # argparse's, pip's, ruff's
+OTHER_OPTIONS = {
+    "help",
+    "no-deps",
+    "extra-index-url",
+    "check",
+    "logdir",
+    "project",
+}  # argparse's, pip's, ruff's, trackers'
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
 BENCHMARK_OPTIONS, EXPERIMENT_OPTIONS = (
     {

@@ -359,7 +359,7 @@ def test_16_a_loss_of_zero_comes_with_what_explains_it(parts, sampled, tmp_path,
     assert abs(metrics["loss"]) < 1e-6 and metrics["grad_norm"] > 0.01
     zero = sum(len({e.reward for e in sampled if e.group_id == g}) == 1 for g in range(3)) / 3
     assert metrics["frac_reward_zero_std"] == pytest.approx(zero)
-    log = Metrics(tmp_path, False, dtype="float32", max_steps=1)
+    log = Metrics(tmp_path, dtype="float32", max_steps=1)
     log.log(1, metrics)
     log.close()
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])

@@ -159,7 +159,7 @@ def test_every_pin_is_of_something_that_is_installed(setup):
 
 def test_the_extras_that_messages_name_exist(setup):
     extras = set(setup["options.extras_require"])
-    assert {"demo", "bfcl", "gguf", "tensorboard", "bench", "dev"} <= extras
+    assert {"demo", "bfcl", "gguf", *configuration.TRACKERS, "bench", "dev"} <= extras
     for path in [*(ROOT / "grpo").rglob("*.py"), ROOT / "train.py"]:
         for names in re.findall(r"reflect-grpo\[([\w,]+)\]", path.read_text(encoding="utf-8")):
             assert set(names.split(",")) <= extras, path

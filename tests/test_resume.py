@@ -168,7 +168,9 @@ def test_stopped_while_the_parts_are_built(model, tmp_path):
 
 def test_stopped_while_modules_are_imported(tmp_path):
     """The first slow import is replaced by one that gets the signal."""
-    (tmp_path / "tqdm.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n"
+    )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, str(ROOT / "train.py")], env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (130, b"")

@@ -14,6 +14,7 @@ from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
+from grpo.config import TRACKERS
 from grpo.learner.optimizer import MasterAdamW
 from grpo.run import checkpoint, files
 from grpo.tasks import Verdict
@@ -85,7 +86,7 @@ def unfinished(finished, tmp_path):
 
 def assert_error(done: Done, status: int, *fragments: str) -> None:
     """One line on stderr that begins with "error:" and holds the fragments; no traceback."""
-    lines = [line for line in done.err.splitlines() if line.strip() and "%|" not in line]  # tqdm's bars
+    lines = [line for line in done.err.splitlines() if line.strip()]
     assert done.status == status, done.err
     assert len(lines) == 1 and lines[0].startswith("error: "), done.err
     assert [fragment for fragment in fragments if fragment not in lines[0]] == [], lines[0]
@@ -219,9 +220,10 @@ def test_bad_yaml(quick, tmp_path, text, fragments):
     assert_error(run(argv), 2, *fragments)
 
 
-def test_tensorboard_that_is_not_installed(quick, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert_error(quick(tensorboard=True), 2, "tensorboard must be false", "reflect-grpo[tensorboard]")
+@pytest.mark.parametrize("tracker", TRACKERS)
+def test_a_tracker_that_is_not_installed_is_refused_before_sampling(tracker, quick, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if tracker == "tensorboard" else tracker, None)
+    assert_error(quick(report_to=tracker), 2, f"report_to {tracker} needs", f"reflect-grpo[{tracker}]")
 
 
 # --- bad models ---------------------------------------------------------------------------------------------

@@ -24,8 +24,6 @@ from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 if __name__ == "__main__":
     set_up_process()  # before the imports below, which take seconds
 
-from tqdm import tqdm
-
 from grpo import config as configuration
 from grpo.config import Config
 from grpo.evaluate.comparison import CONTROLS, ModelResult, report
@@ -33,6 +31,7 @@ from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID
 from grpo.run import build, checkpoint, files
+from grpo.run.progress import Bar
 from grpo.tasks import TaskError
 from grpo.tasks.contract import check_task
 
@@ -250,7 +249,7 @@ def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) 
     build.check_room(replace(config, warm_start_steps=0), built, examples)
     with (
         build.evaluation_sampling(built),
-        tqdm(total=len(examples), desc=model.label, unit="problem") as bar,
+        Bar(model.label, len(examples), "problem") as bar,
     ):
         try:
             return measure(
@@ -259,7 +258,7 @@ def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) 
                 controls=options.controls,
                 store=records_file(Path(options.output), model.label) if options.output else None,
                 identity=model.identity(),
-                progress=lambda done, _: bar.update(done - bar.n),
+                progress=lambda done, _: bar.update(done),
             )
         except files.RunDirError:
             raise

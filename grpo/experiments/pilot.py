@@ -14,13 +14,12 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from tqdm import tqdm
-
 from grpo.evaluate import measure
 from grpo.evaluate.comparison import ModelResult, model_figures
 from grpo.experiments.outcome import Column, Outcome, Row, percent
 from grpo.experiments.study import Study, joined
 from grpo.run import build, files
+from grpo.run.progress import Bar
 
 QUESTION = "Before RL: how often does a retry succeed, how long are reflections, are they good?"
 DEFAULTS: dict[str, Any] = {}
@@ -75,11 +74,11 @@ def _measure(study: Study, seed: int, wanted: int) -> ModelResult:
     built = build.parts(replace(study.config, seed=seed), model_source=str(start / "start"))
     store = study.folder / f"records-seed{seed}.jsonl"
     count = measure.BLOCK * max(1, files.keep_whole_blocks(store))  # done by an earlier command
-    with build.evaluation_sampling(built), tqdm(total=wanted, desc="failures", unit="failure") as bar:
+    with build.evaluation_sampling(built), Bar("failures", wanted, "failure") as bar:
         while True:
             examples = built.task.examples("train", count)
             result = measure.measure(built.rollout, examples, store=store, identity=f"seed {seed}")
-            bar.update(min(wanted, len(result.failures)) - bar.n)
+            bar.update(min(wanted, len(result.failures)))
             if len(result.failures) >= wanted:
                 return result
             count += measure.BLOCK

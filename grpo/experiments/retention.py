@@ -22,13 +22,12 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from grpo.evaluate.statistics import bootstrap_interval, paired_difference
 from grpo.experiments.outcome import Column, Outcome, Row
@@ -37,6 +36,7 @@ from grpo.logprob import linear_logprob
 from grpo.model import weights
 from grpo.model.decoder import Decoder
 from grpo.run import build, files
+from grpo.run.progress import Bar
 
 QUESTION = "What does RL on reflections make the model forget?"
 DEFAULTS = {"max_steps": 8, "num_eval": 128}
@@ -125,12 +125,23 @@ def _scores(study: Study, source: str, items: int, label: str) -> dict[str, list
     )
     scores: dict[str, list[float]] = {}
     for name, texts in text_sets(items):
-        with tqdm(texts, desc=f"{label}, {name}", unit="text") as bar:
-            scores[f"{name}, nats per token"] = [nats_per_token(model, tokenizer, text) for text in bar]
+        with Bar(f"{label}, {name}", len(texts), "text") as bar:
+            losses = (nats_per_token(model, tokenizer, text) for text in texts)
+            scores[f"{name}, nats per token"] = _shown(losses, bar)
     for name, questions in question_sets(items):
-        with tqdm(questions, desc=f"{label}, {name}", unit="question") as bar:
-            scores[f"{name}, share right"] = [float(choose(model, tokenizer, *q[:2]) == q[2]) for q in bar]
+        with Bar(f"{label}, {name}", len(questions), "question") as bar:
+            right = (float(choose(model, tokenizer, *q[:2]) == q[2]) for q in questions)
+            scores[f"{name}, share right"] = _shown(right, bar)
     return scores
+
+
+def _shown(scores: Iterable[float], bar: Bar) -> list[float]:
+    """The scores; moves the bar by one with each."""
+    collected = []
+    for score in scores:
+        collected.append(score)
+        bar.update(len(collected))
+    return collected
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ products ten times faster than float32 or seven times slower (docs/LOG.md).
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import json
 import os
 import platform
@@ -30,7 +29,7 @@ from grpo.config import Config
 from grpo.model import weights
 from grpo.model.decoder import Decoder
 from grpo.rollout import Rollout
-from grpo.run import files
+from grpo.run import files, trackers
 from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.sampler.kv_cache import SlotCache
@@ -271,10 +270,7 @@ def check_run(config: Config, parts: Parts) -> list[Example]:
     Raises:
         ValueError: naming the setting that does not fit.
     """
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ValueError(
-            "tensorboard must be false, or its extra installed: pip install 'reflect-grpo[tensorboard]'"
-        )
+    trackers.check(config)
     if config.warm_start_steps and not isinstance(parts.task, WarmStartTask):
         raise ValueError(
             f"warm_start_steps must be 0 with task {parts.task.name}, got {config.warm_start_steps}: the "

@@ -1,10 +1,10 @@
-"""The metrics of a run: assembled per step, written as JSON lines, console lines and TensorBoard; warnings.
+"""The metrics of a run: assembled per step, written as JSON lines, shown, sent to trackers; warnings.
 
 metrics.jsonl contains what the seed determines, timings.jsonl what the machine determines, so a rerun gives
 the same metrics.jsonl byte for byte. Each warning (grpo/run/diagnostics.py) is given once and kept in
 metrics.jsonl. A continued run reads that file, so no other state has to be saved.
 
-Left out: averages over steps, which hide the steps that went wrong, and remote trackers.
+Left out: averages over steps, which hide the steps that went wrong. Trackers are in trackers.py.
 """
 
 import math
@@ -13,23 +13,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from grpo.config import Config
 from grpo.episode import Episode, episode_metrics
 from grpo.rollout import Attempt
 from grpo.run import files
 from grpo.run.diagnostics import Record, Warnings
+from grpo.run.trackers import Trackers, completion_rows
 from grpo.tasks import Task, Verdict, format_reasons
 from grpo.tasks.contract import leaks
 
-# Label and number format of what the console shows of a step.
+# Label, unit and number format of what the console shows of a step.
 _CONSOLE = {
-    "reward": ("reward", "{:.3f}"),
-    "completions/mean_length": ("length", "{:.1f}"),
-    "frac_reward_zero_std": ("signal", "{:.2f}"),  # shown as 1 - x: the share of groups with a signal
-    "kl": ("kl", "{:.4f}"),
-    "entropy": ("entropy", "{:.3f}"),
-    "grad_norm": ("grad_norm", "{:.3f}"),
-    "completions/clipped_ratio": ("truncated", "{:.2f}"),
+    "reward": ("reward", "mean", "{:.3f}"),
+    "completions/mean_length": ("length", "tokens", "{:.1f}"),
+    "frac_reward_zero_std": ("signal", "share", "{:.2f}"),  # shown as 1 - x: groups with a signal
+    "kl": ("kl", "nats", "{:.4f}"),
+    "entropy": ("entropy", "nats", "{:.3f}"),
+    "grad_norm": ("grad_norm", "norm", "{:.3f}"),
+    "completions/clipped_ratio": ("truncated", "share", "{:.2f}"),
 }
+_WIDTH = 9  # of a column, in characters
+_HEADER_EVERY = 20  # steps
 
 
 def history(run_dir: Path) -> list[Record]:
@@ -48,18 +52,16 @@ class Metrics:
 
     Args:
         run_dir: the run's directory; must exist. The warnings use the lines already there as history.
-        tensorboard: also write TensorBoard files to `run_dir/tensorboard`.
+        config: its `report_to` names the trackers that get the metrics too; without it, none do.
         dtype: compute dtype; decides how far sampler and learner may differ.
         max_steps: shown on the console, if given.
-        console: file for the console lines; default: standard output.
-    Raises:
-        ValueError: `tensorboard` without the package.
+        console: file for the console lines; default: standard output, whatever it is then.
     """
 
     def __init__(
         self,
         run_dir: str | Path,
-        tensorboard: bool = False,
+        config: Config | None = None,
         *,
         dtype: str = "bfloat16",
         max_steps: int | None = None,
@@ -67,16 +69,23 @@ class Metrics:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.max_steps = max_steps
-        self.console = console or sys.stdout
-        self.writer = _summary_writer(self.run_dir / "tensorboard") if tensorboard else None
-        self.warnings = Warnings(history(self.run_dir), dtype=dtype)
+        self.console = console
+        self.steps_shown = 0
+        before = history(self.run_dir)
+        self.warnings = Warnings(before, dtype=dtype)
+        first_step = max((record["step"] + 1 for record in before), default=0)
+        self.trackers = Trackers(self.run_dir, config or Config(), first_step, self._say)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes one line to metrics.jsonl and one to the console. NaN and infinity become null."""
         record: Record = {"step": step} | {name: _number(metrics[name]) for name in sorted(metrics)}
         files.append_jsonl(self.run_dir / "metrics.jsonl", record)
+        if "reward" in record:
+            if self.steps_shown % _HEADER_EVERY == 0:
+                self._say(header(self.max_steps))
+            self.steps_shown += 1
         self._say(console_line(record, self.max_steps))
-        self._scalars(record)
+        self.trackers.log(step, _numbers(record))
         for name, advice in self.warnings.update(record).items():
             files.append_jsonl(
                 self.run_dir / "metrics.jsonl", {"step": step, "warning": name, "advice": advice}
@@ -87,34 +96,43 @@ class Metrics:
         """Writes one line to timings.jsonl: seconds, token rates, and what else differs between reruns."""
         record: Record = {"step": step} | {name: _number(seconds[name]) for name in sorted(seconds)}
         files.append_jsonl(self.run_dir / "timings.jsonl", record)
-        self._scalars(record, prefix="timings/")
+        self.trackers.log(step, _numbers(record), prefix="timings/")
+
+    def completions(self, step: int, episodes: Sequence[Episode], groups: Sequence[Attempt]) -> None:
+        """Sends a few completions of the step to the trackers; the run keeps all in episodes.jsonl."""
+        if self.trackers.open:
+            self.trackers.table(step, completion_rows(step, episodes, groups))
 
     def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
+        self.trackers.close()
 
     def _say(self, line: str) -> None:
-        print(line, file=self.console, flush=True)
+        print(line, file=self.console or sys.stdout, flush=True)
 
-    def _scalars(self, record: Record, prefix: str = "") -> None:
-        if self.writer is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.writer.add_scalar(prefix + name, value, record["step"])
+
+def header(max_steps: int | None = None) -> str:
+    """Two lines, with the names and the units of the columns of `console_line`."""
+    names = [label for label, _, _ in _CONSOLE.values()]
+    units = [unit for _, unit, _ in _CONSOLE.values()]
+    return "\n".join(_aligned(first, cells, max_steps) for first, cells in (("step", names), ("", units)))
 
 
 def console_line(record: Record, max_steps: int | None = None) -> str:
-    """`step 3/16  reward 0.412  length 57.3 ...`. A record without a reward (validation) is shown in full."""
-    parts = [f"step {record['step']}" + (f"/{max_steps}" if max_steps else "")]
-    if "reward" in record:
-        for name, (label, form) in _CONSOLE.items():
-            value = record.get(name)
-            if value is not None:
-                parts.append(f"{label} {form.format(1 - value if label == 'signal' else value)}")
-    else:
+    """A step in the columns of `header`; "-" for what is missing. Validation is `step 8  NAME VALUE ...`."""
+    step = f"{record['step']}" + (f"/{max_steps}" if max_steps else "")
+    if "reward" not in record:
         shown = [(name, value) for name, value in record.items() if name != "step" and value is not None]
-        parts += [f"{name} {value:.4g}" for name, value in shown]
-    return "  ".join(parts)
+        return "  ".join([f"step {step}", *(f"{name} {value:.4g}" for name, value in shown)])
+    cells = []
+    for name, (label, _, form) in _CONSOLE.items():
+        value = record.get(name)
+        cells.append("-" if value is None else form.format(1 - value if label == "signal" else value))
+    return _aligned(step, cells, max_steps)
+
+
+def _aligned(step: str, cells: Sequence[str], max_steps: int | None) -> str:
+    first = 2 * len(str(max_steps)) + 1 if max_steps else 0
+    return "  ".join([step.rjust(max(first, 6)), *(cell.rjust(_WIDTH) for cell in cells)])
 
 
 def rollout_metrics(
@@ -179,9 +197,5 @@ def _number(value: Any) -> float | int | None:
     return float(value) if math.isfinite(value) else None  # JSON has no NaN
 
 
-def _summary_writer(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("tensorboard needs its extra: pip install 'reflect-grpo[tensorboard]'") from None
-    return SummaryWriter(str(folder))
+def _numbers(record: Record) -> Record:
+    return {name: value for name, value in record.items() if name != "step"}

@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from grpo import config as configuration
 from grpo.config import Config
 from grpo.learner.learner import Kernels, Learner
@@ -24,27 +22,11 @@ from grpo.model import weights
 from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
+from grpo.run.progress import Bar
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
 SECOND_TRY = "validation/second_try"  # decides which checkpoint is the best
-
-
-class AboveBar:
-    """Standard output, with lines written above a progress bar instead of into it."""
-
-    def __init__(self) -> None:
-        self.line = ""
-
-    def write(self, text: str) -> None:
-        """Collects whole lines: `print` writes a line and its end separately, and `tqdm.write` redraws."""
-        self.line += text
-        if self.line.endswith("\n"):
-            tqdm.write(self.line, end="")
-            self.line = ""
-
-    def flush(self) -> None:
-        sys.stdout.flush()
 
 
 @dataclass
@@ -68,11 +50,11 @@ class RunState:
         """The weights that RL starts from, and the reference of the KL penalty."""
         return self.folder / "start"
 
-    def progress(self, bar: tqdm) -> Callable[[int, int], None]:
+    def progress(self, bar: Bar) -> Callable[[int, int], None]:
         """A callback for long stages: moves the bar, and raises Interrupted after a signal."""
 
         def update(done: int, _: int) -> None:
-            bar.update(done - bar.n)
+            bar.update(done)
             self.interrupts.check()
 
         return update

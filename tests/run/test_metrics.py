@@ -3,14 +3,14 @@
 import io
 import json
 import math
-import sys
+import re
 from pathlib import Path
 
 import pytest
 import tiny
 
 from grpo.run.diagnostics import RULES, WINDOW, Warnings, nothing_right, sampling_difference
-from grpo.run.metrics import Metrics, console_line, rollout_metrics, verdict_metrics
+from grpo.run.metrics import Metrics, console_line, header, rollout_metrics, verdict_metrics
 
 STEP = {
     "reward": 0.4125, "completions/mean_length": 57.25, "frac_reward_zero_std": 0.25, "kl": 0.00123,
@@ -58,14 +58,32 @@ def test_no_line_is_lost_or_repeated_by_a_second_writer(tmp_path):
 
 
 def test_console_line_of_a_step():
-    assert console_line({"step": 3, **STEP}, 16) == (
-        "step 3/16  reward 0.412  length 57.2  signal 0.75  kl 0.0012"
-        "  entropy 1.500  grad_norm 0.750  truncated 0.06"
-    )
+    line = console_line({"step": 3, **STEP}, 16)
+    assert line.split() == ["3/16", "0.412", "57.2", "0.75", "0.0012", "1.500", "0.750", "0.06"]
 
 
-def test_console_line_leaves_out_what_is_missing():
-    assert console_line({"step": 3, "reward": 0.5, "kl": None}) == "step 3  reward 0.500"
+@pytest.mark.parametrize("max_steps", [None, 16, 123456])
+def test_the_lines_of_steps_are_aligned_with_their_header(max_steps):
+    names, units = header(max_steps).splitlines()
+    missing = console_line({"step": 12, "reward": 0.5, "kl": None}, max_steps)
+    whole = console_line({"step": 3, **STEP}, max_steps)
+    ends = [[match.end() for match in re.finditer(r"\S+", line)] for line in (names, whole, missing)]
+    assert ends[0] == ends[1] == ends[2] and len(names.split()) == len(units.split()) + 1
+    assert missing.split()[1:] == ["0.500", *"------"] and max(map(len, (names, units, whole))) <= 100
+
+
+def test_the_header_comes_again_every_20_steps(tmp_path):
+    console = io.StringIO()
+    run = Metrics(tmp_path, console=console)
+    for step in range(1, 42):
+        run.log(step, STEP)
+        run.log(step, {"validation/retry": 0.25})
+    assert [index for index, line in enumerate(console.getvalue().splitlines()) if "entropy" in line] == [
+        0, 42, 84,
+    ]  # fmt: skip
+
+
+def test_console_line_of_a_validation():
     assert console_line({"step": 8, "validation/retry": 0.25}) == "step 8  validation/retry 0.25"
 
 
@@ -74,7 +92,7 @@ def test_each_log_is_one_console_line(tmp_path):
     run = Metrics(tmp_path, console=console, max_steps=2)
     run.log(1, STEP)
     run.timings(1, {"step_time": 3.0})
-    assert console.getvalue().splitlines() == [console_line({"step": 1, **STEP}, 2)]
+    assert console.getvalue().splitlines() == [*header(2).splitlines(), console_line({"step": 1, **STEP}, 2)]
 
 
 def test_verdict_metrics_tell_wrong_from_unreadable():
@@ -129,37 +147,6 @@ def test_steps_without_reflections_have_no_leaks():
     episodes = tiny.episodes(parts, pool)
     metrics = rollout_metrics(episodes, train_on="attempt", task=parts.task, groups=pool)
     assert "leaks" not in metrics and metrics["completions/max_length"] <= 8
-
-
-# --- TensorBoard ------------------------------------------------------------------------------------------
-
-
-def test_tensorboard_without_its_package_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match=r"reflect-grpo\[tensorboard\]"):
-        Metrics(tmp_path, tensorboard=True)
-
-
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
-    seen = []
-
-    class Writer:
-        def __init__(self, folder):
-            assert folder == str(tmp_path / "tensorboard")
-
-        def add_scalar(self, name, value, step):
-            seen.append((name, value, step))
-
-        def close(self):
-            seen.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", type(sys)("fake"))
-    sys.modules["torch.utils.tensorboard"].SummaryWriter = Writer
-    run = Metrics(tmp_path, tensorboard=True, console=io.StringIO())
-    run.log(1, {"kl": math.nan, "loss": 0.5})
-    run.timings(1, {"step_time": 2.0})
-    run.close()
-    assert seen == [("loss", 0.5, 1), ("timings/step_time", 2.0, 1), "closed"]
 
 
 # --- warnings ---------------------------------------------------------------------------------------------
