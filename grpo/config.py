@@ -275,6 +275,67 @@ ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report", "reward", "success
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 
+# What to use for the names that TRL's commands take and this trainer does not: docs/from_trl.md, "Names that
+# are refused", is this table.
+TRL_HINTS = {
+    "model": "use model_name_or_path",
+    "lr": "use learning_rate",
+    "per_device_train_batch_size": "use groups_per_step, in groups of num_generations completions; "
+    "max_tokens_per_micro_batch bounds the memory",
+    "gradient_accumulation_steps": "use groups_per_step, the groups of a whole step; "
+    "max_tokens_per_micro_batch splits it",
+    "generation_batch_size": "use groups_per_step; every step samples anew",
+    "steps_per_generation": "use groups_per_step; every step samples anew",
+    "per_device_eval_batch_size": "use max_rows, which bounds the memory of sampling",
+    "num_train_epochs": "use max_steps; training repeats the failures in a new order each time",
+    "dataset_name": "use task dataset with task_options path=FILE; path also takes a Hugging Face id",
+    "dataset_config": "use task dataset with task_options subset=NAME",
+    "dataset_train_split": "use task dataset with task_options train=SPLIT",
+    "train_dataset": "use task dataset with task_options path=FILE",
+    "reward_funcs": "use task dataset with task_options verifier=function:FILE.py:NAME",
+    "reward_weights": "use task dataset with task_options weights=1+0.5",
+    "reward_model_name_or_path": "not here: rewards come from verifiers and functions (task)",
+    "max_prompt_length": "not here: prompts are never cut",
+    "num_completions": "use num_generations",
+    "max_new_tokens": "use max_completion_length, and max_reflection_length for reflections",
+    "min_p": "not here: training samples from the whole distribution",
+    "repetition_penalty": "not here: training samples from the whole distribution",
+    "use_vllm": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
+    "vllm_mode": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
+    "vllm_gpu_memory_utilization": "use cache_gb, for the trainer's own sampler",
+    "use_peft": "not here: all weights are trained",
+    "lora_r": "not here: all weights are trained",
+    "lora_alpha": "not here: all weights are trained",
+    "load_in_4bit": "not here: use dtype float32 or bfloat16",
+    "load_in_8bit": "not here: use dtype float32 or bfloat16",
+    "attn_implementation": "not here: there is one decoder",
+    "use_liger_kernel": "use kernels",
+    "bf16": "use dtype bfloat16",
+    "fp16": "use dtype bfloat16",
+    "torch_dtype": "use dtype",
+    "use_cpu": "use device cpu",
+    "no_cuda": "use device cpu",
+    "deepspeed": "not here: one device trains (device)",
+    "fsdp": "not here: one device trains (device)",
+    "ddp_timeout": "not here: one device trains (device)",
+    "warmup_ratio": "use warmup_steps; below 1 it is a share of max_steps",
+    "optim": "not here: the optimiser is AdamW",
+    "adam_epsilon": "not here: it is fixed at 1e-8",
+    "sync_ref_model": "not here: the reference stays the start of RL (beta)",
+    "top_entropy_quantile": "not here: all tokens are trained",
+    "entropy_coef": "not here: use beta, or a higher epsilon_high",
+    "off_policy_mask_threshold": "not here: every step samples anew",
+    "resume_from_checkpoint": "use resume, with a run directory",
+    "overwrite_output_dir": "not here: output_dir gets a numbered directory for each run",
+    "logging_steps": "not here: every step is logged",
+    "logging_dir": "not here: logs are in the run directory",
+    "report_to": "use tensorboard; metrics.jsonl and report.html are always written",
+    "log_completions": "not here: episodes.jsonl always has the completions",
+    "eval_strategy": "use eval_steps; 0: never",
+    "save_strategy": "use save_steps; 0: only the last step",
+    "push_to_hub": "not here: `python -m grpo.export` writes a folder to upload",
+}
+
 
 def current_file(folder: Path, name: str) -> Path:
     """The file `name` of a run directory, under its retired name if only that exists."""
@@ -304,12 +365,18 @@ class _Parser(HfArgumentParser):
             name = (error.argument_name or "").split("/")[0].lstrip("-")
             raise ValueError(f"{name}: {error.message}") from None
         if unknown:
-            option = next((text for text in unknown if text.startswith("--")), None)
-            if option is None:
+            options = [text for text in unknown if text.startswith("--")]
+            if not options:
                 raise ValueError(f"expected --KEY VALUE, got {unknown[0]!r}")
-            name = option.lstrip("-").partition("=")[0].replace("-", "_")
-            raise ValueError(f"unknown option {option}{nearest(name, TYPES, '--')}")
+            names = [text.lstrip("-").partition("=")[0].replace("-", "_") for text in options]
+            hints = [text + _hint(name, "--") for text, name in zip(options, names, strict=True)]
+            raise ValueError(f"unknown option {', '.join(hints)}")
         return {name: value for name, value in vars(settings).items() if value is not _UNSET}
+
+
+def _hint(name: str, prefix: str = "") -> str:
+    """What to write instead of an unknown name: that of TRL's name, else the nearest spelling."""
+    return f" ({TRL_HINTS[name]})" if name in TRL_HINTS else nearest(name, TYPES, prefix)
 
 
 def from_yaml(path: str | Path) -> dict[str, Any]:
@@ -323,7 +390,7 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
         try:
             if name not in TYPES:
                 shown = key if re.fullmatch(r"\w{1,60}", key) else reprlib.repr(key)
-                raise ValueError(f"unknown key {shown}{nearest(key, TYPES)}")
+                raise ValueError(f"unknown key {shown}{_hint(key)}")
             if name in settings:
                 raise ValueError(f"{key} is the old name of {name}: give one of the two")
             if name in ("config", "resume") and value is not None:

@@ -190,6 +190,28 @@ def test_unknown_option_names_the_nearest(option):
         parse([option, "1"])
 
 
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--per_device_train_batch_size", "4"], "use groups_per_step"),
+        (["--use_vllm"], "not here: the trainer samples with its own decoder"),
+        (["--dataset-name=trl-lib/x"], "use task dataset with task_options path=FILE"),
+        (["--report_to", "wandb"], "use tensorboard"),
+        (["--lr", "1e-6"], "use learning_rate"),
+        (["--gradient_accumulation_steps", "4"], "use groups_per_step"),
+        (["--use_vllm", "true", "--seed", "1", "--lr", "1"], "--use_vllm (not here"),
+        (["--use_vllm", "true", "--seed", "1", "--lr", "1"], "--lr (use learning_rate)"),
+    ],
+)
+def test_an_option_of_trl_gets_its_counterpart_and_not_the_nearest_spelling(argv, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    assert said in str(error.value) and "did you mean" not in str(error.value)
+    name = argv[0].lstrip("-").partition("=")[0].replace("-", "_")
+    with pytest.raises(ValueError, match=f"c.yaml, line 1: unknown key {name} \\("):
+        parse(["--config", write(tmp_path / "c.yaml", f"{name}: 1\n")])
+
+
 def test_an_abbreviated_option_is_unknown():
     with pytest.raises(ValueError, match=r"did you mean --warm_start_steps\?"):
         parse(["--warm_start_step", "3"])
