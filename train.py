@@ -337,6 +337,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     content = inputs.sums(parts, build.check_run(config, parts))
     if config.resume is not None:
         inputs.check(folder, content)
+        state.record_changes(config, folder)
     else:
         inputs.save(folder, content)
         with files.written_whole(folder / "config.yaml") as path:
@@ -403,7 +404,18 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_FAILED, f"error: {error}"
     traceback.print_exception(error)  # a bug, ours or in the user's task
     message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
+    if _is_out_of_memory(error):
+        less = "--max_tokens_per_micro_batch, --max_rows, --cache_gb or --gradient_checkpointing true"
+        return EXIT_FAILED, message + (f"; {resume}, with less memory by {less}" if begun else "")
     return EXIT_FAILED, message + (f"; once it is fixed, {resume}" if begun else "")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or the device: PyTorch raises RuntimeErrors, on a CPU without a type of their own."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import operator
 import re
 import reprlib
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -268,6 +268,10 @@ TYPES = get_type_hints(Config)
 FREE_ON_RESUME = (
     "config output_dir preset resume run_name save_steps save_total_limit report tensorboard".split()
 )
+# May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
+MEMORY_ON_RESUME = (
+    "max_tokens_per_micro_batch gradient_checkpointing max_rows cache_gb num_eval threads".split()
+)
 
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
@@ -420,9 +424,9 @@ def load(path: str | Path) -> Config:
     return config
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """`name: value in a -> value in b` for each setting that a continued run may not change."""
-    pairs = [(name, getattr(a, name), getattr(b, name)) for name in TYPES if name not in FREE_ON_RESUME]
+def differences(a: Config, b: Config, free: Collection[str] = FREE_ON_RESUME) -> list[str]:
+    """`name: value in a -> value in b` for each setting that differs and is not `free`."""
+    pairs = [(name, getattr(a, name), getattr(b, name)) for name in TYPES if name not in free]
     return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
 
 
@@ -480,7 +484,8 @@ def _run_directory(resume: str, output_dir: str) -> Path:
     configs = list(Path(output_dir).glob("*/config.yaml"))
     if not configs:
         raise ValueError(f"resume: no run in {output_dir!r} to continue")
-    # config.yaml is written once, when the run starts; the name decides between runs of the same clock tick
+    # config.yaml is written when the run starts, and when a resumed run changes a setting. The name decides
+    # between runs of the same clock tick.
     return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 

@@ -1,6 +1,7 @@
 """train.py from the command line to the exit status: ways of training, and what is said about bad input."""
 
 import errno
+import json
 import math
 import re
 import shutil
@@ -14,6 +15,7 @@ from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
+from grpo import config as configuration
 from grpo.learner.optimizer import MasterAdamW
 from grpo.run import checkpoint, files
 from grpo.tasks import Verdict
@@ -75,12 +77,23 @@ def finished(model, tmp_path_factory):
     return done.folder
 
 
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.report", stop)
+        settings = QUICK | {"save_steps": 1, "num_eval": 4}
+        done = run(arguments(model, tmp_path_factory.mktemp("stopped"), **settings))
+    assert done.status == 130, done.err
+    return done.folder
+
+
 @pytest.fixture
-def unfinished(finished, tmp_path):
-    """A copy of the run, killed right before evaluation.json."""
-    shutil.copytree(finished, tmp_path / "copy")
-    (tmp_path / "copy" / "evaluation.json").unlink()
-    return tmp_path / "copy"
+def unfinished(stopped, tmp_path):
+    """A copy of a run that was stopped right before evaluation.json."""
+    return shutil.copytree(stopped, tmp_path / "copy")
 
 
 def assert_error(done: Done, status: int, *fragments: str) -> None:
@@ -269,8 +282,41 @@ def test_resume_of_a_finished_run(finished, quick):
 
 
 def test_resume_with_changed_settings_lists_them(unfinished):
-    done = run(["--resume", str(unfinished), "--max_steps", "9", "--seed", "7", "--save_total_limit", "5"])
-    assert_error(done, 2, "changed settings: seed: 42 -> 7; max_steps: 2 -> 9.", "Start a new run")
+    done = run(["--resume", str(unfinished), "--beta", "1", "--seed", "7", "--save_total_limit", "5"])
+    assert_error(done, 2, "changed settings: seed: 42 -> 7; beta: 0.0 -> 1.0.", "Start a new run")
+
+
+def test_after_running_out_of_memory_a_run_continues_with_less(unfinished):
+    """As it would with the larger settings, but for the order of sums; config.yaml has the new ones."""
+    before = (unfinished / "evaluation-trained.jsonl").read_text()
+    changes = {"max_tokens_per_micro_batch": 64, "gradient_checkpointing": True, "max_rows": 2}
+    changes |= {"cache_gb": 0.5, "num_eval": 2}
+    options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    shutil.rmtree(unfinished / "checkpoints/step-000002")
+    done = run(["--resume", str(unfinished), *options])
+    assert done.status == 0, done.err
+    assert "max_rows: 64 -> 2" in done.err and "results may differ in their last bits" in done.err
+    config = configuration.load(unfinished / "config.yaml")
+    assert {name: getattr(config, name) for name in changes} == changes
+    assert [record["step"] for record in records(unfinished)] == [1, 2]
+    # Records of four problems do not pass for an evaluation on two.
+    assert json.loads((unfinished / "evaluation.json").read_text())["num_problems"] == 2
+    assert (unfinished / "step-000001-evaluation-trained.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")],
+)
+def test_running_out_of_memory_names_the_settings_that_need_less(quick, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("train.Learner.step", fail)
+    done = quick()
+    assert done.status == 1 and "Traceback" in done.err  # it may be a leak, also in the task
+    last = done.err.splitlines()[-1]
+    assert f"--resume {done.folder}` continues, with less memory by --max_tokens_per_micro_batch" in last
 
 
 def test_resume_of_something_else(tmp_path, model):

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from grpo import config as configuration
-from grpo.config import Config
+from grpo.config import TYPES, Config
 from grpo.learner.learner import Kernels, Learner
 from grpo.model import weights
 from grpo.run import build, checkpoint, files, metrics
@@ -213,12 +213,40 @@ def directory(config: Config) -> Path:
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
-    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
+    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME]
+    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config, free):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
     if _finished(config, folder):
         raise ValueError(f"resume: {folder} is finished; python -m grpo.evaluate {folder} measures it again")
     return folder
+
+
+def record_changes(config: Config, folder: Path) -> None:
+    """Writes the settings that a resumed run changes into its config.yaml, and prints what they may change.
+
+    Evaluation files that the new settings make obsolete get another name first. If the process is killed in
+    between, the run is one with its old settings that lacks these files.
+    """
+    old = configuration.load(folder / "config.yaml")
+    if not configuration.differences(old, config, free=("config", "resume")):
+        return
+    if memory := configuration.differences(old, config, set(TYPES) - set(configuration.MEMORY_ON_RESUME)):
+        print(
+            f"warning: resume with {'; '.join(memory)}: results may differ in their last bits",
+            file=sys.stderr,
+        )
+    if config.num_eval != old.num_eval:
+        set_aside(folder, "evaluation*")
+    with files.written_whole(folder / "config.yaml") as path:
+        configuration.to_yaml(config, path)
+
+
+def set_aside(folder: Path, pattern: str) -> None:
+    """Renames the evaluation files that match to `step-000016-NAME`, so that no evaluation continues them."""
+    step = max(checkpoint.steps(folder), default=0)
+    for path in folder.glob(pattern):
+        path.rename(folder / f"step-{step:06d}-{path.name}")
 
 
 def _finished(config: Config, folder: Path) -> bool:
