@@ -4,6 +4,8 @@
     python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
     python train.py --resume [RUN_DIR]               continues a stopped run exactly where it stopped
+    python train.py --resume RUN_DIR --max_steps N   continues a finished run
+    python train.py --resume auto --KEY VALUE ...    continues the unfinished run of this name, else starts it
 
 A run has four stages, each a function of this file, in this order:
 
@@ -312,6 +314,7 @@ def all_stages(run: RunState) -> None:
             train(run, pool)
         with run.timed("evaluation"):
             evaluate(run)
+        checkpoint.drop_optimizer(run.folder)
     except (Exception, Interrupted, SystemExit):
         write_report(run)
         raise

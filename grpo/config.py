@@ -147,6 +147,7 @@ def check(settings: Any) -> None:
 
 PRESETS = Path(__file__).parent / "presets"
 NEWEST = "newest"  # the meaning of `--resume` without a directory
+AUTO = "auto"  # `--resume auto`: the newest unfinished run of this name, else a new one
 
 
 @dataclass
@@ -169,7 +170,11 @@ class Config:
     output_dir: str = field("runs", "directory that holds the run directories")
     run_name: str | None = field(None, "name of the run directory, which gets a number; default: the preset")
     resume: str | None = field(
-        None, "continue the run in this directory; default: the newest run", nargs="?", const=NEWEST
+        None,
+        "continue the run in this directory (default: the newest run); auto: the newest unfinished run of "
+        "run_name, else a new one",
+        nargs="?",
+        const=NEWEST,
     )
     seed: Natural = field(42, "seed of the order of examples and of the sampling noise")
 
@@ -229,7 +234,9 @@ class Config:
     warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
 
     # Optimiser
-    max_steps: Count = field(100, "optimiser steps; the learning rate's schedule ends here")
+    max_steps: Count = field(
+        100, "optimiser steps; the learning rate's schedule ends here (may grow on resume)"
+    )
     learning_rate: Positive = field(5e-7, "peak AdamW learning rate (the paper: 5e-7)")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warmup")
     warmup_steps: Amount = field(0.03, "linear warmup; below 1: a share of max_steps (the paper: 0.03)")
@@ -434,7 +441,7 @@ def parse(argv: list[str]) -> Config:
     """Config from the command line, validated; `--help` prints the chosen preset's values and exits.
 
     A complete file given with `--config` replaces the preset. So does the run's own config.yaml with
-    `--resume`; `config.resume` is then the run's directory.
+    `--resume`; `config.resume` is then the run's directory. `--resume auto` is left to grpo/run/state.py.
 
     Raises:
         ValueError: with one line for the user.
@@ -443,6 +450,9 @@ def parse(argv: list[str]) -> Config:
     given = parser.given([text for text in argv if text not in ("-h", "--help")])
     overrides = from_yaml(given["config"]) if given.get("config") else {}
     settings = dataclasses.asdict(Config())
+    if given.get("resume") == AUTO:
+        del given["resume"]
+        settings["resume"] = AUTO
     if "resume" in given:
         run = _run_directory(given["resume"], given.get("output_dir", Config.output_dir))
         given["resume"] = str(run)

@@ -15,9 +15,10 @@ from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
+import train
 from grpo import config as configuration
 from grpo.learner.optimizer import MasterAdamW
-from grpo.run import checkpoint, files
+from grpo.run import checkpoint, files, state
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
 
@@ -279,6 +280,82 @@ def test_resume_of_a_finished_run(finished, quick):
     assert_error(done, 2, f"{finished} is finished", f"python -m grpo.evaluate {finished}")
     without_table = quick(num_eval=0).folder
     assert_error(run(["--resume", str(without_table)]), 2, "is finished")
+
+
+def test_a_finished_run_continues_with_more_steps(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    before = {
+        name: (folder / name).read_bytes() for name in ("evaluation.json", "evaluation-before_rl.jsonl")
+    }
+    done = run(["--resume", str(folder), "--max_steps", "4"])
+    assert done.status == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith("max_steps 2 -> 4")]
+    assert "Learning rate of step 3: " in line and line.endswith("with 2 steps it was 0")
+    steps = [record for record in records(folder) if "learning_rate" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert float(line.partition("step 3: ")[2].partition(";")[0]) == pytest.approx(
+        steps[2]["learning_rate"], rel=1e-2
+    )
+    # The longer run has an evaluation of its own; that of the shorter one has another name.
+    assert configuration.load(folder / "config.yaml").max_steps == 4
+    assert (folder / "step-000002-evaluation.json").read_bytes() == before["evaluation.json"]
+    assert (folder / "evaluation-before_rl.jsonl").read_bytes() == before["evaluation-before_rl.jsonl"]
+    assert (folder / "evaluation-trained.jsonl").exists() and (folder / "evaluation.json").exists()
+    assert_error(
+        run(["--resume", str(folder), "--max_steps", "3"]), 2, "max_steps must be at least 4", "got 3"
+    )
+    assert_error(run(["--resume", str(folder)]), 2, "is finished", "`--max_steps` above 4 continues it")
+
+
+def test_a_longer_run_that_is_killed_continues_as_the_longer_one(finished, tmp_path, monkeypatch):
+    whole, killed = (shutil.copytree(finished, tmp_path / name) for name in ("whole", "killed"))
+    assert run(["--resume", str(whole), "--max_steps", "4"]).status == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo.run.state.configuration.to_yaml", stop)  # evaluation files are set aside by then
+        assert run(["--resume", str(killed), "--max_steps", "4"]).status == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("train.collect_failures", stop)
+        assert run(["--resume", str(killed), "--max_steps", "4"]).status == 130
+    assert run(["--resume", str(killed)]).status == 0
+    assert contents(killed) == contents(whole)
+
+
+def test_a_finished_run_keeps_the_optimizer_of_its_newest_checkpoint_only(finished, tmp_path):
+    steps = {path.name: (path / "trainer").is_dir() for path in (finished / "checkpoints").iterdir()}
+    assert steps == {"step-000001": False, "step-000002": True}
+    older = state.saved_model(finished, "1")  # still checked and usable
+    assert (older / "sha256.json").exists()
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "checkpoints/step-000001/config.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json is damaged"):
+        state.saved_model(folder, "1")
+    shutil.rmtree(folder / "checkpoints/step-000002")
+    assert_error(run(["--resume", str(folder), "--max_steps", "4"]), 1, "trainer/state.json is missing")
+
+
+def test_resume_auto_starts_a_run_then_continues_it_then_starts_the_next(model, tmp_path, monkeypatch):
+    """The same command each time, as in a script that a queue restarts."""
+    argv = [*arguments(model, tmp_path, **QUICK | {"save_steps": 1, "dtype": "auto"}), "--resume", "auto"]
+    monkeypatch.setattr("grpo.run.build.bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = arguments(model, tmp_path, **QUICK | {"run_name": "tiny-other"})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.validate", stop)
+        assert train.main(other) == train.main(argv) == 130
+    assert train.main(argv) == 0
+    assert sorted(path.name for path in tmp_path.glob("tiny*")) == ["tiny-001", "tiny-other-001"]
+    assert checkpoint.steps(tmp_path / "tiny-001") == [1, 2]
+    assert train.main(argv) == 0
+    assert checkpoint.steps(tmp_path / "tiny-002") == [1, 2]
+    assert "resume: null" not in (tmp_path / "tiny-002/config.yaml").read_text()
 
 
 def test_resume_with_changed_settings_lists_them(unfinished):

@@ -8,6 +8,7 @@ Left out: anything that trains or samples. The stages are in train.py.
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from grpo import config as configuration
 from grpo.config import TYPES, Config
 from grpo.learner.learner import Kernels, Learner
+from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.model import weights
 from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
@@ -194,7 +196,7 @@ def saved_model(run: Path, which: str = "newest") -> Path:
         hint = "; best needs validations (eval_steps)" if which == "best" and step is None else ""
         raise ValueError(f"checkpoint must be one that {run} has ({there}), got {which}{hint}")
     path = checkpoint.path_of(run, step)
-    checkpoint.verify(path)
+    checkpoint.verify_weights(path)
     return path
 
 
@@ -205,21 +207,51 @@ def validated(folder: Path) -> dict[int, float]:
 
 
 def directory(config: Config) -> Path:
-    """The run's directory: a new one, or the one to resume.
+    """The run's directory: a new one, or the one to resume. Sets `config.resume` to it, or to None.
 
     Raises:
         ValueError: the run to resume is finished, or had other settings.
     """
+    if config.resume == configuration.AUTO:
+        config.resume = _newest_unfinished(config)
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
-    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME]
-    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config, free):
+    old = configuration.load(folder / "config.yaml")
+    if config.device == "auto":  # as resolved when the run started
+        config.device = old.device
+    if config.dtype == "auto":
+        config.dtype = old.dtype
+    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME, "max_steps"]
+    if changed := configuration.differences(old, config, free):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
-    if _finished(config, folder):
-        raise ValueError(f"resume: {folder} is finished; python -m grpo.evaluate {folder} measures it again")
+    if config.max_steps < (done := max(checkpoint.steps(folder), default=0)):
+        raise ValueError(
+            f"max_steps must be at least {done}, the newest step of {folder}, got {config.max_steps}"
+        )
+    longer = config.max_steps != old.max_steps or config.num_eval > 0 and config.num_eval != old.num_eval
+    if not longer and _finished(config, folder):
+        raise ValueError(
+            f"resume: {folder} is finished; `--max_steps` above {old.max_steps} continues it, and python -m "
+            f"grpo.evaluate {folder} measures it again"
+        )
     return folder
+
+
+def _newest_unfinished(config: Config) -> str | None:
+    """The run of this name with the highest number that is not finished."""
+    name = re.escape(config.run_name or config.preset)
+    folders = [path.parent for path in Path(config.output_dir).glob("*/config.yaml")]
+    numbers = {
+        folder: int(match[1])
+        for folder in folders
+        if (match := re.fullmatch(rf"{name}-(\d{{3,}})", folder.name))
+    }
+    for folder in sorted(numbers, key=numbers.__getitem__, reverse=True):
+        if not _finished(configuration.load(folder / "config.yaml"), folder):
+            return str(folder)
+    return None
 
 
 def record_changes(config: Config, folder: Path) -> None:
@@ -236,10 +268,31 @@ def record_changes(config: Config, folder: Path) -> None:
             f"warning: resume with {'; '.join(memory)}: results may differ in their last bits",
             file=sys.stderr,
         )
+    if config.max_steps != old.max_steps:
+        _print_learning_rates(old, config, max(checkpoint.steps(folder), default=0))
+        set_aside(folder, "evaluation.json")
+        set_aside(folder, "evaluation-trained.jsonl")
     if config.num_eval != old.num_eval:
         set_aside(folder, "evaluation*")
     with files.written_whole(folder / "config.yaml") as path:
         configuration.to_yaml(config, path)
+
+
+def _print_learning_rates(old: Config, new: Config, done: int) -> None:
+    before, now = (
+        scheduled_learning_rate(
+            done,
+            peak=config.learning_rate,
+            total_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_scheduler_type,
+        )
+        for config in (old, new)
+    )
+    print(
+        f"max_steps {old.max_steps} -> {new.max_steps}: the schedule is recomputed. Learning rate of step "
+        f"{done + 1}: {now:.3g}; with {old.max_steps} steps it was {before:.3g}"
+    )
 
 
 def set_aside(folder: Path, pattern: str) -> None:
