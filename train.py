@@ -212,9 +212,14 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             metrics.timings(step, seconds)
             done = step
             build.return_unused_memory()
-            # Scores can teach although no answer is right.
-            if config.reward == "binary" and (problem := nothing_right(metrics.warnings.history)) is not None:
-                raise failures.NoSignalError(problem)
+            if config.reward == "binary":  # scores can teach although no answer is right
+                problem = nothing_right(
+                    metrics.warnings.history,
+                    episodes_per_step=config.groups_per_step * config.num_generations,
+                    limit=config.max_wrong_episodes,
+                )
+                if problem is not None:
+                    raise failures.NoSignalError(problem)
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
             if due or step in (run.best_step(), config.max_steps):

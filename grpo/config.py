@@ -217,6 +217,10 @@ class Config:
         0.0, "share of a success's reward that a reflection as long as its limit loses"
     )
 
+    max_wrong_episodes: Natural = field(
+        512, "stop if none of the first so many episodes is right (reward: binary); 0: never stop"
+    )
+
     # Dataset of failures
     num_examples: Count = field(256, "train examples attempted to find failures")
     attempts_per_example: Count = field(1, "attempts sampled per example")
@@ -273,7 +277,8 @@ _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
-    "config output_dir preset resume run_name save_steps save_total_limit report tensorboard".split()
+    "config max_wrong_episodes output_dir preset report resume run_name save_steps save_total_limit"
+    " tensorboard".split()
 )
 # May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
 MEMORY_ON_RESUME = (
@@ -282,7 +287,9 @@ MEMORY_ON_RESUME = (
 
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
-ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report", "reward", "success_threshold"})
+ADDED_SETTINGS = frozenset(
+    {"chat_template_kwargs", "max_wrong_episodes", "report", "reward", "success_threshold"}
+)
 RETIRED_SETTINGS: dict[str, str] = {}  # old name -> new name
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
 

@@ -700,8 +700,9 @@ def test_a_task_that_is_too_easy(quick):
 
 
 def test_a_task_that_is_too_hard_is_warned_about_and_then_stopped(quick):
-    done = quick(task="test_train:Impossible", eval_steps=5, max_steps=50, num_validation=4)
-    assert_error(done, 1, "not one answer was right in 5 steps: the task is too hard")
+    settings = {"eval_steps": 5, "max_steps": 50, "num_validation": 4, "max_wrong_episodes": 30}
+    done = quick(task="test_train:Impossible", **settings)
+    assert_error(done, 1, "not one of the first 30 answers was right (5 steps): the task is too hard")
     assert checkpoint.steps(done.folder) == [5]
     lines = done.out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
@@ -710,3 +711,13 @@ def test_a_task_that_is_too_hard_is_warned_about_and_then_stopped(quick):
     assert any("0% of the groups have a signal" in line for line in warnings)
     kept = [record["warning"] for record in records(done.folder) if "warning" in record]
     assert kept[:2] == ["no_success", "few_signals"]
+
+
+def test_a_task_that_is_too_hard_is_trained_to_the_end_if_asked(quick):
+    """From the start, or after it was stopped."""
+    settings = {"task": "test_train:Impossible", "max_steps": 6}
+    assert quick(**settings, max_wrong_episodes=0).status == 0
+    done = quick(**settings, max_wrong_episodes=6)
+    assert_error(done, 1, "max_wrong_episodes 0 continues")
+    assert run(["--resume", str(done.folder), "--max_wrong_episodes", "0"]).status == 0
+    assert checkpoint.steps(done.folder)[-1] == 6
