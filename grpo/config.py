@@ -1,6 +1,7 @@
 """Settings of a run: one dataclass, presets, YAML files and the command line.
 
 Three layers; a later one wins: `--preset NAME` (a file in grpo/presets), `--config FILE.yaml`, `--KEY VALUE`.
+Without a preset the demo's model gets `demo`, any other one `model`.
 Their `task_options` merge key by key. A file that names every setting, such as the config.yaml of a run, is
 complete: it replaces the preset, so it gives that run again.
 
@@ -146,6 +147,7 @@ def check(settings: Any) -> None:
 
 
 PRESETS = Path(__file__).parent / "presets"
+MODEL_PRESET = "model"  # instead of the demo's recipe, if the model is not the demo's
 NEWEST = "newest"  # the meaning of `--resume` without a directory
 AUTO = "auto"  # `--resume auto`: the newest unfinished run of this name, else a new one
 
@@ -165,7 +167,10 @@ class Config:
     )
     task: str = field("countdown", "registered task, package.module:Name, or FILE.py:Name")
     task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
-    preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
+    preset: str = field(
+        "demo",
+        "settings to start from: a file in grpo/presets, without .yaml; default for other models: model",
+    )
     config: str | None = field(None, "YAML file with settings; they win over the preset")
     output_dir: str = field("runs", "directory that holds the run directories")
     run_name: str | None = field(None, "name of the run directory, which gets a number; default: the preset")
@@ -465,7 +470,9 @@ def parse(argv: list[str]) -> Config:
         given["resume"] = str(run)
         settings = _merge(settings, from_yaml(run / "config.yaml"))
     if "preset" in given or ("resume" not in given and not is_complete(overrides)):
-        preset = given.get("preset") or overrides.get("preset") or Config.preset
+        named = {**overrides, **given}
+        same_model = named.get("model_name_or_path", Config.model_name_or_path) == Config.model_name_or_path
+        preset = named.get("preset") or (Config.preset if same_model else MODEL_PRESET)
         settings = _merge(settings, {**from_yaml(_preset_path(preset)), "preset": preset})
     settings = _merge(_merge(settings, overrides), given)
     if "-h" in argv or "--help" in argv:

@@ -59,7 +59,24 @@ def test_yaml_may_choose_the_preset_and_the_command_line_another(tmp_path):
     assert parse(["--config", path, "--preset", "demo"]).preset == "demo"
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper_countdown", "paper_function_calling"])
+def test_the_recipe_of_the_demo_belongs_to_its_model(tmp_path):
+    other = ["--model_name_or_path", "/models/Qwen2.5-1.5B-Instruct"]
+    config = parse(other)
+    assert (config.preset, config.warm_start_steps, config.learning_rate) == ("model", 0, 1e-6)
+    assert (
+        min(config.max_completion_length, config.max_reflection_length) == 512 and not config.overlong_buffer
+    )
+    in_a_file = write(tmp_path / "c.yaml", "model_name_or_path: /models/x\nmax_steps: 7\n")
+    config = parse(["--config", in_a_file])
+    assert (config.preset, config.warm_start_steps, config.max_steps) == ("model", 0, 7)
+    # Whoever names a preset gets it, and the demo's model has the demo's.
+    assert parse([*other, "--preset", "demo"]).warm_start_steps == 200
+    with_preset = write(tmp_path / "d.yaml", "preset: demo\nmodel_name_or_path: /models/x\n")
+    assert parse(["--config", with_preset]).preset == "demo"
+    assert parse(["--model_name_or_path", Config.model_name_or_path]) == parse([])
+
+
+@pytest.mark.parametrize("preset", ["demo", "model", "paper_countdown", "paper_function_calling"])
 def test_task_options_of_presets_fit_the_task(preset):
     from grpo.tasks import get_task
 
@@ -75,6 +92,10 @@ def test_the_demo_asks_for_no_more_problems_than_there_are():
     task = get_task(config.task, config.task_options)
     task.examples("train", config.num_examples + config.warm_start_examples)
     task.examples("validation", config.num_validation)
+    task.examples("heldout", config.num_eval)
+    config = parse(["--preset", "model"])
+    task = get_task(config.task, config.task_options)
+    task.examples("train", config.num_examples)
     task.examples("heldout", config.num_eval)
 
 
