@@ -381,6 +381,7 @@ class _Parser(HfArgumentParser):
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Only what `argv` names. Raises ValueError for unknown options and values of a wrong type."""
+        argv = _joined(argv)
         unset = argparse.Namespace(**dict.fromkeys(TYPES, _UNSET))  # keeps argparse from filling in defaults
         try:
             settings, unknown = self.parse_known_args(argv, unset)
@@ -395,6 +396,18 @@ class _Parser(HfArgumentParser):
             hints = [text + _hint(name, "--") for text, name in zip(options, names, strict=True)]
             raise ValueError(f"unknown option {', '.join(hints)}")
         return {name: value for name, value in vars(settings).items() if value is not _UNSET}
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--KEY -1e-5` as `--KEY=-1e-5`: argparse before Python 3.14 takes such a number for an option."""
+    joined: list[str] = []
+    for text in argv:
+        option = joined and joined[-1].startswith("--") and "=" not in joined[-1]
+        if option and re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan", text):
+            joined[-1] += f"={text}"
+        else:
+            joined.append(text)
+    return joined
 
 
 def _hint(name: str, prefix: str = "") -> str:
@@ -474,7 +487,14 @@ def parse(argv: list[str]) -> Config:
         same_model = named.get("model_name_or_path", Config.model_name_or_path) == Config.model_name_or_path
         preset = named.get("preset") or (Config.preset if same_model else MODEL_PRESET)
         settings = _merge(settings, {**from_yaml(_preset_path(preset)), "preset": preset})
-    settings = _merge(_merge(settings, overrides), given)
+    settings = _merge(settings, overrides)
+    if given.get("task", settings["task"]) != settings["task"] and overrides.get("task_options"):
+        if "task_options" not in given:
+            raise ValueError(
+                f"task {given['task']} on the command line, but the task_options in {given['config']} are "
+                f"those of {settings['task']}: give --task_options too, or --task_options '' for none"
+            )
+    settings = _merge(settings, given)
     if "-h" in argv or "--help" in argv:
         parser.set_defaults(**settings)
         parser.print_help()

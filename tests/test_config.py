@@ -105,6 +105,22 @@ def test_task_options_merge_within_a_task_and_not_across_tasks():
     assert parse(["--task", "function_calling"]).task_options == {}
 
 
+def test_another_task_does_not_drop_the_options_of_a_file_silently(tmp_path):
+    argv = [
+        "--config",
+        write(tmp_path / "c.yaml", "task_options: {numbers: 4}\n"),
+        "--task",
+        "function_calling",
+    ]
+    with pytest.raises(
+        ValueError, match=r"task function_calling .*c\.yaml are those of countdown: give --task_opt"
+    ):
+        parse(argv)
+    assert parse([*argv, "--task_options", "max_tools=2"]).task_options == {"max_tools": 2}
+    assert parse([*argv, "--task_options", ""]).task_options == {}
+    assert parse([*argv[:-1], "countdown"]).task_options["numbers"] == 4
+
+
 def test_the_config_of_a_run_gives_that_run_again_whatever_its_preset_says(tmp_path):
     """A run of another version of the preset, or one whose task_options were other ones from the start."""
     run = Config(task_options=TaskOptions("numbers=4"), num_generations=4, preset="demo")
@@ -196,6 +212,9 @@ def test_a_value_of_a_wrong_type_is_named(name, value, expected):
         (["--task_options", "{"], ["task_options", "'{'"]),
         (["--loss_type", "ppo"], ["loss_type", "dapo", "'ppo'"]),
         (["stray"], ["--KEY VALUE", "'stray'"]),
+        (["--learning_rate", "-1e-5"], ["learning_rate must be above 0, got -1e-05"]),
+        (["--beta", "-.5"], ["beta must be at least 0, got -0.5"]),
+        (["--delta", "-inf"], ["delta must be finite, got -inf"]),
     ],
 )
 def test_wrong_command_lines_are_one_line_that_names_the_argument(argv, said, capsys):

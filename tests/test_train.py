@@ -469,6 +469,7 @@ FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     SafetensorError("I/O error: No space left on device (os error 28)"),
 ]
+TOKENIZER_FULL = Exception("No space left on device (os error 28)")  # as tokenizers raises it
 
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
@@ -499,6 +500,22 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
     done = quick()
     assert_error(done, 1, "the disk is full")
     assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml", "inputs.json"]
+
+
+def test_a_full_disk_while_the_tokenizer_of_start_is_written(quick, monkeypatch):
+    def fill(*args, **options):
+        raise TOKENIZER_FULL
+
+    monkeypatch.setattr("grpo.model.weights._save_tokenizer", fill)
+    assert_error(quick(), 1, "the disk is full", "GB are free")
+
+
+def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
+    options = [str(finished / "checkpoints/step-000002"), str(finished / "start")]
+    assert_error(quick(model_name_or_path=finished), 2, "it is a run directory", *options)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}')
+    assert_error(quick(model_name_or_path=tmp_path / "lora"), 2, "adapter (LoRA) of Qwen/Qwen3-0.6B", "merge")
 
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
