@@ -358,6 +358,8 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
             f"answers up to {config.max_completion_length} tokens; --preset demo is the demo's recipe"
         )
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
+    if config.resume is None:
+        print(state.disk_use(config, parts, folder))
     return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # kernels is a module
 
 

@@ -510,6 +510,18 @@ def test_a_full_disk_while_the_tokenizer_of_start_is_written(quick, monkeypatch)
     assert_error(quick(), 1, "the disk is full", "GB are free")
 
 
+@pytest.mark.parametrize("settings", [{}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 1}])
+def test_a_run_says_what_it_takes_on_disk(quick, settings, monkeypatch):
+    done = quick(**settings, max_steps=3)
+    (line,) = [line for line in done.out.splitlines() if line.startswith("disk: ")]
+    most, left = (float(number) for number in re.findall(r"([\d.e-]+) GB (?:during|after)", line))
+    weights = [path for path in done.folder.rglob("*.safetensors")]
+    assert left == pytest.approx(sum(path.stat().st_size for path in weights) / 1e9, rel=0.1)
+    assert most >= left and "too little" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    assert "0 GB are free; that is too little" in quick().out
+
+
 def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
     options = [str(finished / "checkpoints/step-000002"), str(finished / "start")]
     assert_error(quick(model_name_or_path=finished), 2, "it is a run directory", *options)

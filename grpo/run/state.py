@@ -9,6 +9,7 @@ Left out: anything that trains or samples. The stages are in train.py.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -300,6 +301,23 @@ def set_aside(folder: Path, pattern: str) -> None:
     step = max(checkpoint.steps(folder), default=0)
     for path in folder.glob(pattern):
         path.rename(folder / f"step-{step:06d}-{path.name}")
+
+
+def disk_use(config: Config, parts: Parts, folder: Path) -> str:
+    """What the run will take on disk, in one line; logs, which take megabytes, are left out."""
+    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    stored = parts.model.source.dtype.itemsize if parts.model.source else 4
+    model, trainer = parameters * stored / 1e9, parameters * 12 / 1e9  # float32 master weights, two moments
+    every = 1 if config.eval_steps else config.save_steps or config.max_steps  # each best step is saved
+    kept = min(config.save_total_limit + bool(config.eval_steps), -(-config.max_steps // every))
+    saving = min(kept + 1, -(-config.max_steps // every))  # the oldest goes after the newest is there
+    most, left = model + saving * (model + trainer), model + kept * model + trainer
+    free = shutil.disk_usage(folder).free / 1e9
+    too_little = "; that is too little" if free < most else ""
+    return (
+        f"disk: up to {most:.2g} GB during the run, {left:.2g} GB after it, {free:.2g} GB are free"
+        f"{too_little} (save_total_limit, save_steps)"
+    )
 
 
 def _finished(config: Config, folder: Path) -> bool:
