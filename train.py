@@ -4,6 +4,8 @@
     python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
     python train.py --resume [RUN_DIR]               continues a stopped run exactly where it stopped
+    python train.py --resume RUN_DIR --max_steps N   continues a finished run
+    python train.py --resume auto --KEY VALUE ...    continues the unfinished run of this name, else starts it
 
 A run has four stages, each a function of this file, in this order:
 
@@ -204,9 +206,14 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             done = step
             bar.update(done)
             build.return_unused_memory()
-            # Scores can teach although no answer is right.
-            if config.reward == "binary" and (problem := nothing_right(metrics.warnings.history)) is not None:
-                raise failures.NoSignalError(problem)
+            if config.reward == "binary":  # scores can teach although no answer is right
+                problem = nothing_right(
+                    metrics.warnings.history,
+                    episodes_per_step=config.groups_per_step * config.num_generations,
+                    limit=config.max_wrong_episodes,
+                )
+                if problem is not None:
+                    raise failures.NoSignalError(problem)
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
             if due or step in (run.best_step(), config.max_steps):
@@ -306,6 +313,7 @@ def all_stages(run: RunState) -> None:
             train(run, pool)
         with run.timed("evaluation"):
             evaluate(run)
+        checkpoint.drop_optimizer(run.folder)
     except (Exception, Interrupted, SystemExit):
         write_report(run)
         raise
@@ -332,12 +340,21 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     content = inputs.sums(parts, build.check_run(config, parts))
     if config.resume is not None:
         inputs.check(folder, content)
+        state.record_changes(config, folder)
     else:
         inputs.save(folder, content)
         with files.written_whole(folder / "config.yaml") as path:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
+    if config.preset == configuration.MODEL_PRESET and config.resume is None:
+        print(
+            f"preset model, for models other than the demo's: warm_start_steps {config.warm_start_steps}, "
+            f"learning_rate {config.learning_rate:g}, reflections up to {config.max_reflection_length} and "
+            f"answers up to {config.max_completion_length} tokens; --preset demo is the demo's recipe"
+        )
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
+    if config.resume is None:
+        print(state.disk_use(config, parts, folder))
     return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # kernels is a module
 
 
@@ -398,7 +415,18 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_FAILED, f"error: {error}"
     traceback.print_exception(error)  # a bug, ours or in the user's task
     message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
+    if _is_out_of_memory(error):
+        less = "--max_tokens_per_micro_batch, --max_rows, --cache_gb or --gradient_checkpointing true"
+        return EXIT_FAILED, message + (f"; {resume}, with less memory by {less}" if begun else "")
     return EXIT_FAILED, message + (f"; once it is fixed, {resume}" if begun else "")
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of the machine or the device: PyTorch raises RuntimeErrors, on a CPU without a type of their own."""
+    texts = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Settings of a run: one dataclass, presets, YAML files and the command line.
 
 Three layers; a later one wins: `--preset NAME` (a file in grpo/presets), `--config FILE.yaml`, `--KEY VALUE`.
+Without a preset the demo's model gets `demo`, any other one `model`.
 Their `task_options` merge key by key. A file that names every setting, such as the config.yaml of a run, is
 complete: it replaces the preset, so it gives that run again.
 
@@ -18,7 +19,7 @@ import operator
 import re
 import reprlib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -158,7 +159,9 @@ def check(settings: Any) -> None:
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PRESETS = Path(__file__).parent / "presets"
+MODEL_PRESET = "model"  # instead of the demo's recipe, if the model is not the demo's
 NEWEST = "newest"  # the meaning of `--resume` without a directory
+AUTO = "auto"  # `--resume auto`: the newest unfinished run of this name, else a new one
 
 
 @dataclass
@@ -176,12 +179,19 @@ class Config:
     )
     task: str = field("countdown", "registered task, package.module:Name, or FILE.py:Name")
     task_options: TaskOptions = field(TaskOptions, "numbers=3,high=10 or JSON; merged with the preset's")
-    preset: str = field("demo", "settings to start from: a file in grpo/presets, without .yaml")
+    preset: str = field(
+        "demo",
+        "settings to start from: a file in grpo/presets, without .yaml; default for other models: model",
+    )
     config: str | None = field(None, "YAML file with settings; they win over the preset")
     output_dir: str = field("runs", "directory that holds the run directories")
     run_name: str | None = field(None, "name of the run directory, which gets a number; default: the preset")
     resume: str | None = field(
-        None, "continue the run in this directory; default: the newest run", nargs="?", const=NEWEST
+        None,
+        "continue the run in this directory (default: the newest run); auto: the newest unfinished run of "
+        "run_name, else a new one",
+        nargs="?",
+        const=NEWEST,
     )
     seed: Natural = field(42, "seed of the order of examples and of the sampling noise")
 
@@ -224,6 +234,10 @@ class Config:
         0.0, "share of a success's reward that a reflection as long as its limit loses"
     )
 
+    max_wrong_episodes: Natural = field(
+        512, "stop if none of the first so many episodes is right (reward: binary); 0: never stop"
+    )
+
     # Dataset of failures
     num_examples: Count = field(256, "train examples attempted to find failures")
     attempts_per_example: Count = field(1, "attempts sampled per example")
@@ -241,7 +255,9 @@ class Config:
     warm_start_learning_rate: Positive = field(1e-4, "AdamW learning rate of the warm start")
 
     # Optimiser
-    max_steps: Count = field(100, "optimiser steps; the learning rate's schedule ends here")
+    max_steps: Count = field(
+        100, "optimiser steps; the learning rate's schedule ends here (may grow on resume)"
+    )
     learning_rate: Positive = field(5e-7, "peak AdamW learning rate (the paper: 5e-7)")
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = field("cosine", "decay after the warmup")
     warmup_steps: Amount = field(0.03, "linear warmup; below 1: a share of max_steps (the paper: 0.03)")
@@ -282,17 +298,83 @@ _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
-    "config output_dir preset resume run_name save_steps save_total_limit report report_to".split()
+    "config max_wrong_episodes output_dir preset report report_to resume run_name save_steps save_total_limit"
+).split()
+# May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
+MEMORY_ON_RESUME = (
+    "max_tokens_per_micro_batch gradient_checkpointing max_rows cache_gb num_eval threads".split()
 )
 
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
-ADDED_SETTINGS = frozenset({"chat_template_kwargs", "report", "reward", "success_threshold"})
+ADDED_SETTINGS = frozenset(
+    {"chat_template_kwargs", "max_wrong_episodes", "report", "reward", "success_threshold"}
+)
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
 RETIRED_VALUES: dict[str, dict[Any, Any]] = {  # old name -> old value -> new value
     "tensorboard": {True: "tensorboard", False: "none"}
 }
 RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
+
+# What to use for the names that TRL's commands take and this trainer does not: docs/from_trl.md, "Names that
+# are refused", is this table.
+TRL_HINTS = {
+    "model": "use model_name_or_path",
+    "lr": "use learning_rate",
+    "per_device_train_batch_size": "use groups_per_step, in groups of num_generations completions; "
+    "max_tokens_per_micro_batch bounds the memory",
+    "gradient_accumulation_steps": "use groups_per_step, the groups of a whole step; "
+    "max_tokens_per_micro_batch splits it",
+    "generation_batch_size": "use groups_per_step; every step samples anew",
+    "steps_per_generation": "use groups_per_step; every step samples anew",
+    "per_device_eval_batch_size": "use max_rows, which bounds the memory of sampling",
+    "num_train_epochs": "use max_steps; training repeats the failures in a new order each time",
+    "dataset_name": "use task dataset with task_options path=FILE; path also takes a Hugging Face id",
+    "dataset_config": "use task dataset with task_options subset=NAME",
+    "dataset_train_split": "use task dataset with task_options train=SPLIT",
+    "train_dataset": "use task dataset with task_options path=FILE",
+    "reward_funcs": "use task dataset with task_options verifier=function:FILE.py:NAME",
+    "reward_weights": "use task dataset with task_options weights=1+0.5",
+    "reward_model_name_or_path": "not here: rewards come from verifiers and functions (task)",
+    "max_prompt_length": "not here: prompts are never cut",
+    "num_completions": "use num_generations",
+    "max_new_tokens": "use max_completion_length, and max_reflection_length for reflections",
+    "min_p": "not here: training samples from the whole distribution",
+    "repetition_penalty": "not here: training samples from the whole distribution",
+    "use_vllm": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
+    "vllm_mode": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
+    "vllm_gpu_memory_utilization": "use cache_gb, for the trainer's own sampler",
+    "use_peft": "not here: all weights are trained",
+    "lora_r": "not here: all weights are trained",
+    "lora_alpha": "not here: all weights are trained",
+    "load_in_4bit": "not here: use dtype float32 or bfloat16",
+    "load_in_8bit": "not here: use dtype float32 or bfloat16",
+    "attn_implementation": "not here: there is one decoder",
+    "use_liger_kernel": "use kernels",
+    "bf16": "use dtype bfloat16",
+    "fp16": "use dtype bfloat16",
+    "torch_dtype": "use dtype",
+    "use_cpu": "use device cpu",
+    "no_cuda": "use device cpu",
+    "deepspeed": "not here: one device trains (device)",
+    "fsdp": "not here: one device trains (device)",
+    "ddp_timeout": "not here: one device trains (device)",
+    "warmup_ratio": "use warmup_steps; below 1 it is a share of max_steps",
+    "optim": "not here: the optimiser is AdamW",
+    "adam_epsilon": "not here: it is fixed at 1e-8",
+    "sync_ref_model": "not here: the reference stays the start of RL (beta)",
+    "top_entropy_quantile": "not here: all tokens are trained",
+    "entropy_coef": "not here: use beta, or a higher epsilon_high",
+    "off_policy_mask_threshold": "not here: every step samples anew",
+    "resume_from_checkpoint": "use resume, with a run directory",
+    "overwrite_output_dir": "not here: output_dir gets a numbered directory for each run",
+    "logging_steps": "not here: every step is logged",
+    "logging_dir": "not here: logs are in the run directory",
+    "log_completions": "not here: episodes.jsonl always has the completions",
+    "eval_strategy": "use eval_steps; 0: never",
+    "save_strategy": "use save_steps; 0: only the last step",
+    "push_to_hub": "not here: `python -m grpo.export` writes a folder to upload",
+}
 
 
 def current_file(folder: Path, name: str) -> Path:
@@ -330,6 +412,7 @@ class _Parser(HfArgumentParser):
 
     def given(self, argv: list[str]) -> dict[str, Any]:
         """Only what `argv` names. Raises ValueError for unknown options and values of a wrong type."""
+        argv = _joined(argv)
         unset = argparse.Namespace(**dict.fromkeys(TYPES, _UNSET))  # keeps argparse from filling in defaults
         try:
             settings, unknown = self.parse_known_args(argv, unset)
@@ -337,14 +420,32 @@ class _Parser(HfArgumentParser):
             name = (error.argument_name or "").split("/")[0].lstrip("-")
             raise ValueError(f"{name}: {error.message}") from None
         if unknown:
-            option = next((text for text in unknown if text.startswith("--")), None)
-            if option is None:
+            options = [text for text in unknown if text.startswith("--")]
+            if not options:
                 raise ValueError(f"expected --KEY VALUE, got {unknown[0]!r}")
-            name = option.lstrip("-").partition("=")[0].replace("-", "_")
-            new = RETIRED_SETTINGS.get(name)
-            hint = f"; it is now --{new}" if new else nearest(name, TYPES, "--")
-            raise ValueError(f"unknown option {option}{hint}")
+            names = [text.lstrip("-").partition("=")[0].replace("-", "_") for text in options]
+            hints = [text + _hint(name, "--") for text, name in zip(options, names, strict=True)]
+            raise ValueError(f"unknown option {', '.join(hints)}")
         return {name: value for name, value in vars(settings).items() if value is not _UNSET}
+
+
+def _joined(argv: list[str]) -> list[str]:
+    """`--KEY -1e-5` as `--KEY=-1e-5`: argparse before Python 3.14 takes such a number for an option."""
+    joined: list[str] = []
+    for text in argv:
+        option = joined and joined[-1].startswith("--") and "=" not in joined[-1]
+        if option and re.fullmatch(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?|-inf|-nan", text):
+            joined[-1] += f"={text}"
+        else:
+            joined.append(text)
+    return joined
+
+
+def _hint(name: str, prefix: str = "") -> str:
+    """What to write instead of an unknown name: its new name, that of TRL's name, or the nearest spelling."""
+    if name in RETIRED_SETTINGS:
+        return f"; it is now {prefix}{RETIRED_SETTINGS[name]}"
+    return f" ({TRL_HINTS[name]})" if name in TRL_HINTS else nearest(name, TYPES, prefix)
 
 
 def from_yaml(path: str | Path) -> dict[str, Any]:
@@ -358,7 +459,7 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
         try:
             if name not in TYPES:
                 shown = key if re.fullmatch(r"\w{1,60}", key) else reprlib.repr(key)
-                raise ValueError(f"unknown key {shown}{nearest(key, TYPES)}")
+                raise ValueError(f"unknown key {shown}{_hint(key)}")
             if name in settings:
                 raise ValueError(f"{key} is the old name of {name}: give one of the two")
             if name in ("config", "resume") and value is not None:
@@ -390,9 +491,9 @@ def load(path: str | Path) -> Config:
     return config
 
 
-def differences(a: Config, b: Config) -> list[str]:
-    """`name: value in a -> value in b` for each setting that a continued run may not change."""
-    pairs = [(name, getattr(a, name), getattr(b, name)) for name in TYPES if name not in FREE_ON_RESUME]
+def differences(a: Config, b: Config, free: Collection[str] = FREE_ON_RESUME) -> list[str]:
+    """`name: value in a -> value in b` for each setting that differs and is not `free`."""
+    pairs = [(name, getattr(a, name), getattr(b, name)) for name in TYPES if name not in free]
     return [f"{name}: {old!r} -> {new!r}" for name, old, new in pairs if old != new]
 
 
@@ -400,7 +501,7 @@ def parse(argv: list[str]) -> Config:
     """Config from the command line, validated; `--help` prints the chosen preset's values and exits.
 
     A complete file given with `--config` replaces the preset. So does the run's own config.yaml with
-    `--resume`; `config.resume` is then the run's directory.
+    `--resume`; `config.resume` is then the run's directory. `--resume auto` is left to grpo/run/state.py.
 
     Raises:
         ValueError: with one line for the user.
@@ -409,14 +510,26 @@ def parse(argv: list[str]) -> Config:
     given = parser.given([text for text in argv if text not in ("-h", "--help")])
     overrides = from_yaml(given["config"]) if given.get("config") else {}
     settings = dataclasses.asdict(Config())
+    if given.get("resume") == AUTO:
+        del given["resume"]
+        settings["resume"] = AUTO
     if "resume" in given:
         run = _run_directory(given["resume"], given.get("output_dir", Config.output_dir))
         given["resume"] = str(run)
         settings = _merge(settings, from_yaml(run / "config.yaml"))
     if "preset" in given or ("resume" not in given and not is_complete(overrides)):
-        preset = given.get("preset") or overrides.get("preset") or Config.preset
+        named = {**overrides, **given}
+        same_model = named.get("model_name_or_path", Config.model_name_or_path) == Config.model_name_or_path
+        preset = named.get("preset") or (Config.preset if same_model else MODEL_PRESET)
         settings = _merge(settings, {**from_yaml(_preset_path(preset)), "preset": preset})
-    settings = _merge(_merge(settings, overrides), given)
+    settings = _merge(settings, overrides)
+    if given.get("task", settings["task"]) != settings["task"] and overrides.get("task_options"):
+        if "task_options" not in given:
+            raise ValueError(
+                f"task {given['task']} on the command line, but the task_options in {given['config']} are "
+                f"those of {settings['task']}: give --task_options too, or --task_options '' for none"
+            )
+    settings = _merge(settings, given)
     if "-h" in argv or "--help" in argv:
         parser.set_defaults(**settings)
         parser.print_help()
@@ -450,7 +563,8 @@ def _run_directory(resume: str, output_dir: str) -> Path:
     configs = list(Path(output_dir).glob("*/config.yaml"))
     if not configs:
         raise ValueError(f"resume: no run in {output_dir!r} to continue")
-    # config.yaml is written once, when the run starts; the name decides between runs of the same clock tick
+    # config.yaml is written when the run starts, and when a resumed run changes a setting. The name decides
+    # between runs of the same clock tick.
     return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 

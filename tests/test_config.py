@@ -60,7 +60,24 @@ def test_yaml_may_choose_the_preset_and_the_command_line_another(tmp_path):
     assert parse(["--config", path, "--preset", "demo"]).preset == "demo"
 
 
-@pytest.mark.parametrize("preset", ["demo", "paper_countdown", "paper_function_calling"])
+def test_the_recipe_of_the_demo_belongs_to_its_model(tmp_path):
+    other = ["--model_name_or_path", "/models/Qwen2.5-1.5B-Instruct"]
+    config = parse(other)
+    assert (config.preset, config.warm_start_steps, config.learning_rate) == ("model", 0, 1e-6)
+    assert (
+        min(config.max_completion_length, config.max_reflection_length) == 512 and not config.overlong_buffer
+    )
+    in_a_file = write(tmp_path / "c.yaml", "model_name_or_path: /models/x\nmax_steps: 7\n")
+    config = parse(["--config", in_a_file])
+    assert (config.preset, config.warm_start_steps, config.max_steps) == ("model", 0, 7)
+    # Whoever names a preset gets it, and the demo's model has the demo's.
+    assert parse([*other, "--preset", "demo"]).warm_start_steps == 200
+    with_preset = write(tmp_path / "d.yaml", "preset: demo\nmodel_name_or_path: /models/x\n")
+    assert parse(["--config", with_preset]).preset == "demo"
+    assert parse(["--model_name_or_path", Config.model_name_or_path]) == parse([])
+
+
+@pytest.mark.parametrize("preset", ["demo", "model", "paper_countdown", "paper_function_calling"])
 def test_task_options_of_presets_fit_the_task(preset):
     from grpo.tasks import get_task
 
@@ -77,12 +94,32 @@ def test_the_demo_asks_for_no_more_problems_than_there_are():
     task.examples("train", config.num_examples + config.warm_start_examples)
     task.examples("validation", config.num_validation)
     task.examples("heldout", config.num_eval)
+    config = parse(["--preset", "model"])
+    task = get_task(config.task, config.task_options)
+    task.examples("train", config.num_examples)
+    task.examples("heldout", config.num_eval)
 
 
 def test_task_options_merge_within_a_task_and_not_across_tasks():
     merged = parse(["--task_options", '{"numbers": 4}']).task_options
     assert merged == {**parse([]).task_options, "numbers": 4} and len(merged) > 1
     assert parse(["--task", "function_calling"]).task_options == {}
+
+
+def test_another_task_does_not_drop_the_options_of_a_file_silently(tmp_path):
+    argv = [
+        "--config",
+        write(tmp_path / "c.yaml", "task_options: {numbers: 4}\n"),
+        "--task",
+        "function_calling",
+    ]
+    with pytest.raises(
+        ValueError, match=r"task function_calling .*c\.yaml are those of countdown: give --task_opt"
+    ):
+        parse(argv)
+    assert parse([*argv, "--task_options", "max_tools=2"]).task_options == {"max_tools": 2}
+    assert parse([*argv, "--task_options", ""]).task_options == {}
+    assert parse([*argv[:-1], "countdown"]).task_options["numbers"] == 4
 
 
 def test_the_config_of_a_run_gives_that_run_again_whatever_its_preset_says(tmp_path):
@@ -213,6 +250,9 @@ def test_a_value_of_a_wrong_type_is_named(name, value, expected):
         (["--task_options", "{"], ["task_options", "'{'"]),
         (["--loss_type", "ppo"], ["loss_type", "dapo", "'ppo'"]),
         (["stray"], ["--KEY VALUE", "'stray'"]),
+        (["--learning_rate", "-1e-5"], ["learning_rate must be above 0, got -1e-05"]),
+        (["--beta", "-.5"], ["beta must be at least 0, got -0.5"]),
+        (["--delta", "-inf"], ["delta must be finite, got -inf"]),
     ],
 )
 def test_wrong_command_lines_are_one_line_that_names_the_argument(argv, said, capsys):
@@ -226,6 +266,27 @@ def test_wrong_command_lines_are_one_line_that_names_the_argument(argv, said, ca
 def test_unknown_option_names_the_nearest(option):
     with pytest.raises(ValueError, match=r"unknown option --lerning.*did you mean --learning_rate\?"):
         parse([option, "1"])
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--per_device_train_batch_size", "4"], "use groups_per_step"),
+        (["--use_vllm"], "not here: the trainer samples with its own decoder"),
+        (["--dataset-name=trl-lib/x"], "use task dataset with task_options path=FILE"),
+        (["--lr", "1e-6"], "use learning_rate"),
+        (["--gradient_accumulation_steps", "4"], "use groups_per_step"),
+        (["--use_vllm", "true", "--seed", "1", "--lr", "1"], "--use_vllm (not here"),
+        (["--use_vllm", "true", "--seed", "1", "--lr", "1"], "--lr (use learning_rate)"),
+    ],
+)
+def test_an_option_of_trl_gets_its_counterpart_and_not_the_nearest_spelling(argv, said, tmp_path):
+    with pytest.raises(ValueError) as error:
+        parse(argv)
+    assert said in str(error.value) and "did you mean" not in str(error.value)
+    name = argv[0].lstrip("-").partition("=")[0].replace("-", "_")
+    with pytest.raises(ValueError, match=f"c.yaml, line 1: unknown key {name} \\("):
+        parse(["--config", write(tmp_path / "c.yaml", f"{name}: 1\n")])
 
 
 def test_an_abbreviated_option_is_unknown():

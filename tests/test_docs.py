@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from grpo import export, interact
-from grpo.config import TYPES, Config
+from grpo.config import TRL_HINTS, TYPES, Config
 from grpo.evaluate import __main__ as evaluate
 
 ROOT = Path(__file__).parent.parent
@@ -138,6 +138,17 @@ def test_from_trl_lists_each_setting_once_with_its_default():
     (paragraph,) = re.findall(r"^Only here: (.*?)\n\n", text, re.MULTILINE | re.DOTALL)
     listed += CODE.findall(paragraph)
     assert sorted(set(listed)) == sorted(defaults) and len(set(listed)) == len(listed)
+
+
+def test_from_trl_has_the_hints_for_the_names_of_trl():
+    text = text_of(ROOT / "docs/from_trl.md")
+    assert {name.strip("`"): hint.replace("`", "") for name, hint in rows(text, "TRL's option")} == {
+        name: hint.replace("`", "") for name, hint in TRL_HINTS.items()
+    }
+    assert not set(TRL_HINTS) & set(TYPES)
+    for theirs, _, here, _, _ in (row for row in rows(text, "TRL") if len(row) == 5):
+        for name in set(CODE.findall(theirs)) - set(TYPES):  # the main table and the hints say the same
+            assert re.search(rf"\b{here.strip('`')}\b", TRL_HINTS[name]), name
 
 
 def test_from_trl_lists_metrics_that_are_logged():

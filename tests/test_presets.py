@@ -57,6 +57,15 @@ def test_two_steps_of_a_preset(preset, qwen2, tmp_path):
     assert (done.folder / "evaluation.json").exists() and not used.warm_start_steps
 
 
+def test_two_steps_of_another_model_without_a_preset(qwen2, tmp_path):
+    settings = {**SMALL, "model_name_or_path": qwen2, "output_dir": tmp_path}
+    done = tiny_run.run([text for name, value in settings.items() for text in (f"--{name}", str(value))])
+    assert done.status == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith("preset model")]
+    assert "warm_start_steps 0, learning_rate 1e-06" in line
+    assert done.folder.name == "model-001" and not (done.folder / "warm_start.jsonl").exists()
+
+
 def test_two_steps_of_the_function_calling_demo(qwen2, tmp_path):
     settings = {
         **SMALL,

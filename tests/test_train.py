@@ -1,6 +1,7 @@
 """train.py from the command line to the exit status: ways of training, and what is said about bad input."""
 
 import errno
+import json
 import math
 import re
 import shutil
@@ -14,9 +15,11 @@ from grpo_kernels import torch_backend
 from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
+import train
+from grpo import config as configuration
 from grpo.config import TRACKERS
 from grpo.learner.optimizer import MasterAdamW
-from grpo.run import checkpoint, files
+from grpo.run import checkpoint, files, state
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
 
@@ -76,12 +79,23 @@ def finished(model, tmp_path_factory):
     return done.folder
 
 
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory):
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("train.report", stop)
+        settings = QUICK | {"save_steps": 1, "num_eval": 4}
+        done = run(arguments(model, tmp_path_factory.mktemp("stopped"), **settings))
+    assert done.status == 130, done.err
+    return done.folder
+
+
 @pytest.fixture
-def unfinished(finished, tmp_path):
-    """A copy of the run, killed right before evaluation.json."""
-    shutil.copytree(finished, tmp_path / "copy")
-    (tmp_path / "copy" / "evaluation.json").unlink()
-    return tmp_path / "copy"
+def unfinished(stopped, tmp_path):
+    """A copy of a run that was stopped right before evaluation.json."""
+    return shutil.copytree(stopped, tmp_path / "copy")
 
 
 def assert_error(done: Done, status: int, *fragments: str) -> None:
@@ -270,9 +284,118 @@ def test_resume_of_a_finished_run(finished, quick):
     assert_error(run(["--resume", str(without_table)]), 2, "is finished")
 
 
+def test_a_finished_run_continues_with_more_steps(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    before = {
+        name: (folder / name).read_bytes() for name in ("evaluation.json", "evaluation-before_rl.jsonl")
+    }
+    done = run(["--resume", str(folder), "--max_steps", "4"])
+    assert done.status == 0, done.err
+    (line,) = [line for line in done.out.splitlines() if line.startswith("max_steps 2 -> 4")]
+    assert "Learning rate of step 3: " in line and line.endswith("with 2 steps it was 0")
+    steps = [record for record in records(folder) if "learning_rate" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert float(line.partition("step 3: ")[2].partition(";")[0]) == pytest.approx(
+        steps[2]["learning_rate"], rel=1e-2
+    )
+    # The longer run has an evaluation of its own; that of the shorter one has another name.
+    assert configuration.load(folder / "config.yaml").max_steps == 4
+    assert (folder / "step-000002-evaluation.json").read_bytes() == before["evaluation.json"]
+    assert (folder / "evaluation-before_rl.jsonl").read_bytes() == before["evaluation-before_rl.jsonl"]
+    assert (folder / "evaluation-trained.jsonl").exists() and (folder / "evaluation.json").exists()
+    assert_error(
+        run(["--resume", str(folder), "--max_steps", "3"]), 2, "max_steps must be at least 4", "got 3"
+    )
+    assert_error(run(["--resume", str(folder)]), 2, "is finished", "`--max_steps` above 4 continues it")
+
+
+def test_a_longer_run_that_is_killed_continues_as_the_longer_one(finished, tmp_path, monkeypatch):
+    whole, killed = (shutil.copytree(finished, tmp_path / name) for name in ("whole", "killed"))
+    assert run(["--resume", str(whole), "--max_steps", "4"]).status == 0
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grpo.run.state.configuration.to_yaml", stop)  # evaluation files are set aside by then
+        assert run(["--resume", str(killed), "--max_steps", "4"]).status == 130
+    with monkeypatch.context() as patch:
+        patch.setattr("train.collect_failures", stop)
+        assert run(["--resume", str(killed), "--max_steps", "4"]).status == 130
+    assert run(["--resume", str(killed)]).status == 0
+    assert contents(killed) == contents(whole)
+
+
+def test_a_finished_run_keeps_the_optimizer_of_its_newest_checkpoint_only(finished, tmp_path):
+    steps = {path.name: (path / "trainer").is_dir() for path in (finished / "checkpoints").iterdir()}
+    assert steps == {"step-000001": False, "step-000002": True}
+    older = state.saved_model(finished, "1")  # still checked and usable
+    assert (older / "sha256.json").exists()
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    (folder / "checkpoints/step-000001/config.json").write_text("{}")
+    with pytest.raises(checkpoint.CheckpointError, match=r"config\.json is damaged"):
+        state.saved_model(folder, "1")
+    shutil.rmtree(folder / "checkpoints/step-000002")
+    assert_error(run(["--resume", str(folder), "--max_steps", "4"]), 1, "trainer/state.json is missing")
+
+
+def test_resume_auto_starts_a_run_then_continues_it_then_starts_the_next(model, tmp_path, monkeypatch):
+    """The same command each time, as in a script that a queue restarts."""
+    argv = [*arguments(model, tmp_path, **QUICK | {"save_steps": 1, "dtype": "auto"}), "--resume", "auto"]
+    monkeypatch.setattr("grpo.run.build.bfloat16_speedup", lambda: 1.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = arguments(model, tmp_path, **QUICK | {"run_name": "tiny-other"})
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("train.validate", stop)
+        assert train.main(other) == train.main(argv) == 130
+    assert train.main(argv) == 0
+    assert sorted(path.name for path in tmp_path.glob("tiny*")) == ["tiny-001", "tiny-other-001"]
+    assert checkpoint.steps(tmp_path / "tiny-001") == [1, 2]
+    assert train.main(argv) == 0
+    assert checkpoint.steps(tmp_path / "tiny-002") == [1, 2]
+    assert "resume: null" not in (tmp_path / "tiny-002/config.yaml").read_text()
+
+
 def test_resume_with_changed_settings_lists_them(unfinished):
-    done = run(["--resume", str(unfinished), "--max_steps", "9", "--seed", "7", "--save_total_limit", "5"])
-    assert_error(done, 2, "changed settings: seed: 42 -> 7; max_steps: 2 -> 9.", "Start a new run")
+    done = run(["--resume", str(unfinished), "--beta", "1", "--seed", "7", "--save_total_limit", "5"])
+    assert_error(done, 2, "changed settings: seed: 42 -> 7; beta: 0.0 -> 1.0.", "Start a new run")
+
+
+def test_after_running_out_of_memory_a_run_continues_with_less(unfinished):
+    """As it would with the larger settings, but for the order of sums; config.yaml has the new ones."""
+    before = (unfinished / "evaluation-trained.jsonl").read_text()
+    changes = {"max_tokens_per_micro_batch": 64, "gradient_checkpointing": True, "max_rows": 2}
+    changes |= {"cache_gb": 0.5, "num_eval": 2}
+    options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
+    shutil.rmtree(unfinished / "checkpoints/step-000002")
+    done = run(["--resume", str(unfinished), *options])
+    assert done.status == 0, done.err
+    assert "max_rows: 64 -> 2" in done.err and "results may differ in their last bits" in done.err
+    config = configuration.load(unfinished / "config.yaml")
+    assert {name: getattr(config, name) for name in changes} == changes
+    assert [record["step"] for record in records(unfinished)] == [1, 2]
+    # Records of four problems do not pass for an evaluation on two.
+    assert json.loads((unfinished / "evaluation.json").read_text())["num_problems"] == 2
+    assert (unfinished / "step-000001-evaluation-trained.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("can't allocate memory")],
+)
+def test_running_out_of_memory_names_the_settings_that_need_less(quick, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("train.Learner.step", fail)
+    done = quick()
+    assert done.status == 1 and "Traceback" in done.err  # it may be a leak, also in the task
+    last = done.err.splitlines()[-1]
+    assert f"--resume {done.folder}` continues, with less memory by --max_tokens_per_micro_batch" in last
 
 
 def test_resume_of_something_else(tmp_path, model):
@@ -348,6 +471,7 @@ FULL = [
     OSError(errno.ENOSPC, "No space left on device"),
     SafetensorError("I/O error: No space left on device (os error 28)"),
 ]
+TOKENIZER_FULL = Exception("No space left on device (os error 28)")  # as tokenizers raises it
 
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
@@ -378,6 +502,34 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
     done = quick()
     assert_error(done, 1, "the disk is full")
     assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml", "inputs.json"]
+
+
+def test_a_full_disk_while_the_tokenizer_of_start_is_written(quick, monkeypatch):
+    def fill(*args, **options):
+        raise TOKENIZER_FULL
+
+    monkeypatch.setattr("grpo.model.weights._save_tokenizer", fill)
+    assert_error(quick(), 1, "the disk is full", "GB are free")
+
+
+@pytest.mark.parametrize("settings", [{}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 1}])
+def test_a_run_says_what_it_takes_on_disk(quick, settings, monkeypatch):
+    done = quick(**settings, max_steps=3)
+    (line,) = [line for line in done.out.splitlines() if line.startswith("disk: ")]
+    most, left = (float(number) for number in re.findall(r"([\d.e-]+) GB (?:during|after)", line))
+    weights = [path for path in done.folder.rglob("*.safetensors")]
+    assert left == pytest.approx(sum(path.stat().st_size for path in weights) / 1e9, rel=0.1)
+    assert most >= left and "too little" not in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
+    assert "0 GB are free; that is too little" in quick().out
+
+
+def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
+    options = [str(finished / "checkpoints/step-000002"), str(finished / "start")]
+    assert_error(quick(model_name_or_path=finished), 2, "it is a run directory", *options)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}')
+    assert_error(quick(model_name_or_path=tmp_path / "lora"), 2, "adapter (LoRA) of Qwen/Qwen3-0.6B", "merge")
 
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
@@ -581,8 +733,9 @@ def test_a_task_that_is_too_easy(quick):
 
 
 def test_a_task_that_is_too_hard_is_warned_about_and_then_stopped(quick):
-    done = quick(task="test_train:Impossible", eval_steps=5, max_steps=50, num_validation=4)
-    assert_error(done, 1, "not one answer was right in 5 steps: the task is too hard")
+    settings = {"eval_steps": 5, "max_steps": 50, "num_validation": 4, "max_wrong_episodes": 30}
+    done = quick(task="test_train:Impossible", **settings)
+    assert_error(done, 1, "not one of the first 30 answers was right (5 steps): the task is too hard")
     assert checkpoint.steps(done.folder) == [5]
     lines = done.out.splitlines()
     warnings = [line for line in lines if line.startswith("warning: ")]
@@ -591,3 +744,13 @@ def test_a_task_that_is_too_hard_is_warned_about_and_then_stopped(quick):
     assert any("0% of the groups have a signal" in line for line in warnings)
     kept = [record["warning"] for record in records(done.folder) if "warning" in record]
     assert kept[:2] == ["no_success", "few_signals"]
+
+
+def test_a_task_that_is_too_hard_is_trained_to_the_end_if_asked(quick):
+    """From the start, or after it was stopped."""
+    settings = {"task": "test_train:Impossible", "max_steps": 6}
+    assert quick(**settings, max_wrong_episodes=0).status == 0
+    done = quick(**settings, max_wrong_episodes=6)
+    assert_error(done, 1, "max_wrong_episodes 0 continues")
+    assert run(["--resume", str(done.folder), "--max_wrong_episodes", "0"]).status == 0
+    assert checkpoint.steps(done.folder)[-1] == 6

@@ -208,7 +208,15 @@ def _has_records(run: Path) -> bool:
 
 
 def _lacks_signal(folder: Path) -> bool:
-    return nothing_right(history(folder)) is not None
+    if not (folder / "config.yaml").exists():
+        return False
+    config = configuration.load(folder / "config.yaml")
+    problem = nothing_right(
+        history(folder),
+        episodes_per_step=config.groups_per_step * config.num_generations,
+        limit=config.max_wrong_episodes,
+    )
+    return problem is not None
 
 
 # --- processes ----------------------------------------------------------------------------------------------

@@ -152,6 +152,8 @@ def load(
 
 def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Decoder:
     """The model of an HF folder, without its tokenizer. Arguments and errors as `load`."""
+    if not (folder / "config.json").exists() and (hint := _instead_of(folder)):
+        raise FileNotFoundError(f"{folder} is not a model folder: {hint}")
     config = read_json(folder / "config.json")
     if config.get("quantization_config") is not None:
         raise ValueError(f"{folder}: quantised checkpoints cannot be trained; pass the unquantised model")
@@ -160,6 +162,25 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "c
     shapes, stored = _safetensors_headers(files)
     source = Source(config, read_json(generation) if generation.exists() else {}, stored)
     return build(source, shapes, _read_safetensors(files), dtype, device, folder)
+
+
+def _instead_of(folder: Path) -> str:
+    """What to pass instead of a LoRA adapter or a run directory; empty if the folder is neither."""
+    if (folder / "adapter_config.json").is_file():
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
+        return (
+            f"it is an adapter (LoRA) of {base}. Pass {base}, or merge the two (merge_and_unload of peft) "
+            "and pass the merged folder"
+        )
+    models = [*folder.glob("checkpoints/step-*"), folder / "start"]
+    found = [str(path) for path in sorted(models) if (path / "config.json").is_file()]
+    if (folder / "config.yaml").is_file():
+        return (
+            f"it is a run directory. Pass the weights in {' or '.join(found)}"
+            if found
+            else ("it is a run directory without weights")
+        )
+    return ""
 
 
 def load_tokenizer(folder: Path) -> Any:

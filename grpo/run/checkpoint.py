@@ -6,6 +6,8 @@ function), and in it `trainer/` with what only this trainer needs:
     trainer/state.safetensors   float32 master weights and moments
     trainer/state.json          counters, versions of the environment, sha256 of all other files and of itself
 
+A finished run keeps `trainer/` in its newest checkpoint only (`drop_optimizer`).
+
 A folder of that name is always complete (files.py). Nothing is pickled. Left out: sharded or asynchronous
 saving.
 """
@@ -110,6 +112,28 @@ def verify(path: str | Path) -> dict[str, Any]:
     payload = _read_state(path)
     _compare(path, payload["sha256"], STATE)
     return payload
+
+
+def verify_weights(path: Path) -> None:
+    """As `verify`, also for a checkpoint of a finished run, which may have no `trainer/`."""
+    if (path / "trainer").is_dir() or not (path / SEAL).exists():
+        verify(path)
+    else:
+        check_seal(path)
+
+
+def drop_optimizer(run_dir: str | Path) -> None:
+    """Deletes `trainer/` of all checkpoints but the newest: no run will continue from them.
+
+    Most of a checkpoint's size is there. A seal takes the place of its sums.
+    """
+    for step in steps(run_dir)[:-1]:
+        if (trainer := (path := path_of(run_dir, step)) / "trainer").is_dir():
+            verify(path)
+            sums = {name: sha for name, sha in _sums(path).items() if not name.startswith("trainer/")}
+            with written_whole(path / SEAL) as partial:
+                partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+            remove(trainer)
 
 
 def seal(folder: Path) -> None:

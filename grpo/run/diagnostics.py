@@ -8,6 +8,7 @@ Left out: rules about single steps. One step has too few groups to judge.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -79,15 +80,22 @@ def no_success(history: Sequence[Record]) -> str | None:
     )
 
 
-def nothing_right(history: Sequence[Record]) -> str | None:
-    """No answer in the first WINDOW steps was right: all rewards are equal, and will stay equal."""
-    shares = _values(history, "verdicts/ok")[:WINDOW]
-    if len(shares) < WINDOW or any(shares):
+def nothing_right(history: Sequence[Record], *, episodes_per_step: int, limit: int) -> str | None:
+    """No answer in the first `limit` episodes was right: all rewards are equal, and will likely stay equal.
+
+    Args:
+        episodes_per_step: groups_per_step times num_generations; a step counts as a whole.
+        limit: max_wrong_episodes; 0: no limit.
+    """
+    steps = math.ceil(limit / episodes_per_step)
+    shares = _values(history, "verdicts/ok")[:steps]
+    if not limit or len(shares) < steps or any(shares):
         return None
     return (
-        f"not one answer was right in {WINDOW} steps: the task is too hard for this model, and without a "
-        "right answer there is nothing to learn from. Try an easier task (task_options), a warm start "
-        "(warm_start_steps), or a larger model"
+        f"not one of the first {steps * episodes_per_step} answers was right ({steps} steps): the task is "
+        "too hard for this model, and without a right answer there is nothing to learn from. Try an easier "
+        "task (task_options), a warm start (warm_start_steps), or a larger model; max_wrong_episodes 0 "
+        "continues"
     )
 
 

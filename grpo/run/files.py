@@ -270,7 +270,7 @@ def written_whole(final: Path) -> Iterator[Path]:
     except BaseException as error:
         written = sum(path.stat().st_size for path in partial.rglob("*")) if partial.is_dir() else 0
         delete(partial)
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError | SafetensorError) or _is_full(error):
             raise RunDirError(_write_failure(final, error, written)) from error
         raise
 
@@ -310,10 +310,14 @@ def flush_directory(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _write_failure(final: Path, error: Exception, written: int) -> str:
-    # safetensors reports a full disk in its own exception, with the system's error number in the text.
-    full = getattr(error, "errno", None) == errno.ENOSPC or f"os error {errno.ENOSPC}" in str(error)
-    if not full:
+def _is_full(error: BaseException) -> bool:
+    """Rust libraries have the system's error number in the text; that of tokenizers is an Exception."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in numbers or any(f"(os error {n})" in str(error) for n in numbers)
+
+
+def _write_failure(final: Path, error: BaseException, written: int) -> str:
+    if not _is_full(error):
         return f"cannot write {final}: {error}"
     free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
     return (

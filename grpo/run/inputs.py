@@ -31,15 +31,18 @@ def sums(parts: Parts, examples: Sequence[Example]) -> dict[str, Any]:
     """The content of `inputs.json`.
 
     Args:
-        examples: all that the run will ask for.
+        examples: all that the run will ask for; the last `num_eval` are held out.
     Raises:
         ValueError: an example that JSON cannot hold.
     """
+    trained = len(examples) - parts.config.num_eval
     return {
         "chat_template": parts.chat.template_sha256,
         # The libraries' versions, because another one may write the same tokenizer differently.
         "tokenizer": {"versions": _versions(), "sha256": _sum_of_tokenizer(parts.tokenizer)},
-        "examples": _sum_of_examples(parts, examples),
+        "examples": _sum_of_examples(parts, examples[:trained], parts.task.reflection_instruction),
+        # Apart, with their number: a resumed run may have another `num_eval`.
+        "heldout": {"count": parts.config.num_eval, "sha256": _sum_of_examples(parts, examples[trained:])},
         "model": _sums_of_model(weights.resolve(parts.config.model_name_or_path)),
     }
 
@@ -68,6 +71,8 @@ def check(folder: Path, now: dict[str, Any]) -> None:
         ) from error
     if then["tokenizer"].get("versions") != now["tokenizer"]["versions"]:
         then = {**then, "tokenizer": now["tokenizer"]}  # not comparable; `restore` warns of another version
+    if then["heldout"].get("count") != now["heldout"]["count"]:
+        then = {**then, "heldout": now["heldout"]}  # not comparable; the stored evaluation names its examples
     if changed := [name for name in now if then[name] != now[name]]:
         what = "; ".join(_describe(name, folder, then[name], now[name]) for name in changed)
         raise files.MismatchError(
@@ -83,6 +88,8 @@ def _describe(name: str, folder: Path, then: Any, now: Any) -> str:
     if name == "chat_template":
         copy = next(iter(sorted(folder.glob("**/chat_template.jinja"))), None)
         return "the chat template changed" + (f" (the run's own is in {copy})" if copy else "")
+    if name == "heldout":
+        return "the held-out examples changed"
     return "the tokenizer changed" if name == "tokenizer" else "the task's examples or messages changed"
 
 
@@ -97,9 +104,9 @@ def _sum_of_tokenizer(tokenizer: Any) -> str:
     return _sha256(json.dumps([state, special]).encode())
 
 
-def _sum_of_examples(parts: Parts, examples: Sequence[Example]) -> str:
-    """Of ids, data and all messages, in the order of the run."""
-    digest = hashlib.sha256(json.dumps(parts.task.reflection_instruction).encode())
+def _sum_of_examples(parts: Parts, examples: Sequence[Example], message: str = "") -> str:
+    """Of `message`, and of ids, data and all messages, in the order of the run."""
+    digest = hashlib.sha256(json.dumps(message).encode())
     for example in examples:
         try:
             digest.update(json.dumps([asdict(example), opening(parts.task, example, parts.chat)]).encode())

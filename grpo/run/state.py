@@ -8,6 +8,8 @@ Left out: anything that trains or samples. The stages are in train.py.
 
 from __future__ import annotations
 
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo import config as configuration
-from grpo.config import Config
+from grpo.config import TYPES, Config
 from grpo.learner.learner import Kernels, Learner
+from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.model import weights
 from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
@@ -176,7 +179,7 @@ def saved_model(run: Path, which: str = "newest") -> Path:
         hint = "; best needs validations (eval_steps)" if which == "best" and step is None else ""
         raise ValueError(f"checkpoint must be one that {run} has ({there}), got {which}{hint}")
     path = checkpoint.path_of(run, step)
-    checkpoint.verify(path)
+    checkpoint.verify_weights(path)
     return path
 
 
@@ -187,20 +190,116 @@ def validated(folder: Path) -> dict[int, float]:
 
 
 def directory(config: Config) -> Path:
-    """The run's directory: a new one, or the one to resume.
+    """The run's directory: a new one, or the one to resume. Sets `config.resume` to it, or to None.
 
     Raises:
         ValueError: the run to resume is finished, or had other settings.
     """
+    if config.resume == configuration.AUTO:
+        config.resume = _newest_unfinished(config)
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
-    if changed := configuration.differences(configuration.load(folder / "config.yaml"), config):
+    old = configuration.load(folder / "config.yaml")
+    if config.device == "auto":  # as resolved when the run started
+        config.device = old.device
+    if config.dtype == "auto":
+        config.dtype = old.dtype
+    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME, "max_steps"]
+    if changed := configuration.differences(old, config, free):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
-    if _finished(config, folder):
-        raise ValueError(f"resume: {folder} is finished; python -m grpo.evaluate {folder} measures it again")
+    if config.max_steps < (done := max(checkpoint.steps(folder), default=0)):
+        raise ValueError(
+            f"max_steps must be at least {done}, the newest step of {folder}, got {config.max_steps}"
+        )
+    longer = config.max_steps != old.max_steps or config.num_eval > 0 and config.num_eval != old.num_eval
+    if not longer and _finished(config, folder):
+        raise ValueError(
+            f"resume: {folder} is finished; `--max_steps` above {old.max_steps} continues it, and python -m "
+            f"grpo.evaluate {folder} measures it again"
+        )
     return folder
+
+
+def _newest_unfinished(config: Config) -> str | None:
+    """The run of this name with the highest number that is not finished."""
+    name = re.escape(config.run_name or config.preset)
+    folders = [path.parent for path in Path(config.output_dir).glob("*/config.yaml")]
+    numbers = {
+        folder: int(match[1])
+        for folder in folders
+        if (match := re.fullmatch(rf"{name}-(\d{{3,}})", folder.name))
+    }
+    for folder in sorted(numbers, key=numbers.__getitem__, reverse=True):
+        if not _finished(configuration.load(folder / "config.yaml"), folder):
+            return str(folder)
+    return None
+
+
+def record_changes(config: Config, folder: Path) -> None:
+    """Writes the settings that a resumed run changes into its config.yaml, and prints what they may change.
+
+    Evaluation files that the new settings make obsolete get another name first. If the process is killed in
+    between, the run is one with its old settings that lacks these files.
+    """
+    old = configuration.load(folder / "config.yaml")
+    if not configuration.differences(old, config, free=("config", "resume")):
+        return
+    if memory := configuration.differences(old, config, set(TYPES) - set(configuration.MEMORY_ON_RESUME)):
+        print(
+            f"warning: resume with {'; '.join(memory)}: results may differ in their last bits",
+            file=sys.stderr,
+        )
+    if config.max_steps != old.max_steps:
+        _print_learning_rates(old, config, max(checkpoint.steps(folder), default=0))
+        set_aside(folder, "evaluation.json")
+        set_aside(folder, "evaluation-trained.jsonl")
+    if config.num_eval != old.num_eval:
+        set_aside(folder, "evaluation*")
+    with files.written_whole(folder / "config.yaml") as path:
+        configuration.to_yaml(config, path)
+
+
+def _print_learning_rates(old: Config, new: Config, done: int) -> None:
+    before, now = (
+        scheduled_learning_rate(
+            done,
+            peak=config.learning_rate,
+            total_steps=config.max_steps,
+            warmup_steps=config.warmup_steps,
+            schedule=config.lr_scheduler_type,
+        )
+        for config in (old, new)
+    )
+    print(
+        f"max_steps {old.max_steps} -> {new.max_steps}: the schedule is recomputed. Learning rate of step "
+        f"{done + 1}: {now:.3g}; with {old.max_steps} steps it was {before:.3g}"
+    )
+
+
+def set_aside(folder: Path, pattern: str) -> None:
+    """Renames the evaluation files that match to `step-000016-NAME`, so that no evaluation continues them."""
+    step = max(checkpoint.steps(folder), default=0)
+    for path in folder.glob(pattern):
+        path.rename(folder / f"step-{step:06d}-{path.name}")
+
+
+def disk_use(config: Config, parts: Parts, folder: Path) -> str:
+    """What the run will take on disk, in one line; logs, which take megabytes, are left out."""
+    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
+    stored = parts.model.source.dtype.itemsize if parts.model.source else 4
+    model, trainer = parameters * stored / 1e9, parameters * 12 / 1e9  # float32 master weights, two moments
+    every = 1 if config.eval_steps else config.save_steps or config.max_steps  # each best step is saved
+    kept = min(config.save_total_limit + bool(config.eval_steps), -(-config.max_steps // every))
+    saving = min(kept + 1, -(-config.max_steps // every))  # the oldest goes after the newest is there
+    most, left = model + saving * (model + trainer), model + kept * model + trainer
+    free = shutil.disk_usage(folder).free / 1e9
+    too_little = "; that is too little" if free < most else ""
+    return (
+        f"disk: up to {most:.2g} GB during the run, {left:.2g} GB after it, {free:.2g} GB are free"
+        f"{too_little} (save_total_limit, save_steps)"
+    )
 
 
 def _finished(config: Config, folder: Path) -> bool:

@@ -14,6 +14,7 @@ NOW = {
     "chat_template": "0" * 64,
     "tokenizer": {"versions": {"tokenizers": "1", "transformers": "5"}, "sha256": "1" * 64},
     "examples": "2" * 64,
+    "heldout": {"count": 2, "sha256": "4" * 64},
     "model": {"config.json": {"bytes": 7, "sha256": "3" * 64}, "model.safetensors": {"bytes": 9}},
 }
 
@@ -33,6 +34,9 @@ def test_what_is_reported(tmp_path):
     ):
         other = {**NOW["tokenizer"], "sha256": ""}
         check(tmp_path, chat_template="", tokenizer=other, examples="")
+    with pytest.raises(files.MismatchError, match="the held-out examples changed"):
+        check(tmp_path, heldout={"count": 2, "sha256": ""})
+    check(tmp_path, heldout={"count": 4, "sha256": ""})  # a resumed run may have another num_eval
     # Another library may serialise the same tokenizer differently; resume warns of its version.
     check(tmp_path, tokenizer={"versions": {}, "sha256": ""})
     (tmp_path / "start").mkdir()
@@ -53,7 +57,7 @@ def test_a_damaged_file(tmp_path, content):
 def test_sums_depend_on_their_inputs_only(tmp_path):
     folder = tiny_run.save_model(tmp_path / "model")
     parts = tiny.build()
-    parts.config = Config(model_name_or_path=str(folder))
+    parts.config = Config(model_name_or_path=str(folder), num_eval=1)
     examples = parts.task.examples("train", 3)
     first = inputs.sums(parts, examples)
     assert json.loads(json.dumps(first)) == first == inputs.sums(parts, list(examples))

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -244,9 +245,14 @@ def test_warnings_do_not_count_as_history():
     assert warnings.history == records[:1] and warnings.given == {"large_kl"}
 
 
-def test_nothing_right_is_a_matter_of_the_first_steps():
-    none, some = repeat(WINDOW, verdicts__ok=0.0), repeat(1, verdicts__ok=0.01)
-    assert "not one answer was right in 5 steps" in nothing_right(none)
-    assert "not one answer" in nothing_right(none + some)  # a continued run stops again, and says why
+def test_nothing_right_is_a_matter_of_the_first_episodes():
+    """Which are counted: small batches get more steps."""
+    none, some = repeat(5, verdicts__ok=0.0), repeat(1, verdicts__ok=0.01)
+    right = partial(nothing_right, episodes_per_step=8, limit=36)
+    assert "not one of the first 40 answers was right (5 steps)" in right(none)
+    assert "not one of" in right(none + some)  # a continued run stops again, and says why
     for history in ([], none[1:], some + none, none[:2] + some + none):
-        assert nothing_right(history) is None
+        assert right(history) is None
+    assert right(none, limit=41) is None and right(none, episodes_per_step=4) is None
+    assert right(none, limit=0) is None and right([], limit=0) is None
+    assert "(1 steps)" in right(none[:1], episodes_per_step=36)
