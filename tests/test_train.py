@@ -512,7 +512,9 @@ def test_each_step_reads_no_log_again(quick, monkeypatch):
     """Validated steps are remembered: reading metrics.jsonl at every step would be quadratic in a run."""
     reads, read = [], files.read_jsonl
     monkeypatch.setattr(
-        files, "read_jsonl", lambda path, **options: reads.append(path) or read(path, **options)
+        files,
+        "read_jsonl",
+        lambda path, *shape, **options: reads.append(path) or read(path, *shape, **options),
     )
     counts = []
     for steps in (2, 6):
