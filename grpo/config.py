@@ -508,7 +508,7 @@ def parse(argv: list[str]) -> Config:
     """
     parser = _Parser()
     given = parser.given([text for text in argv if text not in ("-h", "--help")])
-    overrides = from_yaml(given["config"]) if given.get("config") else {}
+    overrides = from_yaml(given["config"]) if given.get("config") is not None else {}
     settings = dataclasses.asdict(Config())
     if given.get("resume") == AUTO:
         del given["resume"]

@@ -89,6 +89,11 @@ def _key(key: str) -> str:
     return f"? {write(key)} " if len(key) > LONGEST_KEY else write(key)
 
 
+def _joined(text: str) -> str:
+    """JSON, which is YAML too, escapes a character above U+FFFF as a pair of surrogates."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+
 class _Refused(ValueError):
     """The message begins with the number of the line."""
 
@@ -113,7 +118,7 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], depth: int, lines: d
     if event.tag is not None:
         raise _Refused(f"{line}: the tag {event.tag} is not allowed: only plain values are read")
     if isinstance(event, yaml.ScalarEvent):
-        return scalar(event.value) if event.implicit[0] else event.value
+        return scalar(event.value) if event.implicit[0] else _joined(event.value)
     if depth == DEEPEST:
         raise _Refused(f"{line}: more than {DEEPEST} levels of lists and mappings are not allowed")
     if isinstance(event, yaml.SequenceStartEvent):
@@ -126,7 +131,7 @@ def _value(event: yaml.Event, events: Iterator[yaml.Event], depth: int, lines: d
         line = event.start_mark.line + 1
         if not isinstance(event, yaml.ScalarEvent) or event.tag is not None:
             raise _Refused(f"{line}: a key must be a plain string")
-        key = event.value
+        key = _joined(event.value)
         if key in mapping:
             raise _Refused(f"{line}: the key {key!r} is given twice, first in line {lines[key]}")
         if key == "<<" and event.implicit[0]:

@@ -419,6 +419,8 @@ def test_an_empty_yaml_file_sets_nothing(tmp_path):
 def test_missing_files_and_unknown_presets():
     with pytest.raises(ValueError, match="cannot read nowhere.yaml"):
         parse(["--config", "nowhere.yaml"])
+    with pytest.raises(ValueError, match="cannot read : No such file"):
+        parse(["--config", ""])
     with pytest.raises(
         ValueError, match=r"preset must be one of .*, got 'paper_countdow'; did you mean paper_countdown\?"
     ):

@@ -39,7 +39,7 @@ from grpo.model import weights
 from grpo.run import build, checkpoint, files
 from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.tasks import SPLITS, Example, Verdict, countdown, function_calling
-from grpo.tasks.contract import PROBES
+from grpo.tasks.contract import PROBES, json_change
 from grpo.tasks.countdown import Countdown
 from grpo.tasks.function_calling import FunctionCalling, berkeley
 from grpo.tasks.function_calling.data import tool
@@ -903,3 +903,15 @@ def test_a_gguf_file_whose_architecture_is_a_list(tmp_path):
     tiny_model.write_gguf(tmp_path / "model.gguf", tiny_model.make(), extra=change)
     with pytest.raises(ValueError, match=r"general.architecture must be a string, got \['llama'\]"):
         weights.load(tmp_path / "model.gguf")
+
+
+def test_a_character_above_ffff_as_json_escapes_it(tmp_path):
+    """PyYAML reads two surrogates, JSON one character: a KeyError, and another value after a resume."""
+    (tmp_path / "mine.yaml").write_text(
+        '{"task_options": {"\\ud83d\\ude00": "\\ud83d\\ude00", "x": "\\ud800"}}'
+    )
+    options = config.from_yaml(tmp_path / "mine.yaml")["task_options"]
+    assert options == {"\U0001f600": "\U0001f600", "x": "\ud800"}
+    change = json_change({"a": ["\ud83d" + "\ude00"]}, "data")  # as a task may write it
+    assert change is not None and "data['a'][0]" in change and "a pair of lone surrogates" in change
+    assert "with the key" in (json_change({"\ud83d" + "\ude00": 1}, "data") or "")

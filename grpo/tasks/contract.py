@@ -231,9 +231,11 @@ def json_change(value: Any, name: str) -> str | None:
 def _difference(value: Any, stored: Any, name: str) -> str | None:
     if type(value) is not type(stored):  # True == 1 == 1.0
         return f"{name} = {_short(value)}, of type {type(value).__name__}"
+    if isinstance(value, str) and value != stored:
+        return f"{name} = {_short(value)}, a pair of lone surrogates"
     if isinstance(value, dict):
         for key, item in value.items():
-            if type(key) is not str:
+            if type(key) is not str or key not in stored:
                 return f"{name} with the key {_short(key)}, of type {type(key).__name__}"
             if change := _difference(item, stored[key], f"{name}[{_short(key)}]"):
                 return change
