@@ -273,7 +273,8 @@ def test_an_arm_that_fails_ends_the_experiment(model, tmp_path, monkeypatch, cap
 
 
 def test_a_run_without_a_right_answer_is_a_row_of_threshold(model, tmp_path):
-    argv = arguments("threshold", model, tmp_path / "t", task="countdown", max_steps=6)
+    settings = {"task": "countdown", "max_steps": 6, "max_wrong_episodes": 30}
+    argv = arguments("threshold", model, tmp_path / "t", **settings)
     argv[argv.index("--task_options") + 1] = '{"numbers": 3}'
     assert command.main(argv) == 0
     rows = result(tmp_path / "t")["rows"]
