@@ -370,11 +370,14 @@ def test_without_matplotlib_the_page_has_no_curves_and_names_the_extra(run, monk
     assert "reflect-grpo[report]" in words(text) and "<svg" not in text and 'class="group"' in text
 
 
-def test_a_run_refreshes_its_report_and_names_it_in_its_last_line(tmp_path):
+def test_a_run_refreshes_its_report_and_names_it_at_its_end(tmp_path):
     model = tiny_run.save_model(tmp_path / "model")
     done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", report=True, max_steps=2, num_eval=2))
     assert done.status == 0 and done.folder is not None, done.err
-    assert done.out.splitlines()[-1] == f"report: {done.folder / 'report.html'}"
+    assert done.out.splitlines()[-2:] == [
+        f"report: {done.folder / 'report.html'}",
+        f"checkpoint: {done.folder / 'checkpoints' / 'step-000002'}",
+    ]
     assert "2 of 2 steps" in words((done.folder / "report.html").read_text())
 
 
