@@ -563,8 +563,8 @@ def _run_directory(resume: str, output_dir: str) -> Path:
     configs = list(Path(output_dir).glob("*/config.yaml"))
     if not configs:
         raise ValueError(f"resume: no run in {output_dir!r} to continue")
-    # config.yaml is written when the run starts, and when a resumed run changes a setting. The name decides
-    # between runs of the same clock tick.
+    # The time of config.yaml is when the run started, also after a resumed run changed a setting. The name
+    # decides between runs of the same clock tick.
     return max(configs, key=lambda path: (path.stat().st_mtime_ns, path.parent.name)).parent
 
 

@@ -372,8 +372,10 @@ def test_after_running_out_of_memory_a_run_continues_with_less(unfinished):
     changes |= {"cache_gb": 0.5, "num_eval": 2}
     options = [text for name, value in changes.items() for text in (f"--{name}", str(value))]
     shutil.rmtree(unfinished / "checkpoints/step-000002")
+    started = (unfinished / "config.yaml").stat().st_mtime_ns
     done = run(["--resume", str(unfinished), *options])
     assert done.status == 0, done.err
+    assert (unfinished / "config.yaml").stat().st_mtime_ns == started  # names the newest run, and a tracker's
     assert "max_rows: 64 -> 2" in done.err and "results may differ in their last bits" in done.err
     config = configuration.load(unfinished / "config.yaml")
     assert {name: getattr(config, name) for name in changes} == changes

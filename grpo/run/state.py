@@ -8,6 +8,7 @@ Left out: anything that trains or samples. The stages are in train.py.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import sys
@@ -257,8 +258,11 @@ def record_changes(config: Config, folder: Path) -> None:
         set_aside(folder, "evaluation-trained.jsonl")
     if config.num_eval != old.num_eval:
         set_aside(folder, "evaluation*")
+    started = (folder / "config.yaml").stat()
     with files.written_whole(folder / "config.yaml") as path:
         configuration.to_yaml(config, path)
+        # The file's time is when the run started: it names the newest run, and the run of a tracker.
+        os.utime(path, ns=(started.st_atime_ns, started.st_mtime_ns))
 
 
 def _print_learning_rates(old: Config, new: Config, done: int) -> None:
