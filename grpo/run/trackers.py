@@ -62,14 +62,28 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class _WandbApi:
+    """What wandb and trackio have in common: trackio copies wandb's interface."""
+
+    run: Any
+    new_table: Any  # the package's class Table
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.run.log(dict(numbers), step=step)
+
+    def table(self, step: int, rows: Sequence[Row]) -> None:
+        table = self.new_table(columns=list(COLUMNS), data=[list(row) for row in rows])
+        self.run.log({"completions": table}, step=step)
+
+
+class Wandb(_WandbApi):
     """A run of wandb; its files are in `wandb/` of the run directory. WANDB_MODE=offline uploads nothing."""
 
     def __init__(self, run_dir: Path, config: Config, first_step: int) -> None:
         import wandb
 
-        self.new_table: Any = wandb.Table
-        self.run: Any = wandb.init(
+        self.new_table = wandb.Table
+        self.run = wandb.init(
             project=PROJECT,
             name=run_dir.name,
             id=run_id(run_dir),
@@ -80,39 +94,25 @@ class Wandb:
             settings=wandb.Settings(console="off", login_timeout=60),
         )
 
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def table(self, step: int, rows: Sequence[Row]) -> None:
-        table = self.new_table(columns=list(COLUMNS), data=[list(row) for row in rows])
-        self.run.log({"completions": table}, step=step)
-
     def close(self) -> None:
         self.run.finish()
 
 
-class Trackio:
+class Trackio(_WandbApi):
     """A run of trackio, in its own folder (TRACKIO_DIR); `trackio show --project reflect-grpo` shows it."""
 
     def __init__(self, run_dir: Path, config: Config, first_step: int) -> None:
         import trackio
 
-        self.new_table: Any = trackio.Table
+        self.new_table = trackio.Table
         with _quiet():
-            self.run: Any = trackio.init(
+            self.run = trackio.init(
                 project=PROJECT,
                 name=run_id(run_dir),
                 resume="allow",
                 config=dataclasses.asdict(config),
                 embed=False,  # no dashboard in a notebook
             )
-
-    def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        self.run.log(dict(numbers), step=step)
-
-    def table(self, step: int, rows: Sequence[Row]) -> None:
-        table = self.new_table(columns=list(COLUMNS), data=[list(row) for row in rows])
-        self.run.log({"completions": table}, step=step)
 
     def close(self) -> None:
         with _quiet():
@@ -202,7 +202,7 @@ def completion_rows(step: int, episodes: Sequence[Episode], groups: Sequence[Att
 
 def run_id(run_dir: Path) -> str:
     """The run's name, and a number that another run of this name has not; the same when it is continued."""
-    started = (run_dir / "config.yaml").stat().st_mtime_ns  # it is written once, when the run starts
+    started = (run_dir / "config.yaml").stat().st_mtime_ns  # state.record_changes keeps it
     identity = f"{platform.node()} {run_dir.resolve()} {started}"
     return f"{run_dir.name}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
 
