@@ -43,6 +43,21 @@ def test_own_task(model, tmp_path):
     assert len(tiny_run.records(tmp_path / "runs/sorting-001")) == 1
 
 
+def test_own_reward(model, tmp_path):
+    small = "--dtype float32 --device cpu --max_steps 1 --num_examples 4 --num_eval 0 --report false"
+    out = output("own_reward.py", model, tmp_path, *small.split())
+    assert "verdicts/score" in out
+    (metrics,) = tiny_run.records(tmp_path / "runs/word_counts-001")
+    episodes = tiny_run.records(tmp_path / "runs/word_counts-001", "episodes.jsonl")
+    rows = {row["prompt"]: row["words"] for row in tiny_run.records(tmp_path, "word_counts.jsonl")}
+    for episode in episodes:
+        words, length = rows[episode["texts"]["prompt"]], len(episode["texts"]["retry"].split())
+        assert episode["reward"] == pytest.approx(max(0.0, 1 - abs(length - words) / words))
+    rewards = [episode["reward"] for episode in episodes]
+    assert len(rewards) == 4 and any(0 < reward < 1 for reward in rewards)
+    assert metrics["verdicts/score"] == pytest.approx(sum(rewards) / 4)
+
+
 def test_kernels_in_your_loop(model, tmp_path):
     out = output("kernels_in_your_loop.py", model, tmp_path)
     difference, largest = map(float, re.search(r"gradient: (\S+), of (\S+)", out).groups())
