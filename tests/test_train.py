@@ -19,6 +19,7 @@ import train
 from grpo import config as configuration
 from grpo.config import TRACKERS
 from grpo.learner.optimizer import MasterAdamW
+from grpo.model import weights
 from grpo.run import checkpoint, files, state
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
@@ -272,6 +273,18 @@ def test_a_model_file_that_is_cut_short(model, tmp_path):
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
     done = run(arguments(folder, tmp_path / "runs", **QUICK))
     assert_error(done, 2, "model.safetensors is damaged or cut short")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_source_weights_that_are_not_finite(model, tmp_path, value):
+    """Refused before the run copies them into start/ and, a step later, recommends that copy."""
+    broken, tokenizer = weights.load(model)
+    with torch.no_grad():
+        broken.layers[1].down_proj.weight[3, 5] = value
+    weights.save(broken, tokenizer, tmp_path / "model")
+    done = run(arguments(tmp_path / "model", tmp_path / "runs", **QUICK))
+    assert_error(done, 2, str(tmp_path / "model"), "must be finite in float32", "layers.1.down_proj.weight")
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 # --- resuming what cannot be resumed ------------------------------------------------------------------------

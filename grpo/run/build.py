@@ -58,6 +58,9 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     """Loads the model (from `model_source`, if given) and builds the parts around it.
 
     Resolves `config.device` and `config.dtype` in place, so that config.yaml names what was used.
+
+    Raises:
+        ValueError, FileNotFoundError: a setting, a file, or weights that are NaN or infinite.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -66,9 +69,9 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     config.dtype = choose_dtype(config.dtype, config.device)
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
-    model, tokenizer = weights.load(
-        model_source or config.model_name_or_path, dtype=dtype, device=config.device
-    )
+    source = model_source or config.model_name_or_path
+    model, tokenizer = weights.load(source, dtype=dtype, device=config.device)
+    _check_finite(model, source)
     chat = build_chat(config, model, tokenizer)
     sampler = Sampler(
         model,
@@ -81,6 +84,16 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     )
     rollout = build_rollout(config, sampler, task, chat)
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
+
+
+def _check_finite(model: Decoder, source: str) -> None:
+    """A run would end in its first step, and advise to begin with `start/`, a copy of these weights."""
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(
+                f"{source}: the weights must be finite in {str(parameter.dtype).removeprefix('torch.')}, but "
+                f"{name} has NaN or infinity; fetch the model again, or train another one"
+            )
 
 
 def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> Rollout:
