@@ -347,11 +347,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
     if config.preset == configuration.MODEL_PRESET and config.resume is None:
-        print(
-            f"preset model, for models other than the demo's: warm_start_steps {config.warm_start_steps}, "
-            f"learning_rate {config.learning_rate:g}, reflections up to {config.max_reflection_length} and "
-            f"answers up to {config.max_completion_length} tokens; --preset demo is the demo's recipe"
-        )
+        print(configuration.preset_line(config))
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
     if config.resume is None:
         print(state.disk_use(config, parts, folder))

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import operator
+import os
 import re
 import reprlib
 import types
@@ -294,6 +295,7 @@ class Config:
     )
 
 
+PATHS = ("model_name_or_path", "chat_template", "config", "output_dir", "resume")  # ~ begins a home directory
 _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
@@ -426,7 +428,11 @@ class _Parser(HfArgumentParser):
             names = [text.lstrip("-").partition("=")[0].replace("-", "_") for text in options]
             hints = [text + _hint(name, "--") for text, name in zip(options, names, strict=True)]
             raise ValueError(f"unknown option {', '.join(hints)}")
-        return {name: value for name, value in vars(settings).items() if value is not _UNSET}
+        return {name: _at_home(name, value) for name, value in vars(settings).items() if value is not _UNSET}
+
+
+def _at_home(name: str, value: Any) -> Any:
+    return os.path.expanduser(value) if name in PATHS and isinstance(value, str) else value
 
 
 def _joined(argv: list[str]) -> list[str]:
@@ -466,7 +472,7 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"{name} belongs on the command line")
             if key in RETIRED_VALUES:
                 value = RETIRED_VALUES[key][coerce(key, value, bool)]
-            settings[name] = coerce(name, value, TYPES[name])
+            settings[name] = _at_home(name, coerce(name, value, TYPES[name]))
         except ValueError as error:
             raise ValueError(f"{path}, line {lines[key]}: {error}") from None
     return settings
@@ -552,6 +558,16 @@ def _preset_path(name: str) -> Path:
     if name not in names:
         raise ValueError(f"preset must be one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
     return PRESETS / f"{name}.yaml"
+
+
+def preset_line(config: Config) -> str:
+    """What the preset for other models than the demo's sets, in one line; commands print it."""
+    return (
+        f"preset {MODEL_PRESET}, for models other than the demo's: task {config.task}, warm_start_steps "
+        f"{config.warm_start_steps}, learning_rate {config.learning_rate:g}, reflections up to "
+        f"{config.max_reflection_length} and answers up to {config.max_completion_length} tokens; --preset "
+        "demo is the demo's recipe"
+    )
 
 
 def _run_directory(resume: str, output_dir: str) -> Path:

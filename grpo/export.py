@@ -33,7 +33,7 @@ from grpo.run import build, checkpoint, files
 from grpo.run.state import saved_model, validated
 from grpo.tasks import get_task, opening
 
-TAG = "reflect-grpo"  # in the card of every export
+TAG = "reflect-grpo"  # in the card of every export, or the metadata of its GGUF file
 EXPORTED = re.compile(r"README\.md|chat_template\.jinja|tokenizer\.model|.*\.json|model.*\.safetensors")
 UNKNOWN_LICENCE = "unknown: check the base model's licence"
 OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "report_to")
@@ -110,8 +110,6 @@ def export(
         dtype = config.dtype if config.dtype in build.DTYPES else "float32"
     model, tokenizer = weights.load(source, dtype=build.DTYPES[dtype])
     chat = build.build_chat(config, model, tokenizer)
-    if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     licence = base_licence(config.model_name_or_path)
     with files.written_whole(to) as partial:
         if to.suffix == ".gguf":
@@ -123,6 +121,7 @@ def export(
                 dtype=build.DTYPES[dtype],
                 stop_token_ids=chat.stop_token_ids,
                 name=f"{run.resolve().name} {source.name}",
+                tags=[TAG],
                 license=licence,
             )
         else:
@@ -136,6 +135,8 @@ def check_target(to: Path, run: Path, overwrite: bool) -> None:
         if to.is_dir():
             raise ValueError(f"to must be a file if it ends in .gguf, got the folder {to}")
         earlier = to.is_file()
+        if earlier and overwrite and not is_gguf_export(to):
+            raise ValueError(f"to must be a new file or an earlier export, got {to}, which is another file")
     else:
         if to.suffix.lower() == ".gguf":
             raise ValueError(f"to must end in .gguf in lower case for a GGUF file, got {to}")
@@ -158,6 +159,14 @@ def is_export(folder: Path) -> bool:
     if not card.is_file() or f"\n- {TAG}\n" not in card.read_text(encoding="utf-8", errors="replace"):
         return False
     return all(file.is_file() and EXPORTED.fullmatch(file.name) for file in folder.iterdir())
+
+
+def is_gguf_export(file: Path) -> bool:
+    """Whether an export wrote the GGUF file."""
+    try:
+        return TAG in gguf.GGUFFile(file).tags
+    except ValueError:  # it is damaged, or of another kind
+        return False
 
 
 def name_of(to: Path) -> str:

@@ -280,6 +280,8 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
                 config = configuration.parse(["--overlong_buffer", "0", *rest])
+                if config.preset == configuration.MODEL_PRESET:
+                    print(configuration.preset_line(config))
                 parts = build.parts(config)
                 only_attempts = replace(
                     config, train_on="attempt", warm_start_steps=0, eval_steps=0, num_eval=0

@@ -53,7 +53,8 @@ def parser() -> argparse.ArgumentParser:
         "and tries again.",
         epilog="--KEY VALUE is a setting of train.py (see `python train.py --help`), such as --task, --seed "
         "or --max_reflection_length. Settings come from the run's config.yaml, or without a run from the "
-        "preset. Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
+        "preset, which is model for any but the demo's model. Exit status: 0 done, 1 failed, 2 wrong "
+        "arguments, 130 interrupted.",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -87,16 +88,20 @@ def open_model(options: argparse.Namespace, rest: Sequence[str]) -> Parts:
             raise ValueError(
                 f"checkpoint must be left out unless RUN is a run directory, got {options.run!r}"
             )
-        (model,) = models_of([options.run])
+        (model,) = models_of([options.run], "RUN")
         source, run = model.path, model.run
     if options.index is not None and options.index < 0:
         raise ValueError(f"index must be at least 0, got {options.index}")
     argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections here
     named = {text.partition("=")[0] for text in rest}
-    if run is not None and not named & {"--config", "--preset"}:
+    if run is None:
+        argv += ["--model_name_or_path", source]  # which decides the preset, as for train.py
+    elif not named & {"--config", "--preset"}:
         argv += ["--config", str(run / "config.yaml")]
     temperature = 0.0 if options.temperature is None else options.temperature
     config = configuration.parse([*argv, *rest, "--eval_temperature", str(temperature)])
+    if run is None and config.preset == configuration.MODEL_PRESET:
+        print(configuration.preset_line(config))
     config.train_on = "reflection"  # the turns that follow an attempt here, whatever was trained
     config.warm_start_steps = 0  # nothing is trained
     return build.parts(config, model_source=source)

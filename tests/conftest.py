@@ -1,6 +1,9 @@
 """The package under test is the installed one (`pip install -e .`): nothing here touches sys.path."""
 
+import contextlib
+import io
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -20,3 +23,20 @@ def cache_home(tmp_path_factory):
     # Matplotlib would list the system's fonts again, which takes seconds.
     os.environ.setdefault("MPLCONFIGDIR", str(Path.home() / ".cache/matplotlib"))
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def warned():
+    """`with warned(pattern):` must print warnings about data, each a whole line, one of which matches."""
+    from grpo.tasks import warn
+
+    @contextlib.contextmanager
+    def warned(pattern):
+        warn.cache_clear()
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
+            yield
+        lines = printed.getvalue().splitlines()
+        assert all(line.startswith("warning: ") for line in lines), lines
+        assert any(re.search(pattern, line) for line in lines), lines
+
+    return warned

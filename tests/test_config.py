@@ -77,6 +77,18 @@ def test_the_recipe_of_the_demo_belongs_to_its_model(tmp_path):
     assert parse(["--model_name_or_path", Config.model_name_or_path]) == parse([])
 
 
+def test_a_path_may_begin_in_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "c.yaml", "chat_template: ~/t.jinja\noutput_dir: ~/runs\nrun_name: ~\n")
+    config = parse(["--config", "~/c.yaml", "--model_name_or_path", "~/model"])
+    assert config.chat_template == f"{tmp_path}/t.jinja" and config.output_dir == f"{tmp_path}/runs"
+    assert config.model_name_or_path == f"{tmp_path}/model" and config.run_name is None
+    (tmp_path / "runs" / "a-001").mkdir(parents=True)
+    to_yaml(config, tmp_path / "runs" / "a-001" / "config.yaml")
+    for argv in (["--resume", "--output_dir", "~/runs"], ["--resume", "~/runs/a-001"]):
+        assert parse(argv).resume == f"{tmp_path}/runs/a-001"
+
+
 @pytest.mark.parametrize("preset", ["demo", "model", "paper_countdown", "paper_function_calling"])
 def test_task_options_of_presets_fit_the_task(preset):
     from grpo.tasks import get_task

@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+import tiny_model
 import tiny_run
 import torch
 import transformers
@@ -62,6 +63,9 @@ def test_a_gguf_file_is_the_checkpoint(command, run, tmp_path):
     text = "<|im_start|>user\nWhy 7? naïve 東京<|im_end|>"
     assert reader.encode(text) == tokenizer.encode(text) and reader.chat_template == tokenizer.chat_template
     assert set(weights.stop_token_ids(again, reader)) == set(weights.stop_token_ids(ours, tokenizer))
+    assert command(tmp_path / "mine.gguf")[0] == 2  # not unasked
+    assert command(tmp_path / "mine.gguf", "--overwrite", "--checkpoint", "start")[0] == 0
+    assert_same(weights.load(run / "start")[0], weights.load(tmp_path / "mine.gguf")[0])
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.gguf"]
 
 
@@ -126,6 +130,8 @@ def test_other_folders_and_files_are_never_replaced(command, run, tmp_path):
     (tmp_path / "mine/thesis.tex").write_text("years of work")
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.gguf").mkdir()
+    (tmp_path / "damaged.gguf").write_text("GGUF")
+    tiny_model.write_gguf(tmp_path / "other.gguf", tiny_model.make())  # as another program writes it
     for name, card in (("project", "# Mine\n"), ("added", "---\ntags:\n- reflect-grpo\n---\n")):
         (tmp_path / name / "src").mkdir(parents=True)
         (tmp_path / name / "README.md").write_text(card)
@@ -139,9 +145,14 @@ def test_other_folders_and_files_are_never_replaced(command, run, tmp_path):
         (tmp_path / "mine", "a new folder or an earlier export"),
         (tmp_path / "file", "must be a folder or end in .gguf, got the file"),
         (tmp_path / "folder.gguf", "must be a file if it ends in .gguf"),
+        (tmp_path / "other.gguf", "must be a new file or an earlier export"),
+        (tmp_path / "damaged.gguf", "must be a new file or an earlier export"),
     ]:
         status, _, err = command(to, "--overwrite")
         assert status == 2 and message in err and err.count("\n") == 1
+    assert (tmp_path / "damaged.gguf").read_text() == "GGUF" and (
+        tmp_path / "other.gguf"
+    ).stat().st_size > 9999
     assert (tmp_path / "mine/thesis.tex").exists() and (run / "config.yaml").exists()
     assert (tmp_path / "project/src").is_dir() and (tmp_path / "model/README.md").is_file()
 

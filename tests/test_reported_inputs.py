@@ -600,9 +600,11 @@ PLAIN = [{"name": "f", "parameters": {"x": {"type": "int"}, "y": {"type": "str",
 
 
 @pytest.mark.parametrize("extra", [{"xx": 2}, {"z": None}], ids=["misspelled", "null-filled"])
-def test_gold_arguments_that_the_tool_does_not_have(tmp_path: Path, extra: dict[str, Any]) -> None:
+def test_gold_arguments_that_the_tool_does_not_have(
+    tmp_path: Path, extra: dict[str, Any], warned: Any
+) -> None:
     bad, good = ([{"name": "f", "arguments": {"x": 1, **more}}] for more in (extra, {}))
-    with pytest.warns(UserWarning, match=rf"skipped 1 of 2 .*'f' the unknown argument '{min(extra)}'"):
+    with warned(rf"skipped 1 of 2 .*'f' the unknown argument '{min(extra)}'"):
         task = FunctionCalling(data_path=xlam_file(tmp_path, PLAIN, bad, good))
     assert task.skipped.count == 1
 

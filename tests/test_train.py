@@ -188,7 +188,10 @@ BAD = {
         {"kernels": "triton"},
         ["kernels must be auto or torch on cpu, got 'triton'", "needs CUDA"],
     ),
-    "no such template": ({"chat_template": "/none"}, ["chat_template must be a readable text file", "/none"]),
+    "no such template": (
+        {"chat_template": "/none"},
+        ["chat_template must be a readable text file, got '/none' (No such file or directory)"],
+    ),
     "no such model": ({"model_name_or_path": "/none/here"}, ["/none/here: no such folder or file"]),
     "too few examples": (
         {"task": "test_train:Short", "num_examples": 4, "num_eval": 6},

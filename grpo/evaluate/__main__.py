@@ -48,8 +48,9 @@ def parser() -> argparse.ArgumentParser:
         "examples.",
         epilog="--KEY VALUE is a setting of train.py (see `python train.py --help`), such as --task, --seed "
         "or --max_reflection_length. A checkpoint inside a run directory takes its settings from the run's "
-        "config.yaml, any other from the preset (--preset, --config). Name the checkpoints before all "
-        "options. Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
+        "config.yaml, any other from the preset (--preset, --config), which is model unless the first "
+        "checkpoint is the demo's model. Name the checkpoints before all options. Exit status: 0 done, "
+        "1 failed, 2 wrong arguments, 130 interrupted.",
         allow_abbrev=False,
     )
     command.add_argument(
@@ -87,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 def evaluation_config(
     models: Sequence[MeasuredModel], options: argparse.Namespace, rest: Sequence[str]
 ) -> Config:
-    """What to measure with: the first run's config.yaml or the preset, then the command line.
+    """What to measure with: the first run's config.yaml or the first model's preset, then the command line.
 
     Args:
         rest: settings of train.py from the command line.
@@ -105,7 +106,9 @@ def evaluation_config(
     argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections measured here
     run = next((model.run for model in models if model.run), None)
     named = {text.partition("=")[0] for text in rest}
-    if run is not None and not named & {"--config", "--preset"}:
+    if run is None:
+        argv += ["--model_name_or_path", models[0].path]  # which decides the preset, as for train.py
+    elif not named & {"--config", "--preset"}:
         argv += ["--config", str(run / "config.yaml")]
     argv += rest
     temperature = 0.0 if options.greedy else options.eval_temperature
@@ -115,6 +118,8 @@ def evaluation_config(
     config = configuration.parse(argv)
     if config.num_eval < 1:
         raise ValueError(f"num_eval must be at least 1, got {config.num_eval}")
+    if run is None and config.preset == configuration.MODEL_PRESET:
+        print(configuration.preset_line(config))
     return config
 
 
@@ -143,16 +148,17 @@ class MeasuredModel:
         return " ".join([self.path, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)])
 
 
-def models_of(arguments: Sequence[str]) -> list[MeasuredModel]:
-    """The models that the CHECKPOINT arguments name, each under a label of its own.
+def models_of(arguments: Sequence[str], name: str = "CHECKPOINT") -> list[MeasuredModel]:
+    """The models that the arguments called `name` mean, each under a label of its own.
 
     Raises:
         ValueError: an argument is none of HF folder, run directory, GGUF file, package file or Hub id.
     """
-    return _with_distinct_labels([model for argument in arguments for model in _models_of_one(argument)])
+    models = [model for argument in arguments for model in _models_of_one(argument, name)]
+    return _with_distinct_labels(models)
 
 
-def _models_of_one(argument: str) -> list[MeasuredModel]:
+def _models_of_one(argument: str, name: str) -> list[MeasuredModel]:
     path = Path(argument)
     if (path / "config.json").is_file():
         return [MeasuredModel(path.resolve().name, str(path), _run_of(path))]
@@ -163,11 +169,11 @@ def _models_of_one(argument: str) -> list[MeasuredModel]:
         inside = sorted(str(file.parent) for file in usable)
         hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
         raise ValueError(
-            "CHECKPOINT must be an HF folder (with config.json) or a run directory (with config.yaml), "
+            f"{name} must be an HF folder (with config.json) or a run directory (with config.yaml), "
             f"got the folder {argument} without either{hint}"
         )
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"CHECKPOINT must be a folder or a .gguf file, got the file {argument}")
+        raise ValueError(f"{name} must be a folder or a .gguf file, got the file {argument}")
     if path.is_file() or argument.startswith("package:"):
         return [MeasuredModel(Path(argument).stem, argument)]
     # A Hub id has one slash. If its first part is a folder here, it is a mistyped path instead.
@@ -175,7 +181,7 @@ def _models_of_one(argument: str) -> list[MeasuredModel]:
         return [MeasuredModel(argument, argument)]
     siblings = sorted(str(entry) for entry in path.parent.glob("[!.]*/"))[:5]
     hint = f"; {path.parent} contains {', '.join(siblings)}" if siblings else ""
-    raise ValueError(f"CHECKPOINT {argument!r} does not exist{hint}")
+    raise ValueError(f"{name} {argument!r} does not exist{hint}")
 
 
 def _run_of(folder: Path) -> Path | None:

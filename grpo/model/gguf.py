@@ -101,6 +101,12 @@ class GGUFFile:
         self.config = self._config()
         self.licence: str | None = self._get("general.license", None)
 
+    @property
+    def tags(self) -> list[str]:
+        """As in a model card; none if the file has something else there."""
+        tags = self._get("general.tags", [])
+        return tags if isinstance(tags, list) else []
+
     _MISSING = object()
 
     def _get(self, key: str, default: Any = _MISSING) -> Any:
@@ -456,6 +462,7 @@ def write(
     dtype: torch.dtype,
     stop_token_ids: Sequence[int],
     name: str,
+    tags: Sequence[str] = (),
     license: str | None = None,
 ) -> None:
     """Writes a GGUF file that `GGUFFile` and llama.cpp read. Tensors are converted one at a time.
@@ -466,6 +473,7 @@ def write(
         dtype: float32 or bfloat16; vectors, such as norms and biases, are always float32.
         stop_token_ids: that end a turn. The file has room for three.
         name: of the model, for people to read.
+        tags: as in a model card.
         license: an SPDX id, if it is known.
     Raises:
         ValueError: GGUF, or llama.cpp, has no place for something that the model needs.
@@ -485,6 +493,8 @@ def write(
     writer = GGUFWriter(path, architecture)
     writer.add_type("model")
     writer.add_name(name)
+    if tags:
+        writer.add_tags(tags)
     if license is not None:
         writer.add_license(license)
     half = dtype == torch.bfloat16

@@ -14,6 +14,7 @@ Left out: pickled checkpoints (*.bin), which can run code when read, and quantis
 import importlib.util
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -52,7 +53,8 @@ def resolve(name_or_path: str | Path) -> Path:
         raise ValueError(f"{path} must be a folder or a .gguf file; pass the folder that holds it")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
         return _from_hub(name)
-    raise FileNotFoundError(f"{name}: no such folder or file, and not a Hub id of the form OWNER/NAME")
+    where = "" if path.is_absolute() else f" in {os.getcwd()}"
+    raise FileNotFoundError(f"{name}: no such folder or file{where}, and not a Hub id of the form OWNER/NAME")
 
 
 def _in_package(name: str) -> Path:
@@ -82,8 +84,9 @@ def _from_hub(repo_id: str) -> Path:
     except Exception as error:  # network, authorisation and cache errors have no common base class
         reason = (str(error).strip().splitlines() or [""])[0]
         raise FileNotFoundError(
-            f"{repo_id} is no local folder, and the Hub download failed ({type(error).__name__}: {reason}). "
-            "Offline: download it elsewhere and pass the folder. Gated: log in with `hf auth login`."
+            f"{repo_id} is no folder in {os.getcwd()}, and the Hub download failed ({type(error).__name__}: "
+            f"{reason}). Offline: download it elsewhere and pass the folder. Gated: log in with "
+            "`hf auth login`."
         ) from error
 
 
@@ -152,7 +155,13 @@ def load(
 
 def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Decoder:
     """The model of an HF folder, without its tokenizer. Arguments and errors as `load`."""
-    if not (folder / "config.json").exists() and (hint := _instead_of(folder)):
+    whole = (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
+    if whole and (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} has whole weights and an adapter (adapter_config.json), which would be ignored: merge "
+            "the two (merge_and_unload of peft), or remove the adapter's files"
+        )
+    if not whole and (hint := _instead_of(folder)):
         raise FileNotFoundError(f"{folder} is not a model folder: {hint}")
     config = read_json(folder / "config.json")
     if config.get("quantization_config") is not None:
@@ -199,6 +208,12 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise FileNotFoundError(
             f"{folder} has no tokenizer: put the model's tokenizer.json next to config.json"
+        )
+    only_sentencepiece = not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json"))
+    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        raise ValueError(
+            f"{folder}: tokenizer.model is a SentencePiece file, which has to be converted: put the model's "
+            "tokenizer.json next to it, or let transformers do it: pip install sentencepiece protobuf"
         )
     _check_tokenizer_config(folder)
     plain = folder / "tokenizer.json"

@@ -33,7 +33,7 @@ from grpo.run import files, trackers
 from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.sampler.kv_cache import SlotCache
-from grpo.tasks import Example, Task, WarmStartTask, get_task
+from grpo.tasks import Example, Task, WarmStartTask, get_task, looked_in
 from grpo.tasks.contract import check_task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -121,7 +121,11 @@ def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
         try:
             template = Path(config.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"chat_template must be a readable text file, got {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else f"no UTF-8: {error.reason}"
+            where = looked_in(Path(config.chat_template))
+            raise ValueError(
+                f"chat_template must be a readable text file, got {config.chat_template!r}{where} ({reason})"
+            ) from error
         tokenizer.chat_template = template  # so that checkpoints have it
     return Chat(
         tokenizer,

@@ -10,6 +10,7 @@ The reward of the paper (arXiv 2505.24726) is 1 or 0. A verdict may also have an
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -39,13 +40,31 @@ class TaskError(RuntimeError):
     """
 
 
+def user_path(name: str) -> Path:
+    """A path as a user writes it: `~` at its beginning is the home directory."""
+    return Path(os.path.expanduser(name))
+
+
+def looked_in(path: Path) -> str:
+    """` in FOLDER`, for the message that a file is missing: where a relative path was looked for."""
+    return "" if path.is_absolute() else f" in {os.getcwd()}"
+
+
+@functools.cache  # once, although a command may build the task again for each model
+def warn(message: str) -> None:
+    """Prints a line about data that a task leaves out or doubts."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 @dataclass(frozen=True, init=False)
 class Verdict:
     """What a verifier found.
 
     Attributes:
         reason: "ok" or a short code for the first check that failed.
-        score: how good the answer is; without it 1 for "ok" and 0 for any other reason.
+        score: how good the answer is; without it 1 for "ok" and 0 for any other reason. The setting
+            `success_threshold`, not the reason, decides whether it is right. As that is above 0, an answer
+            that is "ok" must have a score above 0.
     """
 
     reason: str
@@ -56,6 +75,8 @@ class Verdict:
             raise ValueError(f"a Verdict's reason must be 'ok' or a short code, got {reason!r}")
         if score is not None and not (isinstance(score, int | float) and math.isfinite(score)):
             raise ValueError(f"a Verdict's score must be a finite number, got {score!r}")
+        if reason == "ok" and score is not None and score <= 0:
+            raise ValueError(f"a Verdict's score must be above 0 if its reason is 'ok', got {score!r}")
         object.__setattr__(self, "reason", reason)  # the way to set a field of a frozen dataclass
         object.__setattr__(self, "score", float(self.ok if score is None else score))
 
@@ -295,12 +316,12 @@ def load_object(spec: str, what: str) -> Any:
     module_name, _, attribute = spec.rpartition(":")
     if not module_name or not attribute:
         raise ValueError(f"{what} must be given as package.module:Name or FILE.py:Name, got {spec!r}")
-    path = Path(module_name) if module_name.endswith(".py") else None
+    path = user_path(module_name) if module_name.endswith(".py") else None
     if path is not None and not path.is_file():
         near = nearest(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise ValueError(f"{what} {spec!r}: there is no file {str(path)!r} in {os.getcwd()}{near}")
+        raise ValueError(f"{what} {spec!r}: there is no file {str(path)!r}{looked_in(path)}{near}")
     _add_to_path(os.getcwd() if path is None else str(path.resolve().parent))
-    _print_files(f"{what} {spec}", module_name)
+    _print_files(f"{what} {spec}", module_name if path is None else str(path))
     try:
         module = importlib.import_module(module_name) if path is None else _module_of_file(path)
     except ModuleNotFoundError as error:

@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import math
 import random
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,8 @@ from grpo.tasks import (
     after_thought,
     check_split,
     register,
+    user_path,
+    warn,
 )
 from grpo.tasks.expression import contains, evaluate, literals, parse, reachable, worked
 from grpo.tasks.function_calling.data import Skipped
@@ -133,7 +134,7 @@ class Countdown:
         if path is None:
             self._source = self._listed() if small else self._drawn()
         else:
-            self._source = self._from_file(Path(path))
+            self._source = self._from_file(user_path(path))
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         """Examples `offset` to `offset + count` of train, validation or heldout.
@@ -264,7 +265,7 @@ class Countdown:
             raise ValueError(f"{path} has no usable row: {skipped}")
         if skipped.count:
             seen = skipped.count + len(problems)
-            warnings.warn(f"{path}: skipped {skipped.count} of {seen} rows: {skipped}", stacklevel=3)
+            warn(f"{path}: skipped {skipped.count} of {seen} rows: {skipped}")
         return self._solvable(path, list(problems))
 
     def _solvable(self, path: Path, problems: list[Problem]) -> Iterator[tuple[str, Example]]:

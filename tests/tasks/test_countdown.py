@@ -418,12 +418,16 @@ def test_problems_of_a_file_are_in_the_split_of_the_drawn_ones(tmp_path: Path) -
             task.examples(split, 21)
 
 
-def test_a_csv_file_and_rows_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_csv_file_and_rows_that_cannot_be_used(
+    tmp_path: Path, warned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "tasks.csv"
     path.write_text('numbers,target\n"[1, 2, 3]",6\n"[1, ""a""]",6\n[],1\nx,1\n"[1, 2]",-3\n')
-    with pytest.warns(UserWarning, match="skipped 4 of 5 rows: tasks.csv line 3: numbers and target must be"):
+    with warned("skipped 4 of 5 rows: tasks.csv line 3: numbers and target must be"):
         task = Countdown(path=str(path))
     assert sum(len(task._splits[split]) for split in SPLITS) == 0  # nothing is solved before it is asked for
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Countdown(path="~/tasks.csv")
     path.write_text("nums,goal\n[1],1\n")
     with pytest.raises(ValueError, match="target must be a column of the data"):
         Countdown(path=str(path))

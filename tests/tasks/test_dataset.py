@@ -122,14 +122,14 @@ def test_shards_and_splits_that_are_not_there(tmp_path):
     assert len(splits["train"]) + len(splits["validation"]) == 60
 
 
-def test_a_prompt_in_two_splits_is_refused_or_dropped(tmp_path):
+def test_a_prompt_in_two_splits_is_refused_or_dropped(tmp_path, warned):
     write(tmp_path / "train.jsonl", ROWS[:60])
     write(tmp_path / "heldout.jsonl", ROWS[55:])
     with pytest.raises(
         ValueError, match=r"5 are in two: train.jsonl line 56 \(train\) and heldout.jsonl line"
     ):
         dataset(path=str(tmp_path))
-    with pytest.warns(UserWarning, match="dropped 5 prompts"):
+    with warned("dropped 5 prompts"):
         splits = every(dataset(path=str(tmp_path), drop_duplicates=True))
     assert len(splits["heldout"]) == 45 and len(splits["train"]) + len(splits["validation"]) == 55
 
@@ -160,7 +160,7 @@ def test_a_template_takes_columns_and_no_code(tmp_path):
             get_task("dataset", {"path": path, "template": template, "verifier": "choice"})
 
 
-def test_a_column_of_messages(tmp_path):
+def test_a_column_of_messages(tmp_path, warned):
     system, user = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What?"}
     parts = {"role": "user", "content": [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]}
     rows = [{"prompt": [system, {**user, "content": f"What is {i}?"}], "answer": str(i)} for i in range(30)]
@@ -173,7 +173,7 @@ def test_a_column_of_messages(tmp_path):
         {"prompt": " ", "answer": "1"},
     ]
     path = write(tmp_path / "a.jsonl", [*rows, {"prompt": [parts], "answer": "2"}, *bad])
-    with pytest.warns(UserWarning, match=r"skipped 6 of 37 rows: a.jsonl line 32: prompt must end in"):
+    with warned(r"skipped 6 of 37 rows: a.jsonl line 32: prompt must end in"):
         task = get_task("dataset", {"path": path, "system": "Other."})
     examples = [example for part in every(task).values() for example in part]
     (joined,) = [example for example in examples if example.prompt == "What now?"]
@@ -185,16 +185,16 @@ def test_a_column_of_messages(tmp_path):
 # --- bad data -----------------------------------------------------------------------------------------------
 
 
-def test_rows_that_cannot_be_used_are_counted_and_named_by_line(tmp_path):
+def test_rows_that_cannot_be_used_are_counted_and_named_by_line(tmp_path, warned, capsys):
     path = Path(write(tmp_path / "a.jsonl"))
     bad = [b"{", b'{"question": "x"}', b"[]", b'{"question": "y", "answer": "none"}', b"\xff"]
     bad += [b'{"question": "What is 3 + 1?", "answer": 5}', b'{"question": 3, "answer": 5}']
     bad += [b'{"question": "\\ud800", "answer": 5}', b'{"question": "z", "answer": NaN}']
     path.write_bytes(path.read_bytes() + b"\n" + b"\n".join(bad))
-    with pytest.warns(UserWarning) as caught:
+    with warned("^warning: skipped 9 of 109 rows: a.jsonl line 102: is not JSON; a.jsonl line 104: must be"):
         task = dataset(path=str(path))
-    text = str(caught[0].message)
-    assert "skipped 9 of 109 rows: a.jsonl line 102: is not JSON; a.jsonl line 104: must be an object" in text
+    dataset(path=str(path))  # as for the next model of a comparison
+    assert capsys.readouterr().err == ""  # says it once
     assert sum(map(len, every(task).values())) == 100
 
 
@@ -269,6 +269,20 @@ def test_paths_and_options_that_do_not_fit(tmp_path):
     (tmp_path / "folder").mkdir()
     with pytest.raises(ValueError, match="a file for each split"):
         dataset(path=str(tmp_path / "folder"))
+
+
+def test_relative_paths_and_the_home_directory(tmp_path, monkeypatch):
+    """A run that is resumed elsewhere says where it looked."""
+    (tmp_path / "rewards.py").write_text(REWARD)
+    write(tmp_path / "problems.jsonl")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for options in ({"path": "problems.jsonl"}, {"train": "problems.jsonl"}):
+        with pytest.raises(ValueError, match=rf"'problems.jsonl'.* in {tmp_path}/elsewhere"):
+            dataset(**options)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert every(dataset(path="~/problems.jsonl")) == every(dataset(train="~/problems.jsonl"))
+    assert dataset(path="~/problems.jsonl", verifier="function:~/rewards.py:digits")
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------

@@ -106,7 +106,6 @@ def test_reflection_stop_must_be_a_share():
         FunctionCalling(reflection_stop=2.0)
 
 
-@pytest.mark.filterwarnings("ignore:the Berkeley files")
 def test_transcripts_of_the_berkeley_files():
     pytest.importorskip("bfcl_eval")
     task = get_task("function_calling", {"categories": "all", "reflection_stop": 0.5})

@@ -50,6 +50,11 @@ def test_verdict_and_example() -> None:
     for score in (float("nan"), float("inf"), "1"):
         with pytest.raises(ValueError, match="score must be a finite number"):
             Verdict("ok", score)  # type: ignore[arg-type]
+    # No success_threshold can make such an answer right; any other pair of reason and score may be.
+    for score in (0, -0.5):
+        with pytest.raises(ValueError, match="score must be above 0 if its reason is 'ok', got"):
+            Verdict("ok", score)
+    assert Verdict("ok", 0.4).ok and not Verdict("partial", 7.0).ok
     example = Example(id="a", prompt="?")
     # sha256("a") begins with ca978112ca1bbdca; the key is its first 63 bits.
     assert example.key == 0xCA978112CA1BBDCA >> 1 < 2**63
@@ -125,7 +130,9 @@ class Words:
 """
 
 
-@pytest.mark.parametrize("spec", ["{folder}/words.py:Words", "words.py:Words", "words:Words"])
+@pytest.mark.parametrize(
+    "spec", ["{folder}/words.py:Words", "~/words.py:Words", "words.py:Words", "words:Words"]
+)
 def test_a_task_by_the_path_of_its_file_or_from_the_current_directory(
     spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +141,8 @@ def test_a_task_by_the_path_of_its_file_or_from_the_current_directory(
     # As in an installed command, whose path has neither its directory nor the current one.
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    monkeypatch.chdir(tmp_path.parent if "folder" in spec else tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path.parent if "/" in spec else tmp_path)
     spec = spec.format(folder=tmp_path)
     task = get_task(spec)
     assert task.verify(task.examples("train", 1)[0], "apple").ok
@@ -151,7 +159,8 @@ def test_a_task_file_that_is_not_there_or_has_no_such_class(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     for spec, message in [
-        ("wordz.py:Words", "there is no file 'wordz.py' in .*; did you mean words.py"),
+        ("wordz.py:Words", f"there is no file 'wordz.py' in {tmp_path}; did you mean words.py"),
+        ("/no/such/words.py:Words", "there is no file '/no/such/words.py'$"),
         ("words.py:Word", "has no 'Word'; did you mean Words"),
         ("words.py:Words", "it lacks examples, verify, leaks"),
         ("raises.py:Words", r"import raised ValueError: bad \(.*raises.py, line 1\)"),

@@ -49,7 +49,8 @@ def judge(name, gold, text):
         ("number", "1/2", "it is .5", "ok"),
         ("number", "48/2 = 24\n#### 24", "first 7, then 24", "ok"),
         ("number", -3, "5-3 = 2, x=-3", "ok"),
-        ("number", 3, "5-3", "ok"),
+        ("number", 5, "It is (3, 5).", "ok"),
+        ("number", 1234, "1,234", "ok"),
         ("number", 7, "x7", "no_answer"),
         ("number", 7, "7 apples and 8 pears", "wrong_value"),
         ("number", 1e3, "1e3", "ok"),
@@ -146,11 +147,21 @@ def test_golds_that_cannot_be_used(name, gold):
     assert "must" in verifier(name).problem(gold)
 
 
-@pytest.mark.parametrize(
-    "gold", "1,5|12:30|2024-01-05|10^3|2*3|3-7|3\u20137|1 000|1'000|3 1/2|1,00|3,4,5|7 #### 1,5".split("|")
-)
+ENDS = "1,5|12:30|2024-01-05|10^3|2*3|3-7|3\u20137|1 000|1'000|3 1/2|1,00|3,4,5|0,125|1,234,5".split("|")
+
+
+@pytest.mark.parametrize("gold", [*ENDS, "7 #### 1,5"])
 def test_a_number_of_which_only_the_end_would_count_is_refused(gold):
     assert "must end in one number" in verifier("number").problem(gold)
+
+
+@pytest.mark.parametrize("text", ENDS)
+def test_an_answer_of_which_only_the_end_would_count_is_not_right(text):
+    """3,5 is a list or 3.5, and 5 in neither case."""
+    number = verifier("number")
+    end = re.findall(r"\d+(?:/\d+)?", text)[-1]
+    assert number.problem(end) is None and number.verify({"gold": end}, end).ok
+    assert number.verify({"gold": end}, f"The answer is {text}").reason == "no_answer"
 
 
 @pytest.mark.parametrize(

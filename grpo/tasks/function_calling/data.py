@@ -10,7 +10,6 @@ out. None of this depends on the options. Left out: detecting that two names mea
 from __future__ import annotations
 
 import hashlib
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Protocol
 
-from grpo.tasks import SPLITS
+from grpo.tasks import SPLITS, warn
 from grpo.tasks.function_calling.json_calls import Call
 
 # Shares of the components. Small sources hold out more, because telling 40% from 48% takes 500 examples.
@@ -115,11 +114,11 @@ class Splits:
             raise ValueError(f"{source} has no usable record: {self.skipped}")
         if self.skipped.count:
             seen = self.skipped.count + len(numbers)
-            _warn(f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}")
+            warn(f"{source}: skipped {self.skipped.count} of {seen} records: {self.skipped}")
         splits = _assign(tools, rows)
         self.left_out = splits.count(_LEFT_OUT)
         if self.left_out:
-            _warn(
+            warn(
                 f"{source}: left out {self.left_out} of {len(numbers)} records, which offer tools of several "
                 "splits: too many tools hang together to hold some of them out otherwise"
             )
@@ -215,10 +214,6 @@ def _place(name: str) -> float:
     """Where a tool lies in [0, 1): its own, whatever the source."""
     digest = hashlib.sha256(f"function_calling:{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2.0**48
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)  # the line that builds the task
 
 
 # --- tools --------------------------------------------------------------------------------------------------

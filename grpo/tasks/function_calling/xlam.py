@@ -17,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from grpo.tasks import looked_in, user_path
 from grpo.tasks.function_calling.calls import find_calls
 from grpo.tasks.function_calling.data import Record, Skipped, is_schema, tool
 from grpo.tasks.function_calling.json_calls import BOUNDS, Call, Unreadable, read_json
@@ -41,9 +42,12 @@ class Xlam:
     accepted = False
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         if not self.path.is_file():
-            raise ValueError(f"data_path must be an xLAM file (JSON array or JSON lines), got {path!r}")
+            raise ValueError(
+                f"data_path must be an xLAM file (JSON array or JSON lines), got {path!r}, which is not there"
+                f"{looked_in(self.path)}"
+            )
         self._offsets, self._lengths = array("Q"), array("L")
 
     def __str__(self) -> str:
