@@ -7,6 +7,8 @@
 # Each target makes .venv and installs what it needs once; the stamps in .venv/stamps remember. A machine without a
 # GPU can save a download of gigabytes: make train PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
+# Packages are installed without bytecode, so Python must be free to write it when it first imports them.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 PIP_FLAGS ?=
 ARGS ?=
@@ -26,7 +28,7 @@ train: $(STAMPS)/demo
 	$(BIN)/python train.py $(ARGS)
 
 test: $(STAMPS)/demo $(STAMPS)/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-transformers4: $(STAMPS)/demo $(STAMPS)/dev $(STAMPS)/transformers4
 	TRANSFORMERS4=.venv/transformers4 $(BIN)/python -m pytest $(ARGS) tests/model/test_transformers4.py

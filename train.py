@@ -47,7 +47,7 @@ from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.report import page
 from grpo.rollout import Attempt, attempt_episodes
-from grpo.run import build, checkpoint, files, inputs, state
+from grpo.run import build, checkpoint, files, inputs, reuse, state
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
 from grpo.run.progress import Bar
@@ -65,12 +65,19 @@ MEMORY_BLOCK = 8  # supervised steps between returns of unused memory; about as 
 
 
 def warm_start(run: RunState) -> None:
-    """Trains on the task's transcripts (supervised), then saves `start/`, the weights that RL starts from."""
+    """Trains on the task's transcripts (supervised), then saves `start/`, the weights that RL starts from.
+
+    `start_from` may take both, and the failures, from an earlier run.
+    """
     unfinished = run.folder / "warm_start"
     if not run.has_start():
-        if run.config.warm_start_steps:
-            supervised_steps(run, unfinished)
-        run.save_start()
+        earlier = None if unfinished.exists() else reuse.find(run.config, run.folder, run.start_record)
+        if earlier is not None:
+            print(reuse.take(earlier, run.folder, run.start_record))
+        else:
+            if run.config.warm_start_steps:
+                supervised_steps(run, unfinished)
+            run.save_start()
     files.delete(unfinished)
     build.load_into(run.parts, str(run.start))  # the stored weights, rounding included
 
@@ -338,11 +345,15 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
     parts = build.parts(config)
     content = inputs.sums(parts, build.check_run(config, parts))
+    start_record = reuse.record(config, content)
     if config.resume is not None:
         inputs.check(folder, content)
         state.record_changes(config, folder)
+        reuse.forget_if_changed(folder, start_record)
     else:
+        reuse.check_named(config, start_record)
         inputs.save(folder, content)
+        reuse.save(folder, start_record)
         with files.written_whole(folder / "config.yaml") as path:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
@@ -351,7 +362,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
     if config.resume is None:
         print(state.disk_use(config, parts, folder))
-    return RunState(config, folder, interrupts, parts, kernels)  # type: ignore[arg-type]  # kernels is a module
+    return RunState(config, folder, interrupts, parts, kernels, start_record)  # type: ignore[arg-type]  # kernels is a module
 
 
 def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:

@@ -194,6 +194,11 @@ class Config:
         nargs="?",
         const=NEWEST,
     )
+    start_from: str = field(
+        "none",
+        "run whose warm start and failures are reused; auto: the newest run in output_dir that computed the "
+        "same; none: compute them",
+    )
     seed: Natural = field(42, "seed of the order of examples and of the sampling noise")
 
     # Machine
@@ -300,17 +305,28 @@ _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
-    "config max_wrong_episodes output_dir preset report report_to resume run_name save_steps save_total_limit"
+    "config max_wrong_episodes output_dir preset report report_to resume run_name save_steps "
+    "save_total_limit start_from"
 ).split()
 # May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
 MEMORY_ON_RESUME = (
     "max_tokens_per_micro_batch gradient_checkpointing max_rows cache_gb num_eval threads".split()
 )
+# Read only after the warm start and the collection of failures: these two do not depend on them.
+AFTER_START = frozenset(
+    (
+        " ".join(FREE_ON_RESUME) + " beta delta epsilon epsilon_high eval_steps eval_temperature "
+        "groups_per_step importance_sampling_level learning_rate length_cost loss_type lr_scheduler_type "
+        "mask_truncated_completions max_reflection_length max_steps num_eval num_generations num_iterations "
+        "num_validation overlong_buffer retries_per_reflection reward scale_rewards soft_overlong_penalty "
+        "train_on use_bias_correction_kl warmup_steps"
+    ).split()
+)
 
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
-    {"chat_template_kwargs", "max_wrong_episodes", "report", "reward", "success_threshold"}
+    {"chat_template_kwargs", "max_wrong_episodes", "report", "reward", "start_from", "success_threshold"}
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
 RETIRED_VALUES: dict[str, dict[Any, Any]] = {  # old name -> old value -> new value

@@ -12,7 +12,6 @@ Left out: arms that run at the same time. On a laptop they would only share the 
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from grpo import config as configuration
 from grpo.config import Config, current_file
 from grpo.evaluate.comparison import ModelResult
 from grpo.evaluate.measure import RECORD, records_file
-from grpo.run import checkpoint, files
+from grpo.run import checkpoint, files, reuse
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import history
 
@@ -191,7 +190,7 @@ class Study:
         files.delete(folder)
         folder.mkdir(parents=True)
         if start is not None:
-            shutil.copytree(start / "start", folder / "start", copy_function=link)
+            shutil.copytree(start / "start", folder / "start", copy_function=reuse.link)
             for file in share:
                 copy(start / file, folder)
         with files.written_whole(written) as path:
@@ -273,11 +272,3 @@ def copy(file: Path, folder: Path) -> None:
     """Copies a file, if it is there."""
     if file.exists():
         shutil.copy(file, folder)
-
-
-def link(source: str, target: str) -> None:
-    """A second name for a file that is never written again, or a copy on another file system."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy(source, target)

@@ -89,6 +89,7 @@ class Run:
         steps, validations: lines of metrics.jsonl with a reward, and the others.
         parts: lines of timings.jsonl.
         places: of groups in episodes.jsonl, at most GROUPS_INDEXED + 1 of `groups`.
+        start_from: the run that warm start and failures were taken from; empty if they were computed.
         stages: [stage, seconds, peak memory in GB].
         evaluation: the content of evaluation.json; `stored_examples` are its examples.
         outcomes: problems by second try "wrong, right" and so on, before and after RL.
@@ -105,6 +106,7 @@ class Run:
     warnings: list[Warning] = field(default_factory=list)
     parts: list[Point] = field(default_factory=list)
     warm_start: list[Point] = field(default_factory=list)
+    start_from: str = ""
     failures: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
     stages: list[tuple[str, float, float | None]] = field(default_factory=list)
@@ -135,6 +137,7 @@ def read_run(folder: Path, name: str) -> Run:
     parts: list[tuple[str, Callable[[Run], None]]] = [
         ("config.yaml", _read_settings),
         ("warm_start.jsonl", _read_warm_start),
+        ("start.json", _read_start),
         ("failures.jsonl", _read_failures),
         ("metrics.jsonl", _read_metrics),
         ("timings.jsonl", _read_timings),
@@ -299,6 +302,12 @@ def _read_timings(run: Run) -> None:
 
 def _read_warm_start(run: Run) -> None:
     run.warm_start = _thinned_log(run, "warm_start.jsonl")
+
+
+def _read_start(run: Run) -> None:
+    if (path := run.folder / "start.json").exists():  # grpo/run/reuse.py
+        source = mapping(json.loads(small_text(path))).get("taken_from")
+        run.start_from = source if isinstance(source, str) else ""
 
 
 def _thinned_log(run: Run, name: str) -> list[Point]:

@@ -112,10 +112,11 @@ def stage_rows(run: Run) -> list[tuple[str, str, str, str]]:
     seconds = {stage: (taken, memory) for stage, taken, memory in run.stages}
     done = int(run.warm_start[-1]["step"]) if run.warm_start else 0
     warm = f"{done} of {run.count('warm_start_steps') or '?'} steps"
+    source = f", from {run.start_from}" if run.start_from else ""
     counts = run.failures
-    failed = f"{counts['failed']} of {counts['examples']} examples failed" if counts else "-"
+    failed = f"{counts['failed']} of {counts['examples']} examples failed{source}" if counts else "-"
     progress = {
-        "warm start": warm if run.settings.get("warm_start_steps") != 0 else "none",
+        "warm start": warm + source if run.settings.get("warm_start_steps") != 0 else "none",
         "failures": failed,
         "training": f"{run.num_steps} of {run.count('max_steps') or '?'} steps",
         "evaluation": "done" if run.evaluation else "-",

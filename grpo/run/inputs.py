@@ -23,6 +23,7 @@ from grpo.run.build import Parts
 from grpo.tasks import Example, opening
 
 INPUTS = "inputs.json"
+BEFORE_RL = ("chat_template", "tokenizer", "examples", "model")  # read before RL begins
 HEAD = 2**20  # bytes of a file of weights that are hashed: its table of tensors, and the first of them
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "*.safetensors")
 
@@ -31,19 +32,22 @@ def sums(parts: Parts, examples: Sequence[Example]) -> dict[str, Any]:
     """The content of `inputs.json`.
 
     Args:
-        examples: all that the run will ask for; the last `num_eval` are held out.
+        examples: all that the run will ask for: train, then validation if it validates, then held-out.
     Raises:
         ValueError: an example that JSON cannot hold.
     """
-    trained = len(examples) - parts.config.num_eval
+    config = parts.config
+    validated = len(examples) - config.num_eval
+    trained = validated - (config.num_validation if config.eval_steps else 0)
     return {
         "chat_template": parts.chat.template_sha256,
         # The libraries' versions, because another one may write the same tokenizer differently.
         "tokenizer": {"versions": _versions(), "sha256": _sum_of_tokenizer(parts.tokenizer)},
         "examples": _sum_of_examples(parts, examples[:trained], parts.task.reflection_instruction),
+        "validation": _sum_of_examples(parts, examples[trained:validated]),
         # Apart, with their number: a resumed run may have another `num_eval`.
-        "heldout": {"count": parts.config.num_eval, "sha256": _sum_of_examples(parts, examples[trained:])},
-        "model": _sums_of_model(weights.resolve(parts.config.model_name_or_path)),
+        "heldout": {"count": config.num_eval, "sha256": _sum_of_examples(parts, examples[validated:])},
+        "model": _sums_of_model(weights.resolve(config.model_name_or_path)),
     }
 
 
@@ -90,6 +94,8 @@ def _describe(name: str, folder: Path, then: Any, now: Any) -> str:
         return "the chat template changed" + (f" (the run's own is in {copy})" if copy else "")
     if name == "heldout":
         return "the held-out examples changed"
+    if name == "validation":
+        return "the validation examples changed"
     return "the tokenizer changed" if name == "tokenizer" else "the task's examples or messages changed"
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from grpo import config as configuration
 from grpo.config import TYPES, Config
@@ -39,6 +40,7 @@ class RunState:
 
     Attributes:
         kernels: the module of the functions that the learner uses.
+        start_record: what the start of this run depends on (reuse.py).
         second_tries: share of right second tries by validated step.
     """
 
@@ -47,6 +49,7 @@ class RunState:
     interrupts: Interrupts
     parts: Parts
     kernels: Kernels
+    start_record: dict[str, Any]
     second_tries: dict[int, float] = field(default_factory=dict)
 
     @property
