@@ -240,6 +240,9 @@ class Config:
         0.0, "share of a success's reward that a reflection as long as its limit loses"
     )
 
+    verifier_workers: Count = field(
+        1, "answers verified at once, in threads; more than 1 for slow verifiers that allow it"
+    )
     max_wrong_episodes: Natural = field(
         512, "stop if none of the first so many episodes is right (reward: binary); 0: never stop"
     )
@@ -306,7 +309,7 @@ TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
     "config max_wrong_episodes output_dir preset report report_to resume run_name save_steps "
-    "save_total_limit start_from"
+    "save_total_limit start_from verifier_workers"
 ).split()
 # May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
 MEMORY_ON_RESUME = (
@@ -326,7 +329,9 @@ AFTER_START = frozenset(
 # What version 0.1 lacks or names differently. Its run directories still open.
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
-    {"chat_template_kwargs", "max_wrong_episodes", "report", "reward", "start_from", "success_threshold"}
+    (
+        "chat_template_kwargs max_wrong_episodes report reward start_from success_threshold verifier_workers"
+    ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
 RETIRED_VALUES: dict[str, dict[Any, Any]] = {  # old name -> old value -> new value

@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -133,6 +135,7 @@ class Rollout:
         success_threshold: lowest score that is a success.
         task_options: options that the task was built with; only recorded, in `settings`.
         dtype: of the sampler's model; only recorded, in `settings`.
+        verifier_workers: answers verified at once; with more than 1, in threads: the task must allow that.
     """
 
     def __init__(
@@ -151,6 +154,7 @@ class Rollout:
         success_threshold: float = 1.0,
         task_options: Mapping[str, Any] | None = None,
         dtype: str = "float32",
+        verifier_workers: int = 1,
     ):
         self.sampler, self.task, self.chat = sampler, task, chat
         self.seed = seed
@@ -164,6 +168,7 @@ class Rollout:
         # As JSON returns them, because they are compared with those in a file.
         self.task_options = json.loads(json.dumps(task_options or {}))
         self.dtype = dtype
+        self.verifier_workers = verifier_workers
         self.sampled_tokens = 0  # since this rollout was built
 
     def is_right(self, verdict: Verdict) -> bool:
@@ -197,10 +202,39 @@ class Rollout:
             **({"success_threshold": self.success_threshold} if self.success_threshold != 1.0 else {}),
         }
 
-    def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[Finished]:
-        finished = self.sampler.run(rows, progress=progress)
-        self.sampled_tokens += sum(len(turn.ids) for done in finished for turn in done.turns)
-        return finished
+    def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[tuple[Finished, Attempt]]:
+        """Runs the rows. The last turn of each is verified as an answer while others are being sampled."""
+        texts: dict[int, str] = {}
+        verdicts: dict[int, Callable[[], Verdict]] = {}
+        with self._judge() as judge:
+
+            def verify(index: int, done: Finished) -> None:
+                after = done.fed[-1] if done.fed else done.row.prefix
+                texts[index] = self.chat.decode(done.turns[-1].ids, after=after)
+                verdicts[index] = judge(done.row.tag.example, texts[index])
+
+            finished = self.sampler.run(rows, finished=verify, progress=progress)
+            self.sampled_tokens += sum(len(turn.ids) for done in finished for turn in done.turns)
+            return [
+                (done, _attempt(done, texts[index], verdicts[index]())) for index, done in enumerate(finished)
+            ]
+
+    @contextmanager
+    def _judge(self) -> Iterator[Callable[[Example, str], Callable[[], Verdict]]]:
+        """A function that verifies an answer, or begins to; it returns a function that gives the verdict."""
+        if self.verifier_workers == 1:
+
+            def judge(example: Example, text: str) -> Callable[[], Verdict]:
+                judged = verdict(self.task, example, text)
+                return lambda: judged
+
+            yield judge
+            return
+        threads = ThreadPoolExecutor(self.verifier_workers)
+        try:
+            yield lambda example, text: threads.submit(verdict, self.task, example, text).result
+        finally:  # after an exception, some verdicts are still due
+            threads.shutdown(wait=False, cancel_futures=True)
 
     # --- ids of the contexts --------------------------------------------------------------------------------
 
@@ -240,7 +274,7 @@ class Rollout:
                 key = self._key(stage, step, example)._replace(repeat=repeat, attempt=attempt)
                 tag = Tag(example, key, generation=count * repeat + attempt)
                 rows.append(Row(prompt, [Sample(self.max_completion_length, key)], tag))
-        return [self._verified(done) for done in self._run(rows, progress)]
+        return [attempt for _, attempt in self._run(rows, progress)]
 
     def reflect_and_retry(
         self,
@@ -270,14 +304,14 @@ class Rollout:
                 )
                 rows.append(self._reflect_row(prompt, Tag(failure.example, key, member, group)))
         finished = self._run(rows, progress)
-        tries = [[self._verified(done)] for done in finished]
+        tries = [[attempt] for _, attempt in finished]
         if retries > 1:
-            more = [self._retry_row(done, retry) for done in finished for retry in range(1, retries)]
-            for index, done in enumerate(self._run(more, progress)):
-                tries[index // (retries - 1)].append(self._verified(done))
+            more = [self._retry_row(done, retry) for done, _ in finished for retry in range(1, retries)]
+            for index, (_, attempt) in enumerate(self._run(more, progress)):
+                tries[index // (retries - 1)].append(attempt)
         return [
             self._episode(done, failures[done.row.tag.group], retried)
-            for done, retried in zip(finished, tries, strict=True)
+            for (done, _), retried in zip(finished, tries, strict=True)
         ]
 
     def retry_after(
@@ -308,7 +342,7 @@ class Rollout:
             key = self._key(stage, step, failure.example)._replace(attempt=failure.generation, turn=RETRY)
             script: list[Feed | Sample] = [Feed(fed), Sample(self.max_completion_length, key)]
             rows.append(Row(tuple(prefix), script, Tag(failure.example, key)))
-        return [self._verified(done) for done in self._run(rows, progress)]
+        return [attempt for _, attempt in self._run(rows, progress)]
 
     # --- rows and episodes ----------------------------------------------------------------------------------
 
@@ -329,13 +363,6 @@ class Rollout:
         key = done.row.tag.key._replace(turn=RETRY, retry=retry)
         again = Feed([*done.turns[0].ids, *done.fed[0]])
         return Row(done.row.prefix, [again, Sample(self.max_completion_length, key)], done.row.tag)
-
-    def _verified(self, done: Finished) -> Attempt:
-        """The last turn of a row as an answer to its example."""
-        example, turn = done.row.tag.example, done.turns[-1]
-        text = self.chat.decode(turn.ids, after=done.fed[-1] if done.fed else done.row.prefix)
-        judged = verdict(self.task, example, text)
-        return Attempt(example, list(done.row.prefix), turn, text, judged, done.row.tag.generation)
 
     def _episode(self, done: Finished, failure: Attempt, tries: Sequence[Attempt]) -> Episode:
         (reflection, retry), fed, tag = done.turns[:2], done.fed[0], done.row.tag
@@ -366,6 +393,12 @@ class Rollout:
                 "retry": "\n---\n".join(attempt.text for attempt in tries),
             },
         )
+
+
+def _attempt(done: Finished, text: str, judged: Verdict) -> Attempt:
+    """The last turn of a row as a verified answer to its example."""
+    tag = done.row.tag
+    return Attempt(tag.example, list(done.row.prefix), done.turns[-1], text, judged, tag.generation)
 
 
 def graded_scores(attempts: Sequence[Attempt]) -> list[float]:

@@ -1,5 +1,6 @@
 """Rollouts on the tiny model: the ids of every context, rewards, loss masks, and the noise of each row."""
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from grpo.learner.packing import pack_episodes
 from grpo.rollout import REFLECTION, RETRY, STAGES, NoiseKey, attempt_episodes, reward
 from grpo.sampler.engine import Feed, Sample
 from grpo.sampler.sampling import uniforms
-from grpo.tasks import Verdict
+from grpo.tasks import TaskError, Verdict
 
 SYSTEM = "<|im_start|>system\nBe brief.<|im_end|>\n"
 
@@ -377,3 +378,27 @@ def test_the_sampler_is_told_how_long_the_next_user_turn_can_be(parts, pool, row
     fed = [len(ids) for done in rows[0] for ids in done.fed]
     limits = [item.limit for done in rows[0] for item in done.row.script if isinstance(item, Feed)]
     assert all(n <= limit for n, limit in zip(fed, limits, strict=True)) and set(fed) & set(limits)
+
+
+def test_several_verifiers_give_the_same_episodes_and_run_at_once(parts, pool, sampled, monkeypatch):
+    rollout, judge = parts.rollout, parts.task.verify
+    monkeypatch.setattr(rollout, "verifier_workers", 2)
+    both = threading.Barrier(2)  # passes only if two are waiting
+
+    def verify(example, text):
+        both.wait(timeout=60)
+        return judge(example, text)
+
+    assert len(sampled) % 2 == 0
+    monkeypatch.setattr(parts.task, "verify", verify)
+    assert tiny.episodes(parts, pool) == sampled
+
+
+def test_an_error_in_a_verifier_thread_ends_the_rollout(parts, pool, monkeypatch):
+    def verify(example, text):
+        raise TaskError("no verdict")
+
+    monkeypatch.setattr(parts.rollout, "verifier_workers", 2)
+    monkeypatch.setattr(parts.task, "verify", verify)
+    with pytest.raises(TaskError, match="no verdict"):
+        tiny.episodes(parts, pool)

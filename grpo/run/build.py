@@ -111,6 +111,7 @@ def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> R
         success_threshold=config.success_threshold,
         task_options=config.task_options,
         dtype=config.dtype,
+        verifier_workers=config.verifier_workers,
     )
 
 

@@ -157,15 +157,15 @@ class Batcher:
         attend = CachedAttention(self.prefixes, self.private, spans, prompts, steps - 1, fill)
         return input_ids, attend, rows, steps
 
-    def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> int:
+    def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[RowState]:
         """Hands every row its tokens, up to the one that ends its turn. Rows whose script has ended leave.
 
         Args:
             tokens, logprobs: for each row, one per forward since `next`.
         Returns:
-            how many rows left.
+            the rows that left.
         """
-        done = 0
+        left = []
         for slot, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
             row = self.rows[slot]
             assert row is not None
@@ -176,9 +176,8 @@ class Batcher:
             if ended:
                 self.stats["sampled_tokens"] += len(row.turns[-1].ids)
                 if not row.begin():
-                    self._leave(slot)
-                    done += 1
-        return done
+                    left.append(self._leave(slot))
+        return left
 
     def _leave(self, slot: int) -> RowState:
         row = self.rows[slot]

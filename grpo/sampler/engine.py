@@ -91,12 +91,18 @@ class Sampler:
 
     @torch.inference_mode()
     def run(
-        self, rows: Sequence[Row], *, progress: Callable[[int, int], None] | None = None
+        self,
+        rows: Sequence[Row],
+        *,
+        finished: Callable[[int, Finished], None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Finished]:
         """Runs every row's script to its end.
 
         Args:
             rows: any number. They enter in this order, so rows with equal prefixes should be neighbours.
+            finished: called once with each row's index and result, as rows end: the caller's work on them is
+                done while a GPU computes the next forwards.
             progress: called with (rows done, rows) whenever rows are done.
         Returns:
             one Finished per row, in the order of `rows`.
@@ -120,20 +126,28 @@ class Sampler:
             cache_bytes=self.cache_gb * 1e9,
             few_shapes=self._graphs is not None,
         )
-        done = 0
+        results: dict[int, Finished] = {}
+        ended: list[RowState] = []
         with packed_weights(self.model):
             head = pack_weight(self.model.output_weight)
-            while batcher.busy:
-                input_ids, attend, active, steps = batcher.next(self.stop_check_steps)
-                if self._graphs is not None:
-                    self._graphs.keep_if((weights, self._private.layout, self._prefixes.layout))
-                noise = None if self.greedy else [row.noise(steps) for row in active]
-                finished = batcher.take(*self._decode(input_ids, attend, head, steps, noise))
-                done += finished
-                if finished and progress is not None:
-                    progress(done, len(states))
+            while batcher.busy or ended:
+                sampled = None
+                if batcher.busy:
+                    input_ids, attend, active, steps = batcher.next(self.stop_check_steps)
+                    if self._graphs is not None:
+                        self._graphs.keep_if((weights, self._private.layout, self._prefixes.layout))
+                    noise = None if self.greedy else [row.noise(steps) for row in active]
+                    sampled = self._decode(input_ids, attend, head, steps, noise)
+                # A GPU is busy now: the forwards are queued, and nothing has waited for them yet.
+                for state in ended:
+                    results[state.index] = Finished(state.row, state.turns, state.fed)
+                    if finished is not None:
+                        finished(state.index, results[state.index])
+                if ended and progress is not None:
+                    progress(len(results), len(states))
+                ended = [] if sampled is None else batcher.take(*self._read(sampled, len(active)))
         self.stats = {**batcher.stats, "seconds": time.perf_counter() - start}
-        return [Finished(state.row, state.turns, state.fed) for state in states]
+        return [results[index] for index in range(len(states))]
 
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the learner's weights into the model. Tensors that both share cost nothing.
@@ -164,14 +178,14 @@ class Sampler:
         head: Tensor | None,
         steps: int,
         noise: list[list[float]] | None,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """Runs `steps` forwards. After the first, each takes in the tokens that the one before it sampled.
+    ) -> Tensor:
+        """Queues `steps` forwards. After the first, each takes in the tokens that the one before it sampled.
 
         Args:
             head: the packed output weight, if there is one.
             noise: `steps` uniforms per row; None: greedy.
         Returns:
-            tokens and log-probs, `steps` per row. The host waits for the device only to read them.
+            (2, B, steps) int64: the tokens, and the bits of their float64 log-probs: one transfer has both.
         """
         device = self.model.output_weight.device
         uniforms = None
@@ -194,9 +208,13 @@ class Sampler:
             settings = self.temperature, self.top_p, self.top_k
             replayed = self._graphs.run(input_ids, attend, later, steps - plain, settings)
             sampled += zip(*(columns.unbind(1) for columns in replayed), strict=True)
-        ids, values = (
-            torch.stack(columns, dim=1).tolist()[: attend.num_rows] for columns in zip(*sampled, strict=True)
-        )
+        tokens, logprobs = (torch.stack(columns, dim=1) for columns in zip(*sampled, strict=True))
+        return torch.stack([tokens, logprobs.view(torch.int64)])
+
+    def _read(self, sampled: Tensor, num_rows: int) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens and log-probs of the rows, from what `_decode` queued. Here the host waits for the device."""
+        tokens, logprobs = sampled[:, :num_rows].cpu()
+        ids, values = tokens.tolist(), logprobs.view(torch.float64).tolist()
         if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches now contain NaN, which masking would not keep out of later runs: 0 * NaN is NaN.
             self._private.release()

@@ -5,7 +5,7 @@ all memory, or crash. In its own process it can do none of this to a run: past t
 killed, and the next answer gets a new one. Code that sets alarms, such as math-verify's, has a main thread
 there too.
 
-The two processes exchange JSON lines; nothing is pickled. Left out: several processes at once.
+The two processes exchange JSON lines; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """Builds a judge in another process and calls it.
+    """Builds a judge in another process and calls it. Threads may call it at once: each gets its own process.
 
     Args:
         factory: `package.module:name` of the function that builds the judge. The judge is a function of one
@@ -59,19 +59,40 @@ class Worker:
     ) -> None:
         self.seconds = seconds
         self._start = {"factory": factory, "settings": settings, "memory": memory}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._rest = b""  # what was read after the last whole line
+        self._idle: list[_Process] = []  # `append` and `pop` are atomic
 
     def __call__(self, value: Any, seconds: float | None = None) -> Any:
         """The judge's result, within `seconds` instead of the usual limit. Raises WorkerError."""
-        self.open()
+        process = self._free()
         seconds = self.seconds if seconds is None else seconds
-        return self._exchange({"seconds": seconds, "value": value}, seconds)
+        try:
+            return process.exchange({"seconds": seconds, "value": value}, seconds)
+        finally:
+            if process.running:
+                self._idle.append(process)
 
     def open(self) -> None:
-        """Starts the process and builds the judge in it, if that is not done. Raises WorkerError."""
-        if self._process is not None:
-            return
+        """Starts a process and builds the judge in it, if there is none. Raises WorkerError."""
+        self._idle.append(self._free())
+
+    def close(self) -> None:
+        """Ends the processes. A later call starts a new one."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _free(self) -> _Process:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return _Process(self._start)
+
+
+class _Process:
+    """One process of a Worker, from its start to its end."""
+
+    def __init__(self, start: dict[str, Any]) -> None:
+        self._rest = b""  # what was read after the last whole line
+        self.running = True
         self._process = subprocess.Popen(
             [sys.executable, "-c", _START, *sys.path],
             stdin=subprocess.PIPE,
@@ -79,21 +100,21 @@ class Worker:
             start_new_session=True,  # Ctrl-C is for the parent, which may want another verdict first
             env={**os.environ, "PYTHONHASHSEED": "0"},  # sets then have the same order in every process
         )
-        weakref.finalize(self, _end, self._process)
+        self._end = weakref.finalize(self, _end, self._process)
         try:
-            self._exchange(self._start, LOADING)
+            self.exchange(start, LOADING)
         except WorkerError:
             self.close()
             raise
 
     def close(self) -> None:
-        if self._process is not None:
-            _end(self._process)
-            self._process, self._rest = None, b""
+        self.running = False
+        self._end()
 
-    def _exchange(self, value: Any, seconds: float) -> Any:
+    def exchange(self, value: Any, seconds: float) -> Any:
+        """Sends a request and returns the answer. Raises WorkerError; without an answer, the process ends."""
         process = self._process
-        assert process is not None and process.stdin is not None
+        assert process.stdin is not None
         try:
             process.stdin.write(json.dumps(value).encode() + b"\n")
             process.stdin.flush()

@@ -1,6 +1,7 @@
 """The sampler against a plain forward pass, transformers, and itself in other batches."""
 
 import dataclasses
+import re
 from collections import Counter
 from itertools import pairwise
 
@@ -134,6 +135,27 @@ def test_a_stop_that_is_seen_late_changes_no_text(family, steps):
     assert late.stats["sampled_tokens"] == at_once.stats["sampled_tokens"]
     late.greedy = at_once.greedy = True
     assert texts(late.run(rows)) == texts(at_once.run(rows))
+
+
+def test_the_caller_works_on_ended_rows_while_the_next_forwards_are_queued(monkeypatch):
+    sampler = Sampler(make_model(), stop_token_ids=STOPS, max_rows=4)
+    events = []
+    for name in ("_decode", "_read"):
+        method = getattr(sampler, name)
+        monkeypatch.setattr(sampler, name, lambda *args, n=name, m=method: (events.append(n), m(*args))[1])
+    rows = make_rows()
+    seen = {}
+
+    def finished(index, done):
+        assert index not in seen and done.row is rows[index]
+        seen[index] = done
+        events.append("row")
+
+    results = sampler.run(rows, finished=finished)
+    assert [seen[index] for index in range(len(rows))] == results  # each once, and the same objects' content
+    order = "".join({"_decode": "d", "_read": "r", "row": "w"}[event] for event in events)
+    assert re.fullmatch("(dw*r)+w+", order), order  # after the last read, nothing is left to queue
+    assert "dw" in order
 
 
 class Operations(TorchDispatchMode):

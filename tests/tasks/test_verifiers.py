@@ -4,6 +4,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -340,11 +341,11 @@ def test_a_file_that_is_not_there(rewards):
 def test_a_worker_ends_with_its_parent_object():
     worker = Worker("grpo.tasks.verifiers:regex_judge", {}, seconds=5)
     assert worker({"golds": ["a"], "answer": "a"}) == "ok"
-    process = worker._process
+    (process,) = (each._process for each in worker._idle)
     worker.close()
     assert process.poll() is not None
     assert worker({"golds": ["a"], "answer": "b"}) == "wrong_value"  # a new process
-    process = worker._process
+    (process,) = (each._process for each in worker._idle)
     del worker
     assert process.poll() is not None
 
@@ -360,3 +361,18 @@ def test_a_worker_imports_nothing_from_the_current_directory(tmp_path, monkeypat
 def test_what_a_worker_cannot_build():
     with pytest.raises(WorkerError, match=re.escape("raised ModuleNotFoundError: No module named 'no_such'")):
         Worker("no_such:judge", {}, seconds=5).open()
+
+
+def test_calls_at_once_get_a_process_each():
+    worker = Worker("grpo.tasks.verifiers:regex_judge", {}, seconds=20)
+    start = threading.Barrier(3)
+
+    def judge(answer):
+        start.wait()
+        return worker({"golds": ["a|b"], "answer": answer})
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(judge, "abc")) == ["ok", "ok", "wrong_value"]
+    assert len(worker._idle) == 3  # none was shared, and all are kept
+    assert worker({"golds": ["a"], "answer": "a"}) == "ok" and len(worker._idle) == 3
+    worker.close()
