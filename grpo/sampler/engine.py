@@ -212,7 +212,7 @@ class Sampler:
         return torch.stack([tokens, logprobs.view(torch.int64)])
 
     def _read(self, sampled: Tensor, num_rows: int) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and log-probs of the rows, from what `_decode` queued. Here the host waits for the device."""
+        """Tokens and log-probs of the rows, queued by `_decode`. The host waits for the device here."""
         tokens, logprobs = sampled[:, :num_rows].cpu()
         ids, values = tokens.tolist(), logprobs.view(torch.float64).tolist()
         if not all(map(math.isfinite, chain.from_iterable(values))):
