@@ -13,6 +13,7 @@ Left out: nested sections, environment variables, schedules of settings, and TRL
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import operator
@@ -303,7 +304,9 @@ class Config:
     )
 
 
-PATHS = ("model_name_or_path", "chat_template", "config", "output_dir", "resume")  # ~ begins a home directory
+PATHS = (  # ~ at their beginning is the home directory
+    "model_name_or_path chat_template config output_dir resume start_from".split()
+)
 _UNSET = object()
 TYPES = get_type_hints(Config)
 # May differ between a run and its continuation: nothing that is computed depends on them.
@@ -504,11 +507,33 @@ def is_complete(settings: Mapping[str, Any]) -> bool:
     return set(TYPES) - {"config", "resume"} - ADDED_SETTINGS <= set(settings)
 
 
+SUM = "# sha256 of the settings above, which --resume compares: "
+
+
 def to_yaml(config: Config, path: str | Path) -> None:
-    """Writes every setting, so that the file alone gives the same run again (`is_complete`)."""
-    names = [name for name in TYPES if name not in ("config", "resume")]
-    text = "".join(f"{name}: {plain_yaml.write(getattr(config, name))}\n" for name in names)
-    Path(path).write_text(text, encoding="utf-8")
+    """Writes every setting, so that the file alone gives the run again (`is_complete`), and their sum."""
+    settings = {name: getattr(config, name) for name in TYPES if name not in ("config", "resume")}
+    text = "".join(f"{name}: {plain_yaml.write(value)}\n" for name, value in settings.items())
+    Path(path).write_text(f"{text}{SUM}{_sum(settings)}\n", encoding="utf-8")
+
+
+def check_unedited(path: Path) -> None:
+    """Raises ValueError if a setting in a run's config.yaml changed since the run wrote it.
+
+    The sum is in the same file, because a resumed run may change settings, and one write must do for both. A
+    file without a sum passes: one of an earlier version, or with a sum that its user deleted.
+    """
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    written = [line.removeprefix(SUM).strip() for line in lines if line.startswith(SUM)]
+    if written and written[-1] != _sum(plain_yaml.read(path)[0]):
+        raise ValueError(
+            f"{path} was edited since the run wrote it: restore it, and give settings that may change on the "
+            f"command line; for other settings start a new run, with --config {path}"
+        )
+
+
+def _sum(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def load(path: str | Path) -> Config:

@@ -14,6 +14,7 @@ from grpo.config import (
     TYPES,
     Config,
     TaskOptions,
+    check_unedited,
     coerce,
     current_file,
     differences,
@@ -510,6 +511,21 @@ def test_yaml_round_trip_keeps_every_setting(tmp_path):
     to_yaml(config, tmp_path / "config.yaml")
     assert load(tmp_path / "config.yaml") == config
     assert set(from_yaml(tmp_path / "config.yaml")) == set(TYPES) - {"config", "resume"}
+
+
+def test_a_file_of_a_run_knows_whether_it_was_edited(tmp_path):
+    path = tmp_path / "c.yaml"
+    options = {"a": [1, 2.5, None, True, {"b": "x: y # z"}], "c": "\U0001f600\x7f", "d": 5e-7, "e": "010"}
+    to_yaml(Config(task_options=TaskOptions(options), seed=7, run_name="~"), path)
+    check_unedited(path)
+    written = path.read_text()
+    path.write_text(written.replace("seed: 7", "seed:   7  # mine"))
+    check_unedited(path)
+    path.write_text(written.replace("seed: 7", "seed: 8"))
+    with pytest.raises(ValueError, match="c.yaml was edited since the run wrote it"):
+        check_unedited(path)
+    path.write_text("".join(line for line in open(path) if not line.startswith("#")))  # whoever means it
+    check_unedited(path)
 
 
 def test_other_yaml_readers_see_numbers(tmp_path):

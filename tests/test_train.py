@@ -381,6 +381,22 @@ def test_resume_with_changed_settings_lists_them(unfinished):
     assert_error(done, 2, "changed settings: seed: 42 -> 7; beta: 0.0 -> 1.0.", "Start a new run")
 
 
+def test_resume_of_a_run_whose_settings_were_edited(unfinished):
+    """Another rate or length would apply from here on, unnoticed."""
+    path = unfinished / "config.yaml"
+    written = path.read_text()
+    for old, new in [("learning_rate: 0.001", "learning_rate: 0.01"), ("max_steps: 2", "max_steps: 3")]:
+        assert f"\n{old}\n" in written
+        path.write_text(written.replace(f"\n{old}\n", f"\n{new}\n"))
+        done = run(["--resume", str(unfinished)])
+        assert_error(done, 2, f"{path} was edited since the run wrote it", f"--config {path}")
+    # An editor's line ends and comments change no setting, and what --resume itself changes is no edit.
+    path.write_bytes(b"# my note\r\n" + written.replace("\n", "\r\n").encode())
+    assert run(["--resume", str(unfinished), "--max_steps", "3"]).status == 0
+    assert configuration.load(path).max_steps == 3
+    assert "is finished" in run(["--resume", str(unfinished)]).err
+
+
 def test_after_running_out_of_memory_a_run_continues_with_less(unfinished):
     """As it would with the larger settings, but for the order of sums; config.yaml has the new ones."""
     before = (unfinished / "evaluation-trained.jsonl").read_text()

@@ -197,7 +197,7 @@ def directory(config: Config) -> Path:
     """The run's directory: a new one, or the one to resume. Sets `config.resume` to it, or to None.
 
     Raises:
-        ValueError: the run to resume is finished, or had other settings.
+        ValueError: the run to resume is finished, or had other settings, or its config.yaml was edited.
     """
     if config.resume == configuration.AUTO:
         config.resume = _newest_unfinished(config)
@@ -205,6 +205,7 @@ def directory(config: Config) -> Path:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
     folder = Path(config.resume)
     old = configuration.load(folder / "config.yaml")
+    configuration.check_unedited(folder / "config.yaml")
     if config.device == "auto":  # as resolved when the run started
         config.device = old.device
     if config.dtype == "auto":
