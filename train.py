@@ -20,6 +20,7 @@ Left out: several processes (one device trains), and early stopping.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import sys
@@ -52,6 +53,7 @@ from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
 from grpo.run.progress import Bar
 from grpo.run.state import LOGS, WARM_START_LOG, RunState
+from grpo.run.trackers import Trackers
 from grpo.sampler.engine import DivergedError
 from grpo.tasks import TaskError
 
@@ -172,7 +174,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     run.second_tries = state.validated(run.folder)
     metrics = Metrics(
         run.folder,
-        config,
+        run.trackers,
         dtype=config.dtype,
         max_steps=config.max_steps,
     )
@@ -200,7 +202,6 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             learned = time.perf_counter()
             for episode in episodes:
                 files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **episode.to_json()})
-            metrics.log(step, sampled_metrics | update_metrics)
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
@@ -208,6 +209,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
+            metrics.log(step, sampled_metrics | update_metrics, seconds["step_time"])
             metrics.timings(step, seconds)
             metrics.completions(step, episodes, groups)
             done = step
@@ -362,7 +364,9 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
     if config.resume is None:
         print(state.disk_use(config, parts, folder))
-    return RunState(config, folder, interrupts, parts, kernels, start_record)  # type: ignore[arg-type]  # kernels is a module
+    # Before the warm start, so that a login that fails shows at once.
+    trackers = Trackers(folder, config, first_step=max(checkpoint.steps(folder), default=-1) + 1)
+    return RunState(config, folder, interrupts, parts, kernels, start_record, trackers)  # type: ignore[arg-type]  # kernels is a module
 
 
 def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:
@@ -382,7 +386,8 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
                 run = open_run(config, folder, interrupts)
                 interrupts.defer()
                 running = True
-                stages(run)
+                with contextlib.closing(run.trackers):
+                    stages(run)
         return EXIT_OK
     except (Exception, Interrupted, KeyboardInterrupt) as error:
         status, message = explain(error, folder, running)

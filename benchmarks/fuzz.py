@@ -299,7 +299,7 @@ class Counting:
 
 def resume(content: bytes) -> None:
     state_file().write_bytes(content)
-    run = state.RunState(*([None] * 6))  # type: ignore[arg-type]
+    run = state.RunState(*([None] * 7))  # type: ignore[arg-type]
     run.folder = run_directory()
     with redirect_stderr(io.StringIO()):  # warnings of another environment
         run.restore(Counting(), run.folder, state.LOGS)  # type: ignore[arg-type]

@@ -366,7 +366,7 @@ def test_16_a_loss_of_zero_comes_with_what_explains_it(parts, sampled, tmp_path,
     assert line["grad_norm"] == metrics["grad_norm"]
     assert line["frac_reward_zero_std"] == metrics["frac_reward_zero_std"]
     names, _, values = (text.split() for text in capsys.readouterr().out.splitlines()[:3])
-    assert dict(zip(names, values, strict=True))["grad_norm"] == f"{metrics['grad_norm']:.3f}"
+    assert dict(zip(names, values, strict=True))["grad"] == f"{metrics['grad_norm']:.3f}"
 
 
 @pytest.mark.parametrize("correction", [False, True])

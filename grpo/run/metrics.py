@@ -22,17 +22,18 @@ from grpo.run.trackers import Trackers, completion_rows
 from grpo.tasks import Task, Verdict, format_reasons
 from grpo.tasks.contract import leaks
 
-# Label, unit and number format of what the console shows of a step.
+# Label, unit and number format of what the console shows of a step: with the seconds, 78 columns in all.
 _CONSOLE = {
     "reward": ("reward", "mean", "{:.3f}"),
     "completions/mean_length": ("length", "tokens", "{:.1f}"),
     "frac_reward_zero_std": ("signal", "share", "{:.2f}"),  # shown as 1 - x: groups with a signal
     "kl": ("kl", "nats", "{:.4f}"),
     "entropy": ("entropy", "nats", "{:.3f}"),
-    "grad_norm": ("grad_norm", "norm", "{:.3f}"),
-    "completions/clipped_ratio": ("truncated", "share", "{:.2f}"),
+    "grad_norm": ("grad", "norm", "{:.3f}"),
+    "completions/clipped_ratio": ("cut", "share", "{:.2f}"),
 }
-_WIDTH = 9  # of a column, in characters
+_TIME = ("time", "seconds", "{:.1f}")  # not of the record: a rerun gives the same metrics.jsonl
+_WIDTH = 7  # of a column, in characters
 _HEADER_EVERY = 20  # steps
 
 
@@ -52,7 +53,7 @@ class Metrics:
 
     Args:
         run_dir: the run's directory; must exist. The warnings use the lines already there as history.
-        config: its `report_to` names the trackers that get the metrics too; without it, none do.
+        trackers: get the metrics too.
         dtype: compute dtype; decides how far sampler and learner may differ.
         max_steps: shown on the console, if given.
         console: file for the console lines; default: standard output, whatever it is then.
@@ -61,7 +62,7 @@ class Metrics:
     def __init__(
         self,
         run_dir: str | Path,
-        config: Config | None = None,
+        trackers: Trackers | None = None,
         *,
         dtype: str = "bfloat16",
         max_steps: int | None = None,
@@ -73,18 +74,20 @@ class Metrics:
         self.steps_shown = 0
         before = history(self.run_dir)
         self.warnings = Warnings(before, dtype=dtype)
-        first_step = max((record["step"] + 1 for record in before), default=0)
-        self.trackers = Trackers(self.run_dir, config or Config(), first_step, self._say)
+        self.trackers = trackers or Trackers(self.run_dir, Config())  # whose `report_to` is none
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes one line to metrics.jsonl and one to the console. NaN and infinity become null."""
+    def log(self, step: int, metrics: Mapping[str, float], seconds: float | None = None) -> None:
+        """Writes one line to metrics.jsonl and one to the console, only the latter with the step's seconds.
+
+        NaN and infinity become null.
+        """
         record: Record = {"step": step} | {name: _number(metrics[name]) for name in sorted(metrics)}
         files.append_jsonl(self.run_dir / "metrics.jsonl", record)
         if "reward" in record:
             if self.steps_shown % _HEADER_EVERY == 0:
                 self._say(header(self.max_steps))
             self.steps_shown += 1
-        self._say(console_line(record, self.max_steps))
+        self._say(console_line(record, self.max_steps, seconds))
         self.trackers.log(step, _numbers(record))
         for name, advice in self.warnings.update(record).items():
             files.append_jsonl(
@@ -112,12 +115,11 @@ class Metrics:
 
 def header(max_steps: int | None = None) -> str:
     """Two lines, with the names and the units of the columns of `console_line`."""
-    names = [label for label, _, _ in _CONSOLE.values()]
-    units = [unit for _, unit, _ in _CONSOLE.values()]
+    names, units, _ = zip(*_CONSOLE.values(), _TIME, strict=True)
     return "\n".join(_aligned(first, cells, max_steps) for first, cells in (("step", names), ("", units)))
 
 
-def console_line(record: Record, max_steps: int | None = None) -> str:
+def console_line(record: Record, max_steps: int | None = None, seconds: float | None = None) -> str:
     """A step in the columns of `header`; "-" for what is missing. Validation is `step 8  NAME VALUE ...`."""
     step = f"{record['step']}" + (f"/{max_steps}" if max_steps else "")
     if "reward" not in record:
@@ -127,6 +129,7 @@ def console_line(record: Record, max_steps: int | None = None) -> str:
     for name, (label, _, form) in _CONSOLE.items():
         value = record.get(name)
         cells.append("-" if value is None else form.format(1 - value if label == "signal" else value))
+    cells.append("-" if seconds is None else _TIME[2].format(seconds))
     return _aligned(step, cells, max_steps)
 
 

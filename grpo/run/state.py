@@ -28,6 +28,7 @@ from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
 from grpo.run.progress import Bar
+from grpo.run.trackers import Trackers
 
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
@@ -41,6 +42,7 @@ class RunState:
     Attributes:
         kernels: the module of the functions that the learner uses.
         start_record: what the start of this run depends on (reuse.py).
+        trackers: get the metrics of RL.
         second_tries: share of right second tries by validated step.
     """
 
@@ -50,6 +52,7 @@ class RunState:
     parts: Parts
     kernels: Kernels
     start_record: dict[str, Any]
+    trackers: Trackers
     second_tries: dict[int, float] = field(default_factory=dict)
 
     @property

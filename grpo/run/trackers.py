@@ -135,11 +135,9 @@ class Trackers:
         run_dir: the run's directory, with its config.yaml.
         config: `report_to` names the trackers, which show all settings.
         first_step: the first step that the run will log.
-        warn: called with a line for the user.
     """
 
-    def __init__(self, run_dir: Path, config: Config, first_step: int, warn: Callable[[str], None]) -> None:
-        self.warn = warn
+    def __init__(self, run_dir: Path, config: Config, first_step: int = 0) -> None:
         self.open: dict[str, Tracker] = {}
         for name in tracker_names(config.report_to):
             with self._harmless(name):
@@ -158,7 +156,9 @@ class Trackers:
                 tracker.table(step, rows)
 
     def close(self) -> None:
-        for name, tracker in list(self.open.items()):
+        """Ends the trackers. A second call does nothing."""
+        while self.open:
+            name, tracker = self.open.popitem()
             with self._harmless(name):
                 tracker.close()
 
@@ -169,7 +169,7 @@ class Trackers:
         except Exception as error:  # a tracker may raise anything: network, disk, login, a bug
             self.open.pop(name, None)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            self.warn(f"warning: {name} failed and gets nothing more ({reason}); the run continues")
+            print(f"warning: {name} failed and gets nothing more ({reason}); the run continues", flush=True)
 
 
 def check(config: Config) -> None:

@@ -76,7 +76,7 @@ def test_a_terminal_gets_a_live_line_per_stage_and_the_lines_above_it(command):
     for stage in STAGES:
         assert re.search(rf"{stage} +\S+ +\d+/\d+ \w+ +\d:\d\d:\d\d +\S+ +left", plain), stage
     lines = [line.strip() for line in re.split(r"[\r\n]+", plain)]
-    assert len([line for line in lines if re.fullmatch(r"[1-4]/4( +[-\d.]+){7}", line)]) == 4
+    assert len([line for line in lines if re.fullmatch(r"[1-4]/4( +[-\d.]+){8}", line)]) == 4
     assert text.endswith("\n") and text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is back
 
 

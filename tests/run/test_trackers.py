@@ -19,7 +19,7 @@ from grpo.config import TRACKERS, Config, to_yaml
 from grpo.episode import Episode
 from grpo.run import trackers
 from grpo.run.metrics import Metrics
-from grpo.run.trackers import COLUMNS, KINDS, ROWS, completion_rows, run_id
+from grpo.run.trackers import COLUMNS, KINDS, ROWS, Trackers, completion_rows, run_id
 
 ROOT = Path(__file__).parent.parent.parent
 QUICK = {
@@ -88,14 +88,13 @@ def calls(monkeypatch):
 
 @pytest.fixture
 def opened(tmp_path, calls):
-    """Makes Metrics with trackers, and its console."""
+    """Makes Metrics with trackers."""
 
-    def make(*names):
+    def make(*names, first_step=0):
         config = Config(report_to=",".join(names))
         if not (tmp_path / "config.yaml").exists():
             to_yaml(config, tmp_path / "config.yaml")
-        console = io.StringIO()
-        return Metrics(tmp_path, config, console=console), console
+        return Metrics(tmp_path, Trackers(tmp_path, config, first_step), console=io.StringIO())
 
     return make
 
@@ -116,7 +115,7 @@ def test_the_names_of_config_are_those_of_the_trackers():
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_tracker_gets_every_number_and_the_table(name, opened, calls, step):
-    metrics, _ = opened(name)
+    metrics = opened(name)
     metrics.log(1, {"kl": float("nan"), "loss": 0.5})
     metrics.timings(1, {"step_time": 2.0})
     metrics.completions(1, *step)
@@ -162,8 +161,8 @@ def test_a_cell_of_a_markdown_table_stays_one_cell():
 
 
 def test_a_continued_run_is_the_same_run(opened, calls):
-    for _ in range(2):
-        metrics, _ = opened(*TRACKERS)
+    for first_step in (0, 5):
+        metrics = opened(*TRACKERS, first_step=first_step)
         metrics.log(4, {"loss": 0.5})
         metrics.close()
     begins = [call for call in calls if call[0] == "init"]
@@ -184,24 +183,24 @@ def test_runs_of_one_name_are_told_apart(tmp_path):
 
 @pytest.mark.parametrize("moment", ["init", "log", "table", "close"])
 @pytest.mark.parametrize("name", TRACKERS)
-def test_a_tracker_that_fails_is_one_warning_line(name, moment, opened, calls, step):
+def test_a_tracker_that_fails_is_one_warning_line(name, moment, opened, calls, step, capsys):
     calls.broken = (moment,)
-    metrics, console = opened(name)
+    metrics = opened(name)
     for number in (1, 2):
         metrics.log(number, {"loss": 0.5})
         metrics.completions(number, *step)
     metrics.close()
-    warnings = [line for line in console.getvalue().splitlines() if line.startswith("warning")]
     reason = f"ConnectionError: {moment}: no route to host"
-    assert warnings == [f"warning: {name} failed and gets nothing more ({reason}); the run continues"]
+    printed = capsys.readouterr().out.splitlines()
+    assert printed == [f"warning: {name} failed and gets nothing more ({reason}); the run continues"]
     assert len((metrics.run_dir / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_others_go_on_when_one_fails(opened, calls, monkeypatch):
+def test_the_others_go_on_when_one_fails(opened, calls, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["wandb"], "init", lambda **_: 1 / 0)
-    metrics, console = opened(*TRACKERS)
+    metrics = opened(*TRACKERS)
     metrics.log(1, {"loss": 0.5})
-    assert console.getvalue().count("warning") == 1
+    assert capsys.readouterr().out.count("warning") == 1
     assert [call[0] for call in calls] == ["init", "init", "log", "log"]
 
 
@@ -213,6 +212,20 @@ def test_a_run_computes_the_same_with_trackers_that_fail(tmp_path, calls):
     assert alone.status == tracked.status == 0, tracked.err
     assert tracked.out.count("gets nothing more") == 2
     assert contents(alone.folder) == contents(tracked.folder)
+
+
+def test_trackers_start_before_the_warm_start_and_end_with_the_run(tmp_path, calls, monkeypatch):
+    """A login that fails shows in the first seconds, not after the warm start and the failures."""
+
+    def warm_start(_):
+        calls.add("warm start")
+        raise FloatingPointError("it failed")
+
+    monkeypatch.setattr("train.warm_start", warm_start)
+    model = save_model(tmp_path / "model")
+    done = run(arguments(model, tmp_path / "runs", report_to=",".join(TRACKERS)))
+    assert done.status == 1
+    assert [call[0] for call in calls] == ["init"] * 3 + ["warm start"] + ["close"] * 3
 
 
 # --- the packages themselves, offline -----------------------------------------------------------------------
