@@ -2,7 +2,8 @@
 
 RUN is a run directory, whose settings then hold (task, chat template, dtype, limits), or any model that
 train.py takes, with `--task`. Type a problem, or `next` for one of the task's own. The task judges attempts
-at its own problems, you judge the others. A wrong attempt is followed by a reflection and a retry.
+at its own problems, and at yours if it can read them (`TypedTask`, such as Countdown); else you judge. A
+wrong attempt is followed by a reflection and a retry.
 
 The turns are those of training and evaluation (grpo/rollout.py). Left out: streaming (a turn is shown when it
 is done), and problems of several lines.
@@ -34,11 +35,12 @@ from grpo.run import build
 from grpo.run.build import Parts
 from grpo.run.files import RunDirError
 from grpo.run.state import saved_model
-from grpo.tasks import SPLITS, Example, Task, Verdict
+from grpo.tasks import SPLITS, Example, Task, TypedTask, Verdict
 
 WIDTH = 96  # columns
+LONGEST_FORM = 400  # characters of the problem that shows what problems look like
 HELP = "Type a problem. Or: next (a problem of the task), reflect (on the last attempt), quit (also Ctrl-D)."
-QUESTION = "right? y, n or reflect> "
+QUESTION = "The task does not know this problem. Is the attempt right? y or n> "
 UNKNOWN = "unknown"  # verdict on an answer that nobody can judge
 
 # --- options ------------------------------------------------------------------------------------------------
@@ -158,10 +160,19 @@ class Conversation:
 
     def problem(self, text: str) -> None:
         """The same for a problem that the user typed."""
-        if (example := self._known_prompts().get(text)) is not None:
+        task = self.known.task
+        example = task.typed(text) if isinstance(task, TypedTask) else None
+        if example is None:
+            example = self._known_prompts().get(_in_one_line(text))
+        if example is not None:
             self.attempt(self.known, example)
         else:
             self.attempt(self.typed, Example(f"typed: {text}", text))
+
+    def show_form(self) -> None:
+        """Shows what the task's problems look like: other ones are harder for a model that learned these."""
+        for example in _up_to(self.known.task, self.split, 1):
+            show("problems look like this", example.prompt[:LONGEST_FORM])
 
     def attempt(self, parts: Parts, example: Example) -> None:
         try:
@@ -172,8 +183,9 @@ class Conversation:
         with build.evaluation_sampling(parts):
             (attempt,) = parts.rollout.attempts([example], stage="evaluation", step=self._again(example.id))
         self.last = parts, attempt
-        show("attempt", attempt.text, attempt.verdict.reason, attempt.turn.finish_reason)
-        if self._wrong_says_user() if parts is self.typed else not attempt.verdict.ok:
+        right = parts.rollout.is_right(attempt.verdict)
+        show("attempt", attempt.text, attempt.turn.finish_reason, attempt.verdict, right)
+        if self._wrong_says_user() if parts is self.typed else not right:
             self.reflect()
 
     def reflect(self) -> None:
@@ -187,8 +199,10 @@ class Conversation:
             (episode,) = parts.rollout.reflect_and_retry(
                 [attempt], num_generations=1, stage="evaluation", step=step
             )
-        show("reflection", episode.texts["reflection"], finish_reason=episode.finish_reason)
-        show("retry", episode.texts["retry"], episode.reasons[0], episode.retry_finish_reason)
+        show("reflection", episode.texts["reflection"], episode.finish_reason)
+        verdict = Verdict(episode.reasons[0], episode.scores[0] if episode.scores else None)
+        right = parts.rollout.is_right(verdict)
+        show("retry", episode.texts["retry"], episode.retry_finish_reason, verdict, right)
 
     def _wrong_says_user(self) -> bool:
         while True:
@@ -199,13 +213,14 @@ class Conversation:
                 return False
 
     def _known_prompts(self) -> dict[str, Example]:
-        """The split's problems by prompt, as many as an evaluation has."""
+        """The task's problems by prompt: as many of each split as a run asks for."""
         if self._prompts is None:
-            try:
-                examples = self.known.task.examples(self.split, self.known.config.num_eval)
-            except ValueError:  # there are fewer
-                examples = []
-            self._prompts = {example.prompt: example for example in examples}
+            config, task = self.known.config, self.known.task
+            counts = (config.num_examples, config.num_validation, config.num_eval)
+            examples = [
+                e for split, count in zip(SPLITS, counts, strict=True) for e in _up_to(task, split, count)
+            ]
+            self._prompts = {_in_one_line(example.prompt): example for example in examples}
         return self._prompts
 
     def _again(self, name: str) -> int:
@@ -213,11 +228,28 @@ class Conversation:
         return self.seen[name] - 1
 
 
-def show(label: str, text: str, reason: str = "", finish_reason: str = "stop") -> None:
+def _in_one_line(text: str) -> str:
+    """As it can be typed."""
+    return " ".join(text.split())
+
+
+def _up_to(task: Task, split: str, most: int) -> list[Example]:
+    """The first `most` examples of a split, or all if there are fewer: in pieces, the largest first."""
+    examples: list[Example] = []
+    for size in (1 << power for power in reversed(range(most.bit_length()))):
+        with contextlib.suppress(ValueError):  # there are fewer
+            if len(examples) + size <= most:
+                examples += task.examples(split, size, len(examples))
+    return examples
+
+
+def show(
+    label: str, text: str, finish_reason: str = "stop", verdict: Verdict | None = None, right: bool = False
+) -> None:
     """Prints one turn."""
     turn: dict[str, Any] = {"text": text, "finish_reason": finish_reason}
-    if reason not in ("", UNKNOWN):
-        turn["reason"] = reason
+    if verdict is not None and verdict.reason != UNKNOWN:
+        turn |= verdict.to_json() | {"right": right}
     print("\n".join(turn_lines(label, turn, WIDTH)), flush=True)
 
 
@@ -253,7 +285,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"error: {error}", file=sys.stderr)
                 return 2
             conversation = Conversation(parts, options.split, options.index or 0)
-            print(f"{described(options, parts)}\n{HELP}")
+            print(described(options, parts))
+            conversation.show_form()
+            print(HELP)
             if options.index is not None:
                 conversation.next()
             talk(conversation)

@@ -13,6 +13,7 @@ import tiny
 import tiny_run
 
 from grpo import interact
+from grpo.tasks import Example, Verdict
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,13 +62,44 @@ def test_about_another_problem_the_user_is_asked(talk):
     status, out, _ = talk("Problem X?", "what?", "n", "Problem Y?", "y", "reflect", "Problem Z?", "reflect")
     assert status == 0 and labels(out) == ["attempt", "reflection", "retry"] * 3
     assert out.count(interact.QUESTION) == 4  # "what?" is no answer
+    assert out.count("problems look like this:\n  Problem 0?\n") == 1
     assert "unknown" not in out and "(wrong)" not in out
 
 
+JUDGED = re.compile(r"attempt \((right|wrong|empty)")
+
+
 def test_a_typed_problem_that_the_task_has_is_judged(talk):
-    status, out, _ = talk("Problem 3?", "quit", "never read")
-    assert status == 0 and interact.QUESTION not in out
-    assert any(f"attempt ({verdict})" in out for verdict in ("right", "wrong", "empty"))
+    status, out, _ = talk("Problem  3?", "quit", "never read")
+    assert status == 0 and interact.QUESTION not in out and JUDGED.search(out)
+
+
+def test_a_split_with_fewer_problems_than_the_settings_ask_for_is_known_too(talk, monkeypatch):
+    def examples(self, split, count, offset=0):
+        if offset + count > 3:
+            raise ValueError("there are 3")
+        return [Example(f"{split}-{i}", f"A {split}\nproblem {i}?") for i in range(offset, offset + count)]
+
+    monkeypatch.setattr(tiny.Toy, "examples", examples)
+    status, out, _ = talk("A heldout problem 2?", "A train problem 0?")
+    assert status == 0 and interact.QUESTION not in out and len(JUDGED.findall(out)) == 2
+
+
+def test_a_task_may_read_a_problem_that_is_typed(talk, monkeypatch):
+    def typed(self, text):
+        return Example("typed", text.upper()) if "two" in text else None
+
+    monkeypatch.setattr(tiny.Toy, "typed", typed, raising=False)
+    status, out, _ = talk("One?", "y", "two?")
+    assert status == 0 and out.count(interact.QUESTION) == len(JUDGED.findall(out)) == 1
+
+
+def test_the_threshold_decides_what_is_right(talk, monkeypatch):
+    monkeypatch.setattr(tiny.Toy, "verify", lambda *_: Verdict("partial", 0.5))
+    _, out, _ = talk("Problem 3?", "Problem 4?", argv=["--success_threshold", "0.5"])
+    assert out.count("attempt (right, score 0.5):") == 2 and labels(out) == ["attempt"] * 2
+    _, out, _ = talk("Problem 3?")
+    assert "attempt (partial, score 0.5):" in out and "retry (partial, score 0.5):" in out
 
 
 def test_asking_again_samples_another_answer_unless_greedy(talk):

@@ -200,6 +200,15 @@ class CheckedTask(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class TypedTask(Task, Protocol):
+    """A task that can judge problems of a user (grpo/interact.py), not only its own examples."""
+
+    def typed(self, text: str) -> Example | None:
+        """The problem that the text states, in the form of the task's prompts; None if it states none."""
+        ...
+
+
 class TakesTools(Protocol):
     """Of a chat (grpo/chat.py): whether its template writes out tools."""
 

@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ from grpo.tasks.rows import Malformed, Row, read_file, require, value_of
 MAX_ANSWER_CHARACTERS = 200
 _SIGNS = str.maketrans({"×": "*", "÷": "/", "−": "-", "–": "-"})
 _ALLOWED = frozenset("0123456789+-*/()")
+_DIGITS = re.compile(r"[0-9]{1,6}")
+_TYPED = re.compile(r"\W*numbers\W+((?:[0-9]{1,6}[\s,.;]+){1,6})target\W+([0-9]{1,6})\W*", re.IGNORECASE)
 
 HELDOUT_SHARE, VALIDATION_SHARE = 0.2, 0.1
 WANTED_HELDOUT, MAX_HELDOUT_SHARE = 512, 0.7  # a small space gives more of itself to held-out problems
@@ -163,6 +166,13 @@ class Countdown:
 
     def verify(self, example: Example, text: str) -> Verdict:
         return verify(text, example.data["numbers"], example.data["target"])
+
+    def typed(self, text: str) -> Example | None:
+        """`Numbers: 10, 4, 10. Target: 24.`, in any case, and with or without punctuation."""
+        match = _TYPED.fullmatch(text)
+        if match is None:
+            return None
+        return _shown(tuple(int(number) for number in _DIGITS.findall(match[1])), int(match[2]))
 
     def leaks(self, example: Example, reflection: str) -> bool:
         """Whether a part of the reflection is an expression of exactly the numbers that equals the target.
@@ -349,11 +359,15 @@ def _orders(problem: Problem) -> list[tuple[int, ...]]:
 
 
 def _example(problem: Problem, turn: int = 0) -> Example:
-    order = _orders(problem)[turn]
+    return _shown(_orders(problem)[turn], problem[1])
+
+
+def _shown(numbers: tuple[int, ...], target: int) -> Example:
+    """The example that shows the numbers in this order."""
     return Example(
-        id=f"countdown:{','.join(map(str, order))}={problem[1]}",
-        prompt=f"Numbers: {', '.join(map(str, order))}. Target: {problem[1]}.",
-        data={"numbers": list(order), "target": problem[1]},
+        id=f"countdown:{','.join(map(str, numbers))}={target}",
+        prompt=f"Numbers: {', '.join(map(str, numbers))}. Target: {target}.",
+        data={"numbers": list(numbers), "target": target},
     )
 
 

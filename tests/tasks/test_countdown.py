@@ -434,3 +434,30 @@ def test_a_csv_file_and_rows_that_cannot_be_used(
     path.write_text("nums,target\n[],1\n")
     with pytest.raises(ValueError, match="tasks.csv has no usable row"):
         Countdown(path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "target"),
+    [
+        ("Numbers: 10, 4, 10. Target: 24.", [10, 4, 10], 24),
+        ("numbers 3 4 5 target 12", [3, 4, 5], 12),
+        ("  Numbers: 7;8 Target = 15 ", [7, 8], 15),
+        ("Numbers: 1, 2. Target: x.", None, None),
+        ("Numbers: 1, 2, 3, 4, 5, 6, 7. Target: 8.", None, None),
+        ("Numbers: 1234567. Target: 8.", None, None),
+        ("What is 3 + 4?", None, None),
+        ("", None, None),
+    ],
+)
+def test_a_problem_that_a_user_types(text: str, numbers: list[int] | None, target: int | None) -> None:
+    example = Countdown().typed(text)
+    if numbers is None:
+        assert example is None
+    else:
+        assert example is not None and example.data == {"numbers": numbers, "target": target}
+        assert Countdown().typed(example.prompt) == example
+
+
+def test_a_problem_that_a_user_types_is_that_of_the_split() -> None:
+    task = Countdown()
+    assert all(task.typed(example.prompt) == example for example in task.examples("train", 50))
