@@ -40,7 +40,7 @@ from grpo.tasks import SPLITS, Example, Task, TypedTask, Verdict
 WIDTH = 96  # columns
 LONGEST_FORM = 400  # characters of the problem that shows what problems look like
 HELP = "Type a problem. Or: next (a problem of the task), reflect (on the last attempt), quit (also Ctrl-D)."
-QUESTION = "The task does not know this problem. Is the attempt right? y or n> "
+QUESTION = "The task does not know this problem. Is the answer right? y or n> "
 UNKNOWN = "unknown"  # verdict on an answer that nobody can judge
 
 # --- options ------------------------------------------------------------------------------------------------
