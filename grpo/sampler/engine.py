@@ -29,7 +29,7 @@ from torch import Tensor
 from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
 from grpo.sampler.batching import Batcher
 from grpo.sampler.cuda_graph import DecodeGraphs
-from grpo.sampler.kv_cache import CachedAttention, SlotCache, upload
+from grpo.sampler.kv_cache import CachedAttention, SlotCache, product, unrounded, upload
 from grpo.sampler.sampling import choose
 from grpo.sampler.script import Feed, Finished, Row, RowState, Sample, Turn
 
@@ -128,7 +128,8 @@ class Sampler:
         )
         results: dict[int, Finished] = {}
         ended: list[RowState] = []
-        with packed_weights(self.model):
+        # The device where pinned memory is reserved and graphs are recorded, whatever the current one is.
+        with torch.cuda.device_of(self.model.output_weight), packed_weights(self.model):
             head = pack_weight(self.model.output_weight)
             while batcher.busy or ended:
                 sampled = None
@@ -239,6 +240,8 @@ class Sampler:
     def _logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
         """hidden (B, H) -> (V, B) float32."""
         weight = self.model.output_weight
+        if unrounded(weight):
+            return product(weight, hidden.T)
         if weight.device.type != "cpu":
             return torch.mm(weight, hidden.T).float()
         if head is not None and len(hidden) < FEW_ROWS:

@@ -105,6 +105,24 @@ def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None)
     return host.to(device, non_blocking=True)
 
 
+# --- products --------------------------------------------------------------------------------------------
+
+
+def unrounded(x: Tensor) -> bool:
+    """Whether PyTorch can return products of `x` in float32, not rounded to the type of `x` before."""
+    return x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, (n, k) and (k, m) or batches of them: in float32 if `unrounded`, else in the operands' type.
+
+    In bfloat16 a number between 16 and 32 is a multiple of 1/8: rounding a logit of that size changes its
+    log-prob by 1/32 nat on average.
+    """
+    multiply = torch.mm if a.ndim == 2 else torch.bmm
+    return multiply(a, b, out_dtype=torch.float32) if unrounded(a) else multiply(a, b)
+
+
 # --- attention over the caches ---------------------------------------------------------------------------
 
 # With `fill`, the length up to which private caches are read is rounded up to a multiple of this.
@@ -321,19 +339,17 @@ class CachedAttention:
         )
         if self.copy_keys:
             private_keys = private_keys.contiguous()
-        scores = torch.bmm(q.flatten(0, 1), private_keys.transpose(1, 2)).view(
-            *q.shape[:3], -1
-        )  # (B, K, r, L)
+        scores = product(q.flatten(0, 1), private_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
         bias = self._biases[self.config.windows[layer]]
         # Scaled, masked and normalised in float32, whatever the model's dtype.
         weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
         private_weights = weights[..., self.prefix_length :].flatten(0, 1)
-        out = torch.bmm(private_weights, private_values).view(q.shape)
+        out = product(private_weights, private_values).view(q.shape)
         if self.prefix_length:
             out += self._against_prefix(layer, weights[..., : self.prefix_length], values=True)
-        return out.view(batch, heads, size)
+        return out.view(batch, heads, size).to(q.dtype)
 
     def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
         """Queries (B, K, r, D) times prompt keys -> (B, K, r, P); or weights (B, K, r, P) times values."""
@@ -344,7 +360,7 @@ class CachedAttention:
         # that it copies each in one piece.
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
-        out = torch.bmm(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
+        out = product(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
         out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
         out = out.reshape(len(self.members), -1).index_select(0, self.place)
         return out.view(batch, kv_heads, repeats, -1)

@@ -1,5 +1,6 @@
 """The sampler against a plain forward pass, transformers, and itself in other batches."""
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo.model.decoder import Decoder, ModelConfig
-from grpo.sampler import cuda_graph
+from grpo.sampler import batching, cuda_graph, engine, kv_cache
 from grpo.sampler.batching import plan
 from grpo.sampler.engine import Feed, Row, Sample, Sampler
 
@@ -231,6 +232,37 @@ def test_decode_steps_by_graph_change_no_text(family, steps, graphs):
     assert texts(graphed.run(rows)) == texts(expected) and graphs["recorded"] == before
     graphed.greedy = plain.greedy = True
     assert texts(graphed.run(rows)) == texts(plain.run(rows)) and graphs["recorded"] > before
+
+
+def test_graphs_and_pinned_memory_are_those_of_the_models_device(graphs, monkeypatch):
+    """CUDA takes both from the current device. PyTorch's context that changes it is watched, not entered."""
+    model, current, seen = make_model(), [], Counter()
+
+    @contextlib.contextmanager
+    def device_of(x):
+        current.append(x)
+        yield
+        current.pop()
+
+    def watched(module, name):
+        function = getattr(module, name)
+
+        def call(*args, **options):
+            seen[name, bool(current) and current[-1] is model.output_weight] += 1
+            return function(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in (
+        (cuda_graph, "record"),
+        (batching, "upload"),
+        (engine, "upload"),
+        (kv_cache, "upload"),
+    ):
+        watched(module, name)
+    Sampler(model, stop_token_ids=STOPS).run(make_rows())
+    assert set(seen) == {("record", True), ("upload", True)} and current == []
 
 
 def test_graphs_are_forgotten_when_what_they_read_has_moved(graphs):
