@@ -21,14 +21,16 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from grpo.advantage import group_advantage
-from grpo.episode import Episode
+from grpo.episode import ROLES_TRAINED, Episode
 from grpo.learner.optimizer import MasterAdamW, scheduled_learning_rate
 from grpo.learner.packing import Batch, pack_episodes, pack_sequences
 from grpo.learner.tree_attention import tree_attend
@@ -157,7 +159,8 @@ class Learner:
         batches = [batch.to(device) for batch in packed]
         attends = [tree_attend(batch.trees, self.model.config.windows) for batch in batches]
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
-        num_trained = max(1, sum(len(batch.sequence_ids) for batch in batches))
+        roles = [trained_roles(batch, kept, config.train_on) for batch in packed]
+        num_trained = Counter(chain.from_iterable(roles))
 
         # Old log-probs: with a single update, the policy is still the one that sampled, which None means.
         old: list[Tensor | None] = [None] * len(batches)
@@ -173,7 +176,8 @@ class Learner:
             self.optimizer.zero_grad()
             backwards: list[tuple[Tensor, Tensor]] = []
             totals: dict[str, Tensor] = {}
-            for batch, attend, old_logprobs, ref_logprobs in zip(batches, attends, old, ref, strict=True):
+            rows = zip(batches, attends, roles, old, ref, strict=True)
+            for batch, attend, batch_roles, old_logprobs, ref_logprobs in rows:
                 first = iteration == 0  # after one update, the policy is no longer the one that sampled
                 logprobs, entropy = self._logprobs(
                     self.model, batch, attend, temperature=config.temperature, entropy=first
@@ -191,7 +195,7 @@ class Learner:
                 )
                 backwards.append(self._backward(loss))
                 if first:
-                    metrics |= sampling_metrics(batch, logprobs, entropy, num_trained)
+                    metrics |= sampling_metrics(batch, logprobs, entropy, batch_roles, num_trained)
                 add_up(totals, metrics)
             update = self.apply_gradients(
                 backwards, learning_rate, where=f"step {self.num_steps + 1}", advice=ADVICE
@@ -332,16 +336,33 @@ def with_gradient(episodes: Sequence[Episode], config: Any) -> tuple[list[Episod
     return kept, num_loss_tokens
 
 
+def trained_roles(batch: Batch, episodes: Sequence[Episode], train_on: str) -> list[str]:
+    """The role of each of the M trained tokens: those of a sequence follow each other, in their order."""
+    sequences = dict.fromkeys(batch.sequence_ids.tolist())
+    return [role for i in sequences for role in episodes[i].roles if role in ROLES_TRAINED[train_on]]
+
+
 @torch.no_grad()
 def sampling_metrics(
-    batch: Batch, logprobs: Tensor, entropy: Tensor | None, num_trained: int
+    batch: Batch, logprobs: Tensor, entropy: Tensor | None, roles: Sequence[str], num_trained: Counter[str]
 ) -> dict[str, Tensor]:
-    """How far the sampler's log-probs are from the learner's (nats), and the mean entropy."""
+    """How far the sampler's log-probs are from the learner's (nats), and the mean entropy.
+
+    The difference is given for all trained tokens and, if the step trains several roles, for each of them.
+
+    Args:
+        roles: of the M trained tokens (`trained_roles`).
+        num_trained: trained tokens of the whole step, by role.
+    """
     difference = (batch.sampler_logprobs - logprobs).abs()
-    name = "sampling/sampling_logp_difference"
-    metrics = {f"{name}/mean": difference.sum() / num_trained, f"{name}/max": difference.max()}
+    name, total = "sampling/sampling_logp_difference", max(1, num_trained.total())
+    metrics = {f"{name}/mean": difference.sum() / total, f"{name}/max": difference.max()}
+    for role, count in num_trained.items() if len(num_trained) > 1 else ():
+        in_role = torch.tensor([r == role for r in roles]).to(difference.device)
+        there = torch.where(in_role, difference, 0.0)
+        metrics |= {f"{name}/{role}/mean": there.sum() / count, f"{name}/{role}/max": there.max()}
     if entropy is not None:
-        metrics["entropy"] = entropy.sum() / num_trained
+        metrics["entropy"] = entropy.sum() / total
     return metrics
 
 

@@ -6,8 +6,10 @@ import random
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo.advantage import group_advantage
 from grpo.episode import Episode, episode_metrics
@@ -282,6 +284,29 @@ def test_sampler_difference_is_taken_at_the_temperature():
     name = "sampling/sampling_logp_difference"
     assert metrics[f"{name}/max"] == pytest.approx(0.25, abs=1e-4)
     assert metrics[f"{name}/mean"] == pytest.approx(0.25 * first / total, abs=1e-5)
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 40])
+def test_the_sampler_difference_of_each_turn_where_several_are_trained(max_tokens):
+    parts = tiny.build(train_on="all", max_tokens_per_micro_batch=max_tokens)
+    batch = tiny.episodes(parts)
+    off = {"reflection": 0.25, "retry": 0.5}
+    batch[2].logprobs = [
+        x + off.get(role, 0.0) for x, role in zip(batch[2].logprobs, batch[2].roles, strict=True)
+    ]
+    metrics, _, _ = tiny.update(parts, batch, beta=0.1)
+    name = "sampling/sampling_logp_difference"
+    counts = {role: sum(e.roles.count(role) for e in batch) for role in off}
+    for role, value in off.items():
+        assert metrics[f"{name}/{role}/max"] == pytest.approx(value, abs=1e-4)
+        expected = value * batch[2].roles.count(role) / counts[role]
+        assert metrics[f"{name}/{role}/mean"] == pytest.approx(expected, abs=1e-5)
+    both = sum(metrics[f"{name}/{role}/mean"] * count for role, count in counts.items())
+    assert metrics[f"{name}/mean"] == pytest.approx(both / sum(counts.values()))
+    assert metrics[f"{name}/max"] == metrics[f"{name}/retry/max"]
+    one_turn, _, _ = tiny.update(parts, batch, beta=0.1, train_on="reflection")
+    assert one_turn[f"{name}/mean"] == pytest.approx(metrics[f"{name}/reflection/mean"], abs=1e-5)
+    assert not [key for key in one_turn if "reflection" in key or "retry" in key]
 
 
 def test_old_log_probs_stay_those_before_the_first_update():
@@ -570,3 +595,31 @@ def test_schedules():
         rates("polynomial", 0)
     with pytest.raises(ValueError, match="warmup_steps"):
         rates("linear", -1)
+
+
+# --- deterministic ------------------------------------------------------------------------------------------
+
+# Operators that raise on CUDA under torch.use_deterministic_algorithms: those of its docstring that a trainer
+# might use. cumsum is in that list too, but has had a fixed order since 2024 (pytorch/pytorch#136224).
+WITHOUT_FIXED_ORDER = {"put", "put_", "histc", "median", "kthvalue", "nll_loss_forward", "cumprod_backward"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_on": "all", "importance_sampling_level": "sequence"}])
+def test_every_operation_of_a_step_has_a_fixed_order_on_cuda(settings):
+    """Or the setting `deterministic` would end such a run in a RuntimeError."""
+    used = set()
+
+    class Recording(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            name = operation.overloadpacket.__name__
+            used.add(name)
+            assert name != "bincount" or kwargs.get("weights", args[1] if len(args) > 1 else None) is None
+            assert "scatter_reduce" not in name or "prod" not in args
+            return operation(*args, **kwargs)
+
+    parts = tiny.build(**settings)
+    with Recording():
+        tiny.update(parts, tiny.episodes(parts), beta=0.1)
+    assert {"mm", "embedding_dense_backward", "cumsum", "_fused_adamw_"} <= used  # all of the step was seen
+    assert not used & WITHOUT_FIXED_ORDER
