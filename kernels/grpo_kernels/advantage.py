@@ -16,6 +16,7 @@ from torch import Tensor
 from grpo.advantage import check_advantage
 from grpo_kernels import checks
 from grpo_kernels.config import sum_dtype, sum_type
+from grpo_kernels.operators import operator
 
 BLOCK_I, BLOCK_J = 16, 128  # completions per program, and per step of its loop
 
@@ -74,7 +75,7 @@ def advantage_kernel(
     tl.store(out + i, centred, mask=i < B)
 
 
-@torch.library.custom_op("grpo_kernels::advantage", mutates_args=())
+@operator("advantage")
 def _advantage(rewards: Tensor, group_ids: Tensor, scale: str, ddof: int, eps: float) -> Tensor:
     out = torch.empty(len(rewards), dtype=sum_dtype(rewards), device=rewards.device)
     if len(rewards):

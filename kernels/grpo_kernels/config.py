@@ -8,7 +8,6 @@ descriptors (TMA) were timed on an H100 (docs/LOG.md); the others have only been
 from __future__ import annotations
 
 import os
-from functools import cache
 from typing import Any
 
 import torch
@@ -83,9 +82,8 @@ def blocks(dtype: torch.dtype, name: str, tma: bool, target: str | None = None) 
     return options
 
 
-@cache
 def current_target() -> str:
-    """The newest target with block sizes that is not newer than this GPU."""
+    """The newest target with block sizes that is not newer than the current device."""
     if torch.version.hip:
         return "gfx942"
     major, _ = torch.cuda.get_device_capability()

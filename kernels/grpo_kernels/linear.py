@@ -39,6 +39,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from grpo.logprob import check_range
 from grpo_kernels import checks
 from grpo_kernels.config import blocks, has_tma
+from grpo_kernels.operators import operator
 from grpo_kernels.softmax import (
     NEGLIGIBLE,
     empty_sums,
@@ -272,7 +273,7 @@ def combine_kernel(
     store_row(ids, logprob, entropy, stats, row, live, m, s, sc, selected, M, V, ENTROPY)
 
 
-@torch.library.custom_op("grpo_kernels::linear_forward", mutates_args=())
+@operator("linear_forward")
 def linear_forward(
     hidden: Tensor,
     weight: Tensor,
@@ -483,7 +484,7 @@ def weight_kernel(
     tl.store(place, acc.to(out.dtype.element_ty), mask=(column < width)[:, None] & (feature < H)[None, :])
 
 
-@torch.library.custom_op("grpo_kernels::linear_backward", mutates_args=())
+@operator("linear_backward")
 def linear_backward(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,

@@ -19,6 +19,7 @@ from torch import Tensor
 from grpo.loss import BOUND, LOWEST, check_options, check_tensors
 from grpo_kernels import checks
 from grpo_kernels.config import sum_dtype, sum_type
+from grpo_kernels.operators import operator
 
 METRICS = ("ratio/mean", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "kl")
 BLOCK = 1024  # tokens per program
@@ -215,7 +216,7 @@ def spread_kernel(
     tl.store(direct + place, gradient + total / length, mask=live)
 
 
-@torch.library.custom_op("grpo_kernels::loss_forward", mutates_args=())
+@operator("loss_forward")
 def loss_forward(
     logprobs: Tensor,
     old: Tensor | None,
@@ -315,7 +316,7 @@ def _(logprobs: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty((), **new), torch.empty(5, **new), torch.empty(len(logprobs), **new)
 
 
-@torch.library.custom_op("grpo_kernels::loss_backward", mutates_args=())
+@operator("loss_backward")
 def loss_backward(grad: Tensor, gradient: Tensor, like: Tensor) -> Tensor:
     return (grad * gradient).to(like.dtype)
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from grpo.logprob import check_range
 from grpo_kernels import checks
 from grpo_kernels.config import INTERPRETED, sum_type
+from grpo_kernels.operators import operator
 from grpo_kernels.softmax import (
     empty_sums,
     gradient_of,
@@ -85,7 +86,7 @@ def selected_forward_kernel(
     store_row(ids, logprob, entropy, stats, rows, rows >= 0, m, s, sc, selected, M, V, ENTROPY)
 
 
-@torch.library.custom_op("grpo_kernels::selected_forward", mutates_args=())
+@operator("selected_forward")
 def selected_forward(
     logits: Tensor,
     ids: Tensor,
@@ -145,7 +146,7 @@ def selected_backward_kernel(
     tl.store(out, tl.sum(g, 0).to(gradient.dtype.element_ty), mask=column < V)
 
 
-@torch.library.custom_op("grpo_kernels::selected_backward", mutates_args=())
+@operator("selected_backward")
 def selected_backward(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,

@@ -4,6 +4,7 @@ other kernels reported (lesson_1 to lesson_11; lesson 5 is in test_compile_repor
 Runs on a GPU, or in Triton's interpreter if there is none.
 """
 
+import contextlib
 import itertools
 import math
 
@@ -384,19 +385,47 @@ def test_lesson_4_gradient_of_a_nearly_certain_token():
     torch.testing.assert_close(gradient.cpu(), torch.tensor([[0.001, -0.001]]), rtol=2e-4, atol=0)
 
 
-def test_lesson_6_grids_have_one_dimension(monkeypatch):
-    """The second dimension of a CUDA grid ends at 65,535; there can be more row blocks."""
-    grids = []
+def launch_all(monkeypatch, report):
+    """Launches every kernel at least once, with `report` called before each launch."""
     modules = [(m, n) for m in (linear, selected, loss) for n in dir(m) if n.endswith("_kernel")]
     modules.append((advantage, "advantage_kernel"))
+    launched = set()
     for module, name in modules:
-        monkeypatch.setattr(module, name, Watched(getattr(module, name), grids.append))
+
+        def watched(grid, name=name):
+            launched.add(name)
+            report(grid)
+
+        monkeypatch.setattr(module, name, Watched(getattr(module, name), watched))
     inputs = fused_data()
     value, _ = triton_backend.fused_grpo(*inputs, beta=0.0, importance_sampling_level="sequence")
     value.backward()
     logits = (inputs[0] @ inputs[1].T).detach().requires_grad_()
     selected_logprob(logits, inputs[2])[0].sum().backward()
-    assert len(grids) >= 10 and all(len(grid) == 1 for grid in grids)
+    assert launched == {name for _, name in modules}
+
+
+def test_lesson_6_grids_have_one_dimension(monkeypatch):
+    """The second dimension of a CUDA grid ends at 65,535; there can be more row blocks."""
+    grids = []
+    launch_all(monkeypatch, grids.append)
+    assert all(len(grid) == 1 for grid in grids)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device; PyTorch's context that changes it is watched, not entered."""
+    devices, at_launch = [], []
+
+    @contextlib.contextmanager
+    def device_of(x):
+        devices.append(x.device)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    launch_all(monkeypatch, lambda _: at_launch.append(devices[-1:]))
+    assert at_launch and all(found and found[0].type == DEVICE for found in at_launch)
+    assert devices == []
 
 
 def test_lesson_7_offsets_beyond_32_bits():
