@@ -344,7 +344,8 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
         ValueError, FileNotFoundError: a setting that does not fit the model, the task or the machine, or an
             input that changed since the run started.
     """
-    kernels = grpo_kernels.backend(build.choose_device(config.device), config.kernels)
+    config.device = build.set_up_device(config.device, deterministic=config.deterministic)
+    kernels = grpo_kernels.backend(config.device, config.kernels)
     parts = build.parts(config)
     content = inputs.sums(parts, build.check_run(config, parts))
     start_record = reuse.record(config, content)

@@ -204,6 +204,9 @@ class Config:
 
     # Machine
     device: str = field("auto", "auto, cpu, cuda, cuda:1, mps, ...; auto: cuda or mps if present")
+    deterministic: bool = field(
+        False, "only operations with a fixed order, so that a run on a GPU can be repeated; slower there"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = field("auto", "compute dtype; auto: the faster on a CPU")
     kernels: Literal["auto", "torch", "triton"] = field(
         "auto", "for log-probs and loss; auto: triton on CUDA"
@@ -333,7 +336,8 @@ AFTER_START = frozenset(
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
     (
-        "chat_template_kwargs max_wrong_episodes report reward start_from success_threshold verifier_workers"
+        "chat_template_kwargs deterministic max_wrong_episodes report reward start_from success_threshold "
+        "verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
@@ -382,6 +386,7 @@ TRL_HINTS = {
     "torch_dtype": "use dtype",
     "use_cpu": "use device cpu",
     "no_cuda": "use device cpu",
+    "full_determinism": "use deterministic",
     "deepspeed": "not here: one device trains (device)",
     "fsdp": "not here: one device trains (device)",
     "ddp_timeout": "not here: one device trains (device)",

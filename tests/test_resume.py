@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import Moment, arguments, contents, records, run, run_and_stop, save_model
 
+from grpo import config as configuration
 from grpo.run import checkpoint, files
 
 ROOT = Path(__file__).parent.parent
@@ -78,14 +79,17 @@ def test_what_is_compared_is_not_trivial(undisturbed):
     assert json.loads(undisturbed["evaluation.json"])["num_problems"] == 8
 
 
-def test_two_runs_are_equal_also_from_the_shell(model, tmp_path, undisturbed):
-    """A process of its own, another hash seed, another directory."""
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_two_runs_are_equal_also_from_the_shell(model, tmp_path, undisturbed, deterministic):
+    """A process of its own, another hash seed and directory. On a CPU `deterministic` changes nothing."""
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(model, tmp_path / "runs")]
+    settings = arguments(model, tmp_path / "runs", deterministic=deterministic)
+    command = [sys.executable, str(ROOT / "train.py"), *settings]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "runs" / RUN, undisturbed)
+    assert configuration.load(tmp_path / "runs" / RUN / "config.yaml").deterministic is deterministic
 
 
 @pytest.mark.parametrize("moment", KILLS.values(), ids=KILLS.keys())

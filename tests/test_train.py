@@ -107,6 +107,24 @@ def assert_error(done: Done, status: int, *fragments: str) -> None:
     assert [fragment for fragment in fragments if fragment not in lines[0]] == [], lines[0]
 
 
+def test_the_device_is_set_up_before_anything_uses_it(quick, monkeypatch):
+    """Once it is resolved, every part gets the same name; `cpu` stands in for the GPU."""
+    events = []
+
+    def set_up(name, *, deterministic):
+        events.append((name, deterministic))
+        return "cpu"
+
+    def backend(device, name):
+        events.append(device)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("grpo.run.build.set_up_device", set_up)
+    monkeypatch.setattr("grpo_kernels.backend", backend)
+    assert_error(quick(device="cuda:1", deterministic=True), 2, "enough")
+    assert events == [("cuda:1", True), "cpu"]
+
+
 # --- every way of training ----------------------------------------------------------------------------------
 
 WAYS = {

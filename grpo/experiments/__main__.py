@@ -80,7 +80,7 @@ def study_config(
     if config.resume is not None:
         raise ValueError("resume must be left out: the same command continues what it began")
     config.config = None
-    config.device = build.choose_device(config.device)
+    config.device = build.set_up_device(config.device, deterministic=config.deterministic)
     config.dtype = build.choose_dtype(config.dtype, config.device)
     return config
 

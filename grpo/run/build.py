@@ -65,7 +65,7 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     if config.threads:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
-    config.device = choose_device(config.device)
+    config.device = set_up_device(config.device, deterministic=config.deterministic)
     config.dtype = choose_dtype(config.dtype, config.device)
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
@@ -155,13 +155,61 @@ def evaluation_sampling(parts: Parts) -> Iterator[None]:
         sampler.temperature, sampler.greedy = before
 
 
+def set_up_device(name: str, *, deterministic: bool = False) -> str:
+    """Makes the device that the setting `device` names the current one; sets PyTorch up for it.
+
+    These settings hold for the whole process, so commands make them, and importing a module changes none.
+    Comes before anything else that uses a GPU; calling it again changes nothing.
+
+    Args:
+        deterministic: the setting: see `use_deterministic_algorithms`.
+    Returns:
+        the resolved name (`choose_device`).
+    """
+    if deterministic:
+        use_deterministic_algorithms()
+    name = choose_device(name)
+    device = torch.device(name)
+    if device.type == "cuda":
+        if device.index is not None:
+            # PyTorch's operations run where their tensors are. CUDA graphs, pinned memory and the kernels of
+            # other libraries belong to the current device, which is cuda:0 until this line.
+            torch.cuda.set_device(device)
+        # cuDNN's attention builds a plan for each new shape and keeps it. A plan takes 0.05 to 0.5 s, and a
+        # step has hundreds of new shapes. From PyTorch 2.11 on, Hopper and Blackwell send masked attention to
+        # cuDNN first. The kernels that now take its place have no plans.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return name
+
+
+def use_deterministic_algorithms() -> None:
+    """Restricts PyTorch to operations that sum in a fixed order; all others raise RuntimeError.
+
+    Raises:
+        ValueError: the environment gives cuBLAS workspaces with which the order may change.
+    """
+    workspace = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first product
+    if workspace not in (":4096:8", ":16:8"):
+        raise ValueError(
+            f"CUBLAS_WORKSPACE_CONFIG must be :4096:8 or :16:8 with deterministic true, got {workspace!r}"
+        )
+    torch.backends.cudnn.benchmark = False  # it takes whichever convolution is the fastest at the moment
+    torch.use_deterministic_algorithms(True)
+
+
 def choose_device(name: str) -> str:
     """`auto`: CUDA (or ROCm), else Apple's MPS, else the CPU. ValueError if this machine lacks the device."""
     if name != "auto":
         if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-            raise ValueError(f"device must be one that this machine has, got {name!r} (not cpu, cuda or mps)")
+            raise ValueError(
+                f"device must be one that this machine has, got {name!r} (not cpu, cuda or mps; PyTorch "
+                "calls ROCm's devices cuda)"
+            )
         try:
-            torch.empty(0, device=name)
+            device = torch.device(name)
+            if device.type == "cuda" and 0 < (count := torch.cuda.device_count()) <= (device.index or 0):
+                raise RuntimeError(f"PyTorch sees {count}, the first is cuda:0")
+            torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:  # each backend raises its own type
             reason = str(error).splitlines()[0]
             raise ValueError(f"device must be one that this machine has, got {name!r} ({reason})") from error

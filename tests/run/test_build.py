@@ -1,6 +1,9 @@
 """Parts: devices and dtypes, a build from a folder, evaluation settings that go away again, other weights."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import tiny
@@ -115,6 +118,114 @@ def test_choose_device(monkeypatch):
             build.choose_device(name)
 
 
+# --- the process that a command sets up ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two emulated GPUs; PyTorch's settings are put back. A list of the devices made the current one."""
+    cudnn, benchmark = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.benchmark
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    current, empty = [], torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: current.append(str(device)))
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None: empty(*size))
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield current
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch.backends.cudnn.benchmark = benchmark
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name, current", [("cuda:1", ["cuda:1"]), ("cuda", []), ("auto", []), ("cpu", [])])
+def test_the_device_becomes_the_current_one(gpus, name, current):
+    """A device without a number is the current one already."""
+    assert build.set_up_device(name) == name.replace("auto", "cuda")
+    assert gpus == current
+
+
+def test_cudnn_attention_is_off_where_a_gpu_computes(gpus):
+    build.set_up_device("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    build.set_up_device("cuda:0")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.parametrize("name", ["cuda:2", "cuda:99"])
+def test_a_gpu_that_is_not_there(gpus, name):
+    expected = rf"device must be one .* has, got '{name}' \(PyTorch sees 2, the first is cuda:0\)"
+    with pytest.raises(ValueError, match=expected):
+        build.set_up_device(name)
+    assert gpus == []
+
+
+@pytest.mark.parametrize("name", ["rocm:0", "hip"])
+def test_devices_of_rocm_have_another_name(name):
+    with pytest.raises(ValueError, match="PyTorch calls ROCm's devices cuda"):
+        build.choose_device(name)
+
+
+@pytest.mark.parametrize("given, used", [(None, ":4096:8"), (":16:8", ":16:8")])
+def test_deterministic_algorithms_come_before_the_gpu_is_touched(gpus, monkeypatch, given, used):
+    def choose(name):
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == used
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()  # attention would only warn
+        return name
+
+    monkeypatch.setattr(build, "choose_device", choose)
+    torch.backends.cudnn.benchmark = True
+    if given:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    build.set_up_device("cuda:1", deterministic=True)
+    assert gpus == ["cuda:1"] and not torch.backends.cudnn.benchmark
+
+
+def test_cublas_workspaces_that_are_not_deterministic(gpus, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":8:4096")
+    build.set_up_device("cuda:1")
+    with pytest.raises(ValueError, match="must be :4096:8 or :16:8 with deterministic true, got ':8:4096'"):
+        build.set_up_device("cuda:1", deterministic=True)
+
+
+def test_the_parts_are_built_on_the_device_that_was_set_up(folder, monkeypatch):
+    """The parts of all commands: failures, evaluate, interact, train."""
+    events, load = [], build.weights.load
+
+    def set_up(name, *, deterministic):
+        events.append((name, deterministic))
+        return "cpu"
+
+    def watched_load(source, dtype, device):
+        events.append(device)
+        return load(source, dtype=dtype, device=device)
+
+    monkeypatch.setattr(build, "set_up_device", set_up)
+    monkeypatch.setattr(build.weights, "load", watched_load)
+    built = build.parts(settings(folder, device="cuda:1", deterministic=True))
+    assert events == [("cuda:1", True), "cpu"] and built.device == built.config.device == "cpu"
+
+
+def test_an_import_changes_no_setting_of_pytorch():
+    code = """
+import os, pkgutil, torch
+def settings():
+    return (torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cudnn.benchmark, torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+before = settings()
+import grpo, grpo_kernels, train
+for package in (grpo, grpo_kernels):
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("__main__"):
+            __import__(module.name)
+assert settings() == before, (before, settings())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 # --- dtype: auto ------------------------------------------------------------------------------------------
 
 
@@ -174,3 +285,9 @@ def test_the_dtypes_are_measured_in_turns(monkeypatch):
 def test_memory():
     build.keep_freed_memory()
     assert 0.01 < build.peak_memory_gb("cpu") < 1000
+
+
+def test_peak_memory_is_that_of_the_device(monkeypatch):
+    held = {"cuda:0": 1e9, "cuda:1": 3e9}
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held[device])
+    assert build.peak_memory_gb("cuda:1") == 3.0
