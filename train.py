@@ -3,7 +3,7 @@
     python train.py                                  the demo: a 135M model on two CPU cores
     python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
-    python train.py --resume [RUN_DIR]               continues a stopped run exactly where it stopped
+    python train.py --resume [RUN_DIR]               continues a stopped run where it stopped
     python train.py --resume RUN_DIR --max_steps N   continues a finished run
     python train.py --resume auto --KEY VALUE ...    continues the unfinished run of this name, else starts it
 

@@ -1,4 +1,4 @@
-"""Atomic checkpoints, from which a run continues bit for bit.
+"""Atomic checkpoints, from which a run continues: bit for bit where sums have a fixed order, as on a CPU.
 
 A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (written by the caller's
 function), and in it `trainer/` with what only this trainer needs:

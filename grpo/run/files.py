@@ -149,7 +149,7 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
 #
 # A block is any number of lines and then one *end line*, `{"block": number, ...}`. It is appended in one
 # write and synced. What follows the last end line was left by a kill; it is cut off and redone. Work inside a
-# block is deterministic, so an interrupted run gives the same file as an uninterrupted one.
+# block is deterministic on a CPU, so an interrupted run gives the same file there as an uninterrupted one.
 
 
 def keep_whole_blocks(path: Path) -> int:

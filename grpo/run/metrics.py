@@ -1,8 +1,8 @@
 """The metrics of a run: assembled per step, written as JSON lines, shown, sent to trackers; warnings.
 
-metrics.jsonl contains what the seed determines, timings.jsonl what the machine determines, so a rerun gives
-the same metrics.jsonl byte for byte. Each warning (grpo/run/diagnostics.py) is given once and kept in
-metrics.jsonl. A continued run reads that file, so no other state has to be saved.
+metrics.jsonl contains what the seed determines, timings.jsonl what the machine determines, so on the same CPU
+a rerun gives the same metrics.jsonl byte for byte. Each warning (grpo/run/diagnostics.py) is given once and
+kept in metrics.jsonl. A continued run reads that file, so no other state has to be saved.
 
 Left out: averages over steps, which hide the steps that went wrong. Trackers are in trackers.py.
 """

@@ -2,7 +2,7 @@
 
 `start.json` in a run directory records all that `start/` and `failures.jsonl` depend on: the settings read
 before RL, the content of model, tokenizer and examples (inputs.py), versions and machine, and the code. Where
-two records are equal, so are the results, bit for bit.
+two records are equal, so are the results on a CPU, bit for bit.
 
 Left out: reuse of records of the final table, which depend on more settings.
 """

@@ -11,7 +11,7 @@ from test_engine import FAMILIES, STOPS, VOCABULARY, make_model, make_rows, prom
 
 from grpo.sampler import engine as sampler_module
 from grpo.sampler.engine import Row, Sample, Sampler
-from grpo.sampler.kv_cache import CachedAttention
+from grpo.sampler.kv_cache import CachedAttention, product
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -97,10 +97,26 @@ def test_an_update_has_the_gradients_of_a_cpu(train_on):
         torch.testing.assert_close(gradient.cpu(), right[name], rtol=1e-3, atol=1e-5)
 
 
-def test_two_runs_of_train_py_are_equal(tmp_path):
-    """In bfloat16. In float32 they were not on an H100 (docs/performance.md)."""
+def test_products_of_16_bit_numbers_are_returned_in_float32():
+    a, b = (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    for x, y in ((a, b), (a[0], b[0])):
+        there = product(x.to("cuda"), y.to("cuda"))
+        assert there.dtype == torch.float32
+        torch.testing.assert_close(there.cpu(), x.float() @ y.float(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.fixture
+def process():
+    """Takes back what `deterministic` sets for the whole process."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype, deterministic", [("bfloat16", False), ("bfloat16", True), ("float32", True)])
+def test_two_runs_of_train_py_are_equal(process, tmp_path, dtype, deterministic):
+    """In float32 they were not on an H100, without `deterministic` (docs/performance.md)."""
     model = tiny_run.save_model(tmp_path / "model")
-    settings = {"device": "cuda", "dtype": "bfloat16", "stop_check_steps": 4}
+    settings = {"device": "cuda", "dtype": dtype, "deterministic": deterministic, "stop_check_steps": 4}
     found = []
     for name in ("first", "second"):
         done = tiny_run.run(tiny_run.arguments(model, tmp_path / name, **settings))

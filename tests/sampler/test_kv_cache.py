@@ -89,7 +89,7 @@ def test_attention_scores_are_not_rounded(cuda_products, monkeypatch):
     best = plain_attention(attend, rows, q, torch.float32).bfloat16() - truth  # rounded at the end only
     assert (ours - truth).norm() <= 2 * best.norm()
     monkeypatch.setattr(kv_cache, "unrounded", lambda x: False)
-    assert (attend(0, q, k, v) - truth).norm() > 4 * best.norm()  # what the branch is for
+    assert (attend(0, q, k, v) - truth).norm() > 3 * best.norm()  # what the branch is for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
