@@ -346,10 +346,10 @@ class CachedAttention:
         # Scaled, masked and normalised in float32, whatever the model's dtype.
         weights = torch.add(bias, scores, alpha=size**-0.5).softmax(dim=-1).to(q.dtype)  # (B, K, r, P + L)
         private_weights = weights[..., self.prefix_length :].flatten(0, 1)
-        out = product(private_weights, private_values).view(q.shape)
+        out = torch.bmm(private_weights, private_values).view(q.shape)
         if self.prefix_length:
             out += self._against_prefix(layer, weights[..., : self.prefix_length], values=True)
-        return out.view(batch, heads, size).to(q.dtype)
+        return out.view(batch, heads, size)
 
     def _against_prefix(self, layer: int, x: Tensor, *, values: bool) -> Tensor:
         """Queries (B, K, r, D) times prompt keys -> (B, K, r, P); or weights (B, K, r, P) times values."""
@@ -360,7 +360,8 @@ class CachedAttention:
         # that it copies each in one piece.
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
-        out = product(x.reshape(len(other), -1, size), other if values else other.transpose(1, 2))
+        x = x.reshape(len(other), -1, size)
+        out = torch.bmm(x, other) if values else product(x, other.transpose(1, 2))
         out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
         out = out.reshape(len(self.members), -1).index_select(0, self.place)
         return out.view(batch, kv_heads, repeats, -1)
