@@ -395,6 +395,7 @@ class SamplerCounter:
 
     def __init__(self, config: Config, model: Model) -> None:
         self.model, self.sampler = model, ScheduleSampler(config, model)
+        self.varlen = config.attn_implementation == "varlen"
         self.real = Sampler(
             model.decoder, stop_token_ids=[STOP]
         )  # on the meta device, for single forward passes
@@ -440,7 +441,7 @@ class SamplerCounter:
         caches = self.real._prefixes, self.real._private
         for cache, simulated in zip(caches, (window.attend.prefixes, window.attend.private), strict=True):
             cache.allocate(simulated.slots, simulated.capacity)
-        return CachedAttention(*caches, rows, prompts, window.steps - 1, window.attend.fill)
+        return CachedAttention(*caches, rows, prompts, window.steps - 1, window.attend.fill, self.varlen)
 
     def _eager(self, window: Window) -> Launches:
         # The launches depend on these numbers alone; bytes are those of the first such window.
@@ -479,13 +480,15 @@ def learn(config: Config, model: Model, batches: list[Batch]) -> Learned:
     """Counts an update on micro-batches: reference, policy, recomputation, backward pass, optimiser."""
     total = Learned()
     passes = 1 + config.gradient_checkpointing + (config.beta > 0)
+    varlen = config.attn_implementation == "varlen"
     for batch in batches:
-        forward = _forward(model, batch)
+        forward = _forward(model, batch, varlen)
         launched = forward.kernels * (passes + BACKWARD)
         total.micro_batches += 1
         total.attention += sum(forward.attention.values())
         total.launches += launched
-        total.shapes |= set(forward.attention)
+        if not varlen:  # FlashAttention needs no plans
+            total.shapes |= set(forward.attention)
         # Products of the log-probs: one forward, three backward (they are recomputed), one of the reference.
         products = 2 * len(batch.ids) * model.decoder.output_weight.numel() * (4 + (config.beta > 0))
         # With LoRA, the backward pass computes no gradients of the layers' weights.
@@ -499,10 +502,10 @@ def learn(config: Config, model: Model, batches: list[Batch]) -> Learned:
 
 
 @torch.no_grad()
-def _forward(model: Model, batch: Batch) -> Launches:
+def _forward(model: Model, batch: Batch, varlen: bool) -> Launches:
     batch = batch.to("meta")
     with model.launches() as count:
-        attend = tree_attend(batch.trees, model.decoder.config.windows)
+        attend = tree_attend(batch.trees, model.decoder.config.windows, varlen=varlen)
         model.decoder(batch.input_ids, batch.position_ids, attend=attend)
     return count
 

@@ -211,6 +211,9 @@ class Config:
     kernels: Literal["auto", "torch", "triton"] = field(
         "auto", "for log-probs and loss; auto: triton on CUDA"
     )
+    attn_implementation: Literal["auto", "sdpa", "varlen"] = field(
+        "auto", "sdpa, or varlen: fewer launches on CUDA, only in bfloat16, untried on a GPU; auto: sdpa"
+    )
     threads: Annotated[int, ("at least", 0), ("at most", 1024)] = field(
         0, "CPU threads; 0: PyTorch's default"
     )
@@ -336,8 +339,8 @@ AFTER_START = frozenset(
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
     (
-        "chat_template_kwargs deterministic max_wrong_episodes report reward start_from success_threshold "
-        "verifier_workers"
+        "attn_implementation chat_template_kwargs deterministic max_wrong_episodes report reward start_from "
+        "success_threshold verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
@@ -379,7 +382,6 @@ TRL_HINTS = {
     "lora_alpha": "not here: all weights are trained",
     "load_in_4bit": "not here: use dtype float32 or bfloat16",
     "load_in_8bit": "not here: use dtype float32 or bfloat16",
-    "attn_implementation": "not here: there is one decoder",
     "use_liger_kernel": "use kernels",
     "bf16": "use dtype bfloat16",
     "fp16": "use dtype bfloat16",

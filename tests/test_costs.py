@@ -1,22 +1,26 @@
 """What a decode step and an update cost, in counts that no noisy neighbour changes: FLOPs of matrix products,
-bytes allocated, calls of Python. A change that makes any of them grow fails here, on every machine.
+kernels, bytes allocated, calls of Python. A change that makes any of them grow fails here, on every machine.
 """
 
 import random
 import sys
 from pathlib import Path
 
+import plain_varlen
 import pytest
 import tiny
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from lib.measure import flops  # noqa: E402
 
 from grpo.learner.packing import pack_sequences  # noqa: E402
+from grpo.learner.tree_attention import tree_attend  # noqa: E402
 from grpo.model.decoder import Decoder, ModelConfig  # noqa: E402
 from grpo.sampler.engine import Row, Sample, Sampler  # noqa: E402
+from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
 
 VOCABULARY, PROMPT, NEW, ROWS, SHARE = 1000, 40, 20, 16, 8
 NEVER = 10**6  # a stop token that cannot come: every row samples all its tokens
@@ -67,6 +71,24 @@ def python_calls(call):
     finally:
         sys.setprofile(None)
     return count
+
+
+class Kernels(TorchDispatchMode):
+    """The names of all operations that a GPU would launch a kernel for: no views, no allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if not function.is_view and name not in ("_unsafe_view", "empty", "new_empty", "detach"):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def attention(self):
+        """How many are calls of an attention function, not of its backward pass."""
+        return sum(("attention" in name or "attn" in name) and "backward" not in name for name in self.names)
 
 
 def test_sampling_multiplies_each_token_once_and_a_shared_prompt_once():
@@ -149,3 +171,59 @@ def test_an_update_multiplies_a_shared_prompt_once():
     # The logits are multiplied out twice (forward, and again in the backward pass), then the two gradients.
     head = 8 * model.output_weight.numel() * selected
     assert in_all == 6 * layer_weights(model) * tokens + head
+
+
+def test_attention_calls_of_an_update():
+    """8 groups of 8: a call for each prompt and each bundle of similar length, or one call for all."""
+    rng, lengths = random.Random(0), (40, 36, 28, 24, 18, 16, 10, 8)  # four bundles
+    groups = [
+        ([rng.randrange(VOCABULARY) for _ in range(PROMPT)],
+         [([rng.randrange(VOCABULARY) for _ in range(n)], [True] * n) for n in lengths])
+        for _ in range(8)
+    ]  # fmt: skip
+    (batch,) = pack_sequences(groups, max_tokens=10**4)
+    model = decoder()
+    with Kernels() as sdpa:
+        attend = tree_attend(batch.trees, model.config.windows)
+        model(batch.input_ids, batch.position_ids, attend=attend).sum().backward()
+    assert sdpa.attention() == 40 * model.config.num_layers
+    if not plain_varlen.REAL_FITS:
+        return  # PyTorch before 2.12
+    # torch's own function runs on the meta device, which computes shapes only.
+    model, batch = model.to("meta").bfloat16(), batch.to("meta")
+    with Kernels() as varlen:
+        attend = tree_attend(batch.trees, model.config.windows, varlen=True)
+        model(batch.input_ids, batch.position_ids, attend=attend).sum().backward()
+    assert varlen.attention() == varlen.names.count("_varlen_attn_backward") == model.config.num_layers
+    q, k = (torch.empty(1, heads, batch.num_tokens, 8, device="meta") for heads in (4, 2))
+    with Kernels() as one_layer:
+        attend(0, q, k, k)
+    assert one_layer.names == ["cat", "embedding", "_varlen_attn"]
+
+
+def test_attention_calls_of_fed_tokens_and_new_prompts():
+    """A call for each row that has several new tokens and for each new prompt, or one call for all."""
+    config = decoder().config
+    rows = [RowSpan(slot // 4, 9, 5 + slot, 7) for slot in range(8)] + [RowSpan(2, 11, 0, 1)]
+
+    def kernels(device, varlen):
+        prefixes, private = (
+            SlotCache(config, dtype=torch.bfloat16, device=torch.device(device)) for _ in range(2)
+        )
+        prefixes.allocate(3, 11)
+        private.allocate(9, 32)
+        attend = CachedAttention(prefixes, private, rows, [(2, 11)], varlen=varlen)
+        tokens = attend.position_ids.shape[1]
+        q, k = (
+            torch.zeros(1, heads, tokens, config.head_dim, dtype=torch.bfloat16, device=device)
+            for heads in (config.num_heads, config.num_kv_heads)
+        )
+        with torch.inference_mode(), Kernels() as seen:
+            assert attend(0, q, k, k).shape == q.shape
+        return seen
+
+    assert kernels("cpu", varlen=False).attention() == 9
+    if plain_varlen.REAL_FITS:
+        together = kernels("meta", varlen=True)
+        assert together.attention() == 1
+        assert together.names.count("index_put_") == 2 * 4  # new keys and values into the caches, and back

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import plain_varlen
 import pytest
 import tiny
 import torch
@@ -165,6 +166,24 @@ def test_every_way_of_training_runs_to_the_end(quick, settings):
     assert len(texts) == 2 * 2 * 3 and {episode["step"] for episode in texts} == {1, 2}
 
 
+def test_a_run_with_varlen_attention_is_the_run_with_sdpa(quick, monkeypatch):
+    """But for rounding. With torch's varlen_attn emulated, which a CPU lacks."""
+    expected = quick(beta=0.1)
+    calls = plain_varlen.install(monkeypatch)
+    monkeypatch.setattr("grpo.run.build.check_varlen", lambda *_: None)
+    done = quick(beta=0.1, attn_implementation="varlen")
+    assert done.status == 0 and calls, done.err
+    assert configuration.load(done.folder / "config.yaml").attn_implementation == "varlen"
+    assert configuration.load(expected.folder / "config.yaml").attn_implementation == "sdpa"
+    episodes, other_episodes = (
+        [record["completion_ids"] for record in records(folder, "episodes.jsonl")]
+        for folder in (done.folder, expected.folder)
+    )
+    assert episodes == other_episodes
+    for ours, right in zip(records(done.folder), records(expected.folder), strict=True):
+        assert ours == pytest.approx(right, rel=1e-3, abs=1e-5)
+
+
 def test_the_task_of_the_docs_trains(model, tmp_path, monkeypatch):
     """`--task module:Name` with options, from a file outside of the project, warm start included."""
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "tasks.md").read_text(), re.DOTALL)
@@ -205,6 +224,10 @@ BAD = {
     "no such kernels": (
         {"kernels": "triton"},
         ["kernels must be auto or torch on cpu, got 'triton'", "needs CUDA"],
+    ),
+    "no such attention here": (
+        {"attn_implementation": "varlen"},
+        ["attn_implementation must be auto or sdpa with device cpu: varlen needs CUDA"],
     ),
     "no such template": (
         {"chat_template": "/none"},

@@ -157,7 +157,7 @@ class Learner:
         kept, num_loss_tokens = with_gradient(episodes, config)
         packed = pack_episodes(kept, train_on=config.train_on, max_tokens=config.max_tokens_per_micro_batch)
         batches = [batch.to(device) for batch in packed]
-        attends = [tree_attend(batch.trees, self.model.config.windows) for batch in batches]
+        attends = [self._attend(batch) for batch in batches]
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
         roles = [trained_roles(batch, kept, config.train_on) for batch in packed]
         num_trained = Counter(chain.from_iterable(roles))
@@ -228,8 +228,8 @@ class Learner:
         self.optimizer.zero_grad()
         backwards = []
         for packed in pack_sequences(list(sequences), max_tokens=self.config.max_tokens_per_micro_batch):
-            batch, attend = packed.to(self.device), tree_attend(packed.trees, self.model.config.windows)
-            logprobs, _ = self._logprobs(self.model, batch, attend, temperature=1.0)
+            batch = packed.to(self.device)
+            logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
             backwards.append(self._backward(-logprobs.sum() / count))
         where = f"supervised step {self.optimizer.num_updates + 1}"
         update = self.apply_gradients(backwards, learning_rate, where=where, advice=SUPERVISED_ADVICE)
@@ -278,6 +278,10 @@ class Learner:
         """Restores `state()` and the model's weights. ValueError: a tensor is missing or does not fit."""
         self.optimizer.load_state(tensors, counters["num_updates"])
         self.num_steps, self.num_tokens = counters["num_steps"], counters["num_tokens"]
+
+    def _attend(self, batch: Batch) -> Attend:
+        varlen = self.config.attn_implementation == "varlen"
+        return tree_attend(batch.trees, self.model.config.windows, varlen=varlen)
 
     def _logprobs(
         self, model: Decoder, batch: Batch, attend: Attend, *, temperature: float, entropy: bool = False

@@ -1,8 +1,12 @@
 """Exact attention over a packed row (packing.py), without a (T, T) mask.
 
-A row contains each shared prefix once. Attention runs tree by tree: the prompt attends causally; the
-branches, in bundles of similar length padded to the longest, attend to the prompt and to themselves. Tokens
-that several branches share are computed here once per branch, and only once in the rest of the model.
+A row contains each shared prefix once. Two implementations compute the same:
+
+    sdpa    tree by tree: the prompt attends causally; the branches, in bundles of similar length padded to
+            the longest, attend to the prompt and to themselves. Tokens that several branches share are
+            computed here once per branch, and only once in the rest of the model. Runs everywhere.
+    varlen  one call per layer, on CUDA: the row is cut into runs, each the end of a path from its root, and
+            each run attends to its path. Every token is a query once, and there is no padding.
 
 T tokens of the row, N query heads, K key/value heads, D head size; P the prompt length of a tree, G the
 branches of a bundle, L the longest of them. Left out: kernels that skip masked blocks (flex attention would
@@ -13,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from grpo.model.attention import Attend, attention
+from grpo.model.attention import Attend, Spans, attention, upload, varlen_attention
 
 # The least length of a bundle's shortest branch over that of its longest. Attention in the demo's steps takes
 # a third less than with one bundle per tree.
@@ -38,20 +43,79 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return F.embedding(index, x.flatten(1)).unflatten(1, x.shape[1:])
 
 
-def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
+def tree_attend(trees: Sequence[Tree], windows: Sequence[int | None], *, varlen: bool = False) -> Attend:
     """Scaled dot-product attention under `dense_mask(trees, window=...)`, as the decoder's `attend`.
 
     Args:
         windows: per layer, how many positions a query sees (itself included), or None for all of them.
+        varlen: the implementation; it needs what `grpo.model.attention.check_varlen` checks.
     Returns:
         attend(layer, q (1, N, T, D), k (1, K, T, D), v (1, K, T, D)) -> (1, N, T, D), differentiable.
     """
     num_tokens = 1 + max(max(path) for tree in trees for path in (tree.prompt, *tree.branches))
-    plans: dict[tuple[int | None, torch.device], _Plan] = {}  # made once per micro-batch, not per layer
+    implementation = _varlen_attend(trees, windows) if varlen else _sdpa_attend(trees, windows, num_tokens)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.shape[0] != 1 or q.shape[2] != num_tokens:
             raise ValueError(f"q must hold one packed row of {num_tokens} tokens, got shape {tuple(q.shape)}")
+        return implementation(layer, q, k, v)
+
+    return attend
+
+
+# --- varlen ----------------------------------------------------------------------------------------------
+
+
+def runs(trees: Sequence[Tree]) -> tuple[list[int], list[tuple[int, ...]]]:
+    """Cuts the row into runs: consecutive places, each the child of the place before it.
+
+    A prompt and its first branch are one run. Each further branch is a run from where it leaves the others.
+
+    Returns:
+        of each run, in the order of the row, its length, and the places it attends to: the path from the root
+        to its last place. The run is the end of that path.
+    """
+    where: dict[int, tuple[tuple[int, ...], int]] = {}  # place -> a path through it, and its index there
+    for tree in trees:
+        for branch in tree.branches or ((),):
+            path = tree.prompt + branch
+            where.update((place, (path, index)) for index, place in enumerate(path))
+    bounds = []
+    for place in range(len(where)):
+        path, index = where[place]
+        if index == 0 or path[index - 1] != place - 1:
+            bounds.append(place)
+    bounds.append(len(where))
+    ends = [where[bound - 1] for bound in bounds[1:]]
+    lengths = [end - start for start, end in pairwise(bounds)]
+    return lengths, [path[: index + 1] for path, index in ends]
+
+
+def _varlen_attend(trees: Sequence[Tree], windows: Sequence[int | None]) -> Attend:
+    plans: dict[torch.device, tuple[Tensor, Spans]] = {}  # made once per micro-batch, not per layer
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if q.device not in plans:
+            lengths, paths = runs(trees)
+            places = upload(list(chain.from_iterable(paths)), q.device)
+            plans[q.device] = places, Spans.of(lengths, list(map(len, paths)), q.device)
+        places, spans = plans[q.device]
+        # One gather for both, since its backward pass sorts the places.
+        keys_and_values = torch.cat([x[0].transpose(0, 1) for x in (k, v)], dim=1)  # (T, 2 K, D)
+        keys, values = gather(keys_and_values, places).chunk(2, dim=1)
+        out = varlen_attention(q[0].transpose(0, 1), keys, values, spans, windows[layer])  # (T, N, D)
+        return out.transpose(0, 1)[None]
+
+    return attend
+
+
+# --- sdpa ------------------------------------------------------------------------------------------------
+
+
+def _sdpa_attend(trees: Sequence[Tree], windows: Sequence[int | None], num_tokens: int) -> Attend:
+    plans: dict[tuple[int | None, torch.device], _Plan] = {}  # made once per micro-batch, not per layer
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         key = (windows[layer], q.device)
         if key not in plans:
             plans[key] = _Plan.of(trees, num_tokens, *key)
@@ -132,6 +196,9 @@ def _visible(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """(queries, keys) bool from positions: a query sees itself and at most window - 1 positions before."""
     distance = query[:, None] - key
     return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+# --- the reference ---------------------------------------------------------------------------------------
 
 
 def dense_mask(trees: Sequence[Tree], *, window: int | None = None) -> Tensor:

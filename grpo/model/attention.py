@@ -1,6 +1,7 @@
 """Scaled dot-product attention, and the `attend` callable of a forward pass without a cache.
 
-`attention` is softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with grouped heads. `causal_attend` is
+`attention` is softmax(q k^T / sqrt(D)) v (Vaswani et al. 2017, eq. 1), with grouped heads.
+`varlen_attention` is the same for sequences of different lengths, in one call, on CUDA. `causal_attend` is
 the simplest `attend` that decoder.py takes: causal, with padding masks and sliding windows. The sampler's
 reads its caches (kv_cache.py), the learner's a packed tree (tree_attention.py).
 
@@ -10,12 +11,21 @@ head size. Shapes of `causal_attend`: as in decoder.py.
 Left out: dropout, and attention sinks.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+varlen_attn: Any
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # PyTorch before 2.10
+    varlen_attn = None
 
 # --- scaled dot-product attention ------------------------------------------------------------------------
 #
@@ -83,6 +93,79 @@ class _ProductsBackward(torch.autograd.Function):
         dq = torch.bmm(ds, k_rows).mul_(scale)
         dk = torch.bmm(ds.mT, q_rows).mul_(scale)
         return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape), None
+
+
+# --- sequences of different lengths in one call ----------------------------------------------------------
+#
+# torch's varlen_attn is FlashAttention (arXiv 2205.14135) over sequences that are packed one after the other.
+# One launch replaces those of a call per sequence or per length. There are no masks, no padding and no copies
+# of key/value heads. It runs on CUDA only (`check_varlen`). Its backward pass adds up in a fixed order only
+# under torch.use_deterministic_algorithms(True), without warn_only.
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Where G sequences begin among the packed queries and among the packed keys.
+
+    A sequence has a key for each of its tokens, and a query for one or more of its last tokens.
+    """
+
+    cu_seq_q: Tensor  # (G + 1,) int32, on the device: the first query of each; then the number of queries
+    cu_seq_k: Tensor  # (G + 1,) int32, on the device: the same for the keys
+    max_q: int  # the most queries of a sequence
+    max_k: int
+
+    @staticmethod
+    def of(queries: Sequence[int], keys: Sequence[int], device: torch.device) -> "Spans":
+        """From the number of queries and the number of keys of each sequence."""
+        starts = upload([[0, *accumulate(counts)] for counts in (queries, keys)], device, torch.int32)
+        return Spans(starts[0], starts[1], max(queries), max(keys))
+
+
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None = None) -> Tensor:
+    """Causal attention within each sequence: packed q (L, N, D), k and v (S, K, D) -> (L, N, D).
+
+    Same as `attention` sequence by sequence, with the last rows of a lower triangle as the mask.
+
+    Args:
+        window: how many tokens a query sees, itself included; None: all up to itself.
+    """
+    return varlen_attn(
+        q,
+        k,
+        v,
+        spans.cu_seq_q,
+        spans.cu_seq_k,
+        spans.max_q,
+        spans.max_k,
+        window_size=(-1 if window is None else window - 1, 0),  # tokens seen before and after a query's own
+        enable_gqa=True,
+    )
+
+
+def check_varlen(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises ValueError if `varlen_attention` cannot run here: device, dtype, head size, PyTorch."""
+    parameters = () if varlen_attn is None else inspect.signature(varlen_attn).parameters
+    if not device.startswith("cuda"):
+        here, needed = f"device {device}", "CUDA"
+    elif dtype not in (torch.bfloat16, torch.float16):
+        here, needed = f"dtype {str(dtype).removeprefix('torch.')}", "bfloat16"
+    elif head_dim % 8 or head_dim > 256:
+        here, needed = f"a head size of {head_dim}", "a multiple of 8 up to 256"
+    elif "window_size" not in parameters or "enable_gqa" not in parameters:
+        here, needed = f"PyTorch {torch.__version__}", "2.12 or newer"
+    elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+        capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        here, needed = f"a GPU of compute capability {capability}", "8.0 or higher"
+    else:
+        return
+    raise ValueError(f"attn_implementation must be auto or sdpa with {here}: varlen needs {needed}")
+
+
+def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers (nested lists) as a tensor on the device; from pinned memory, without waiting for the GPU."""
+    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
 
 
 # --- attention without a cache ---------------------------------------------------------------------------

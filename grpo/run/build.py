@@ -27,6 +27,7 @@ from grpo import warmstart
 from grpo.chat import Chat
 from grpo.config import Config
 from grpo.model import weights
+from grpo.model.attention import check_varlen
 from grpo.model.decoder import Decoder
 from grpo.rollout import Rollout
 from grpo.run import files, trackers
@@ -57,7 +58,7 @@ class Parts:
 def parts(config: Config, *, model_source: str | None = None) -> Parts:
     """Loads the model (from `model_source`, if given) and builds the parts around it.
 
-    Resolves `config.device` and `config.dtype` in place, so that config.yaml names what was used.
+    Resolves device, dtype and attn_implementation of `config` in place: config.yaml names what was used.
 
     Raises:
         ValueError, FileNotFoundError: a setting, a file, or weights that are NaN or infinite.
@@ -72,6 +73,9 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     source = model_source or config.model_name_or_path
     model, tokenizer = weights.load(source, dtype=dtype, device=config.device)
     _check_finite(model, source)
+    config.attn_implementation = choose_attention(
+        config.attn_implementation, config.device, dtype, model.config.head_dim
+    )
     chat = build_chat(config, model, tokenizer)
     sampler = Sampler(
         model,
@@ -81,6 +85,7 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
         cache_gb=config.cache_gb,
         stop_check_steps=config.stop_check_steps,
         cuda_graphs=config.cuda_graphs,
+        varlen=config.attn_implementation == "varlen",
     )
     rollout = build_rollout(config, sampler, task, chat)
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
@@ -244,6 +249,16 @@ def choose_dtype(name: Literal["auto", "float32", "bfloat16"], device: str) -> L
         return "bfloat16"
     print(f"dtype: float32; bfloat16 is {speedup:.1f} times as fast here ({origin})")
     return "float32"
+
+
+def choose_attention(
+    name: Literal["auto", "sdpa", "varlen"], device: str, dtype: torch.dtype, head_dim: int
+) -> Literal["sdpa", "varlen"]:
+    """`auto`: sdpa, until varlen has passed its tests on a GPU. ValueError if varlen cannot run here."""
+    if name == "varlen":
+        check_varlen(device, dtype, head_dim)
+        return name
+    return "sdpa"
 
 
 def bfloat16_speedup(seconds: float = 0.5) -> float:

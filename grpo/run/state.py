@@ -213,6 +213,8 @@ def directory(config: Config) -> Path:
         config.device = old.device
     if config.dtype == "auto":
         config.dtype = old.dtype
+    if config.attn_implementation == "auto":
+        config.attn_implementation = old.attn_implementation
     free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME, "max_steps"]
     if changed := configuration.differences(old, config, free):
         settings = "; ".join(changed)

@@ -20,7 +20,8 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache, multiple, power_of_two, upload
+from grpo.model.attention import upload
+from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache, multiple, power_of_two
 from grpo.sampler.script import RowState
 
 # With `few_shapes`, the length of the private caches is rounded up to a multiple of this.
@@ -81,7 +82,7 @@ def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
 class Batcher:
     """The batch of one `Sampler.run`: `next()` lays out a forward, `take()` hands its tokens to the rows.
 
-    With `few_shapes`, batches are filled up: see `fill` of CachedAttention.
+    With `few_shapes`, batches are filled up: see `fill` of CachedAttention. `varlen` is passed on to it.
     """
 
     def __init__(
@@ -93,8 +94,10 @@ class Batcher:
         max_rows: int,
         cache_bytes: float,
         few_shapes: bool = False,
+        varlen: bool = False,
     ) -> None:
-        self.private, self.prefixes, self.few_shapes = private, prefixes, few_shapes
+        self.private, self.prefixes = private, prefixes
+        self.few_shapes, self.varlen = few_shapes, varlen
         self.token_bytes = private.token_bytes
         self.budget = int(cache_bytes // self.token_bytes)
         need = max(state.need() for state in states)
@@ -154,7 +157,7 @@ class Batcher:
         self.stats["decode_steps"] += steps
         last += [0] * (fill - len(last))
         input_ids = upload([last + earlier + prompt_ids], self.private.device)
-        attend = CachedAttention(self.prefixes, self.private, spans, prompts, steps - 1, fill)
+        attend = CachedAttention(self.prefixes, self.private, spans, prompts, steps - 1, fill, self.varlen)
         return input_ids, attend, rows, steps
 
     def take(self, tokens: list[list[int]], logprobs: list[list[float]]) -> list[RowState]:

@@ -26,10 +26,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from grpo.model.attention import upload
 from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
 from grpo.sampler.batching import Batcher
 from grpo.sampler.cuda_graph import DecodeGraphs
-from grpo.sampler.kv_cache import CachedAttention, SlotCache, product, unrounded, upload
+from grpo.sampler.kv_cache import CachedAttention, SlotCache, product, unrounded
 from grpo.sampler.sampling import choose
 from grpo.sampler.script import Feed, Finished, Row, RowState, Sample, Turn
 
@@ -58,6 +59,8 @@ class Sampler:
             the device and lays out the batch only at a check. Tokens sampled after a stop token are dropped.
             For GPUs; log-probs may differ in their last bits.
         cuda_graphs: on CUDA, record decode steps once per shape and replay them (cuda_graph.py).
+        varlen: one attention call per layer for all fed tokens and new prompts of a forward (kv_cache.py); it
+            needs what `grpo.model.attention.check_varlen` checks.
     Attributes:
         stats: of the last run: prefill_tokens, fed_tokens, sampled_tokens, decode_steps, seconds.
     """
@@ -75,12 +78,13 @@ class Sampler:
         cache_gb: float = 2.0,
         stop_check_steps: int = 1,
         cuda_graphs: bool = True,
+        varlen: bool = False,
     ) -> None:
         self.model = model
         self.stop_token_ids = tuple(stop_token_ids)
         self.temperature, self.greedy, self.top_p, self.top_k = temperature, greedy, top_p, top_k
         self.max_rows, self.cache_gb, self.stop_check_steps = max_rows, cache_gb, stop_check_steps
-        self.cuda_graphs = cuda_graphs
+        self.cuda_graphs, self.varlen = cuda_graphs, varlen
         self.stats: dict[str, float] = {}
         weight = model.output_weight
         self._private = SlotCache(model.config, dtype=weight.dtype, device=weight.device)
@@ -125,6 +129,7 @@ class Sampler:
             max_rows=self.max_rows,
             cache_bytes=self.cache_gb * 1e9,
             few_shapes=self._graphs is not None,
+            varlen=self.varlen,
         )
         results: dict[int, Finished] = {}
         ended: list[RowState] = []

@@ -8,7 +8,8 @@ tokens that follow. One forward takes a *ragged* batch, packed flat into T token
 
 Most forwards have only the first part. It goes through batched matrix products, because
 scaled_dot_product_attention with one query per row and grouped heads was ten times slower on a CPU. The other
-parts are rare and use that function, one stretch of consecutive tokens at a time.
+parts are rarer. They use that function, one stretch of consecutive tokens at a time, or, with `varlen`, one
+call for all stretches.
 
 A prompt is cached without its last token. Each row starts with that token as its first private one, so every
 row always has a new token whose hidden state predicts the next.
@@ -20,13 +21,12 @@ Left out: paging (batching.py moves sequences between slots), quantised caches.
 """
 
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 
-from grpo.model.attention import attention
+from grpo.model.attention import Spans, attention, upload, varlen_attention
 from grpo.model.decoder import ModelConfig
 
 # --- the caches ------------------------------------------------------------------------------------------
@@ -98,11 +98,10 @@ class SlotCache:
         for view, new in zip(self._views[layer], (keys, values), strict=True):
             view[slots, :, positions] = new
 
-
-def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers (nested lists) as a tensor on the device; from pinned memory, without waiting for the GPU."""
-    host = torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda")
-    return host.to(device, non_blocking=True)
+    def read(self, layer: int, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (T, K, D) that `write` stored at (slots[t], positions[t])."""
+        keys, values = self._views[layer]
+        return keys[slots, :, positions], values[slots, :, positions]
 
 
 # --- products --------------------------------------------------------------------------------------------
@@ -160,15 +159,56 @@ class _Stretch:
     """Consecutive tokens [first, first + length) of the flat input that belong to one sequence.
 
     They see `prefix_length` tokens of prompt `prefix_slot`, then the first `private_length` tokens of row
-    `slot`, of which the stretch is the end. A new prompt (slot None) sees only itself.
+    `slot`. The stretch is the end of these. A new prompt (slot None) is the prompt that it sees.
     """
 
     first: int
     length: int
-    slot: int | None = None
-    prefix_slot: int = 0
-    prefix_length: int = 0
-    private_length: int = 0
+    slot: int | None
+    prefix_slot: int
+    prefix_length: int
+    private_length: int
+
+
+@dataclass(frozen=True)
+class _Together:
+    """All stretches of a forward, for one attention call per layer: keys are copied from the caches."""
+
+    spans: Spans
+    num_keys: int
+    # (cache, slot and position of each key there, its index among the keys), once per cache
+    copies: list[tuple[SlotCache, Tensor, Tensor, Tensor]]
+
+    @staticmethod
+    def of(stretches: list[_Stretch], prefixes: SlotCache, private: SlotCache) -> "_Together":
+        device = private.device
+        keys = [stretch.prefix_length + stretch.private_length for stretch in stretches]
+        parts = [  # of each stretch, in either cache: slot, number of keys, index of the first among the keys
+            (
+                (stretch.prefix_slot, stretch.prefix_length, end - count),
+                (stretch.slot or 0, stretch.private_length, end - stretch.private_length),
+            )
+            for stretch, count, end in zip(stretches, keys, accumulate(keys), strict=True)
+        ]
+        table = upload(parts, device)  # (stretches, 2, 3)
+        copies = []
+        for index, cache in enumerate((prefixes, private)):
+            total = sum(part[index][1] for part in parts)
+            slots, counts, first = table[:, index].unbind(1)
+            stretch = torch.repeat_interleave(counts, output_size=total)  # of each key; does not wait
+            positions = torch.arange(total, device=device) - (counts.cumsum(0) - counts)[stretch]
+            if total:
+                copies.append((cache, slots[stretch], positions, first[stretch] + positions))
+        spans = Spans.of([stretch.length for stretch in stretches], keys, device)
+        return _Together(spans, sum(keys), copies)
+
+    def attend(self, layer: int, q: Tensor, window: int | None) -> Tensor:
+        """q (tokens of all stretches, N, D) -> the same shape."""
+        shape = self.num_keys, self.copies[0][0].config.num_kv_heads, q.shape[-1]
+        keys, values = q.new_empty(shape), q.new_empty(shape)
+        for cache, slots, positions, indices in self.copies:
+            keys[indices], values[indices] = cache.read(layer, slots, positions)
+        return varlen_attention(q, keys, values, self.spans, window)
 
 
 class CachedAttention:
@@ -181,6 +221,7 @@ class CachedAttention:
         lookahead: how many times `advance` will be called.
         fill: pads the batch to this many rows and rounds all sizes up, so that few shapes occur, as CUDA
             graphs need. The results of padding rows are never read. 0: no padding, exact sizes.
+        varlen: one attention call per layer for all new tokens but the last of each row, see `Sampler`.
     Attributes:
         position_ids: (1, T) int64, in the order given at the top of this file.
     """
@@ -193,6 +234,7 @@ class CachedAttention:
         prompts: list[tuple[int, int]],
         lookahead: int = 0,
         fill: int = 0,
+        varlen: bool = False,
     ) -> None:
         self.prefixes, self.private, self.config = prefixes, private, private.config
         self.num_rows = self.batch = len(rows)
@@ -219,7 +261,7 @@ class CachedAttention:
         self.private_tokens = len(slots)
         for slot, length in prompts:
             if length:
-                self.stretches.append(_Stretch(len(slots), length))
+                self.stretches.append(_Stretch(len(slots), length, None, slot, length, 0))
                 slots += [slot] * length
                 places += range(length)
                 positions += range(length)
@@ -228,9 +270,12 @@ class CachedAttention:
         self.slots, self.places, self.position_ids = table[0], table[1], table[2:]
         self._arrange(rows, lookahead)
         self.update_biases()
+        self._together: _Together | None = None
+        if varlen and self.stretches:
+            self._together = _Together.of(self.stretches, prefixes, private)
         self._masks = {
             (stretch, window): self._mask(stretch, window)
-            for stretch in self.stretches
+            for stretch in (() if varlen else self.stretches)
             for window in set(self.config.windows)
         }
 
@@ -242,7 +287,7 @@ class CachedAttention:
         is not written yet is masked.
         """
         n = self.private_tokens = self.batch
-        self.stretches, self._masks = [], {}
+        self.stretches, self._masks, self._together = [], {}, None
         self.slots, self.places, self.position_ids = self.slots[:n], self.places[:n], self.position_ids[:, :n]
         self.advance_counters()
         self.update_biases()
@@ -312,7 +357,7 @@ class CachedAttention:
 
     def _mask(self, stretch: _Stretch, window: int | None) -> Tensor | None:
         """(length, keys) bool, True where a token sees a key; None for plain causal attention within it."""
-        keys = stretch.length if stretch.slot is None else stretch.prefix_length + stretch.private_length
+        keys = stretch.prefix_length + stretch.private_length
         if stretch.slot is None and (window is None or stretch.length <= window):
             return None
         key = torch.arange(keys, device=self.private.device)
@@ -327,7 +372,11 @@ class CachedAttention:
         if n < len(k):
             self.prefixes.write(layer, self.slots[n:], self.places[n:], k[n:], v[n:])
         out = [self._attend_rows(layer, q[: self.batch])]
-        out += [self._attend_stretch(layer, stretch, q, k, v) for stretch in self.stretches]
+        if self._together is not None:
+            window = self.config.windows[layer]
+            out.append(self._together.attend(layer, q[self.batch :], window))
+        else:
+            out += [self._attend_stretch(layer, stretch, q, k, v) for stretch in self.stretches]
         return (torch.cat(out) if self.stretches else out[0]).transpose(0, 1)[None]
 
     def _attend_rows(self, layer: int, q: Tensor) -> Tensor:

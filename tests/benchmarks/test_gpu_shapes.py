@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import plain_varlen
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from lib import launches  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
+from grpo.learner.packing import pack_episodes  # noqa: E402
 from grpo.model.decoder import Decoder, ModelConfig  # noqa: E402
 
 RATES = launches.Rates(flops=1e12, bandwidth=1e9, smallest=1e-6)
@@ -50,6 +52,24 @@ def test_turns_end_where_they_were_drawn():
     assert sampler.recordings == len({w.attend.shape for w in windows if w.steps > w.eager})
     again = gpu_shapes.ScheduleSampler(config, gpu_shapes.Model("1.5B"))
     assert [w.attend.shape for w in again.schedule(rows)] == [w.attend.shape for w in windows]
+
+
+@pytest.mark.skipif(not plain_varlen.REAL_FITS, reason="needs PyTorch 2.12 or newer")
+def test_varlen_is_one_attention_call_per_layer():
+    """In the learner, and in each forward pass of the sampler that takes in fed tokens or new prompts."""
+    counts = {}
+    for name in ("sdpa", "varlen"):
+        config = configuration.parse(["--preset", "paper_countdown", *SMALL, "--attn_implementation", name])
+        work, tables = gpu_shapes.Workload(config, seed=0), gpu_shapes.ModelTables(config, "1.5B")
+        rows = work.rl_step()
+        tables.step(rows, pack_episodes(work.episodes(rows), train_on="reflection", max_tokens=4096))
+        counts[name] = tables.sampler[0], tables.learner[0]
+    (sampled, learned), (_, plain) = counts["varlen"], counts["sdpa"]
+    layers = tables.model.config.num_layers
+    assert learned["attention"] == layers * learned["micro-batches"] < plain["attention"]
+    assert learned["launches"] < plain["launches"] and learned["plans"] == 0 < plain["plans"]
+    assert layers * max(sampled["fed"], sampled["prompts"]) <= sampled["attention"]
+    assert sampled["attention"] <= layers * (sampled["fed"] + sampled["prompts"])
 
 
 def test_lengths_follow_their_distribution():

@@ -5,6 +5,7 @@ import math
 import random
 from types import SimpleNamespace
 
+import plain_varlen
 import pytest
 import tiny
 import torch
@@ -63,6 +64,7 @@ def config(**changes) -> SimpleNamespace:
         num_iterations=1,
         max_tokens_per_micro_batch=10_000,
         gradient_checkpointing=False,
+        attn_implementation="auto",
     )
     assert changes.keys() <= values.keys()
     return SimpleNamespace(**{**values, **changes})
@@ -226,6 +228,30 @@ def test_a_step_without_any_signal(beta):
     assert (metrics["grad_norm"] == 0.0) == (beta == 0.0)
     assert ("entropy" in metrics) == (beta > 0)
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_varlen_attention_gives_the_same_update(window, gradient_checkpointing, monkeypatch):
+    """With torch's varlen_attn emulated: everything up to that call is what runs on CUDA."""
+    for name, value in {"model_type": "mistral", "sliding_window": window}.items():
+        monkeypatch.setitem(HF_CONFIG, name, value)
+    calls = plain_varlen.install(monkeypatch)
+    settings = dict(
+        gradient_checkpointing=gradient_checkpointing, num_iterations=2, max_tokens_per_micro_batch=40
+    )
+    plain, subject = (
+        learner(config(attn_implementation=name, **settings), torch.float64) for name in ("sdpa", "varlen")
+    )
+    transcripts = [([1, 2, 3], [([4, 5, 6], [True] * 3), ([4, 7], [False, True])])]
+    for update in (lambda x: x.step(episodes()), lambda x: x.supervised_step(transcripts, 1e-3)):
+        expected = update(plain)
+        assert not calls
+        assert update(subject) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        for name, gradient in plain.optimizer.gradients.items():
+            torch.testing.assert_close(subject.optimizer.gradients[name], gradient, rtol=1e-6, atol=1e-9)
+        assert {before for _, (before, after) in calls} == {-1 if window is None else window - 1}
+        calls.clear()
 
 
 # --- masks

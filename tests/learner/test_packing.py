@@ -1,5 +1,6 @@
 """Tree packing: row contents, exact attention, gradients equal to one row per sequence, isolated branches."""
 
+import plain_varlen
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +9,7 @@ from torch.nn.functional import log_softmax, scaled_dot_product_attention
 
 from grpo.episode import Episode
 from grpo.learner.packing import pack_episodes, pack_sequences
-from grpo.learner.tree_attention import Tree, dense_mask, tree_attend
+from grpo.learner.tree_attention import Tree, dense_mask, runs, tree_attend
 
 
 def episode(prompt, completion, roles="r", group=0):
@@ -161,20 +162,18 @@ FORESTS = [
 ]
 
 
-# Full, narrower than the prompt, narrower than a branch, self only; 4 query heads on 4, 2 and 1 key heads.
-@pytest.mark.parametrize("trees", FORESTS, ids=["ragged", "forest", "shared"])
-@pytest.mark.parametrize("window", [None, 4, 2, 1])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_tree_attention_equals_the_dense_mask(trees, window, kv_heads):
+IMPLEMENTATIONS = pytest.mark.parametrize("varlen", [False, True], ids=["sdpa", "varlen"])
+
+
+def assert_tree_attention_equals_the_dense_mask(trees, window, kv_heads, varlen):
+    """Result and gradients, in float64."""
     torch.manual_seed(0)
-    tokens = len(dense_mask(trees))
+    mask = dense_mask(trees, window=window)
     q, k, v, upstream = (
-        torch.randn(1, heads, tokens, 8, dtype=torch.float64, requires_grad=True)
+        torch.randn(1, heads, len(mask), 8, dtype=torch.float64, requires_grad=True)
         for heads in (4, kv_heads, kv_heads, 4)
     )
-    attend = tree_attend(trees, [None, window])
-    mask = dense_mask(trees, window=window)
-    ours = attend(1, q, k, v)
+    ours = tree_attend(trees, [None, window], varlen=varlen)(1, q, k, v)
     right = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(ours, right, rtol=0, atol=1e-12)
     for a, b in zip(
@@ -185,9 +184,58 @@ def test_tree_attention_equals_the_dense_mask(trees, window, kv_heads):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_tree_attention_in_bfloat16():
+# Full, narrower than the prompt, narrower than a branch, self only; 4 query heads on 4, 2 and 1 key heads.
+@IMPLEMENTATIONS
+@pytest.mark.parametrize("trees", FORESTS, ids=["ragged", "forest", "shared"])
+@pytest.mark.parametrize("window", [None, 4, 2, 1])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_tree_attention_equals_the_dense_mask(trees, window, kv_heads, varlen, monkeypatch):
+    plain_varlen.install(monkeypatch)
+    assert_tree_attention_equals_the_dense_mask(trees, window, kv_heads, varlen)
+
+
+@IMPLEMENTATIONS
+@settings(max_examples=60, deadline=None)
+@given(
+    groups_of_sequences,
+    st.sampled_from([2, 50]),
+    st.sampled_from([None, 3, 1]),
+    st.randoms(use_true_random=False),
+)
+def test_tree_attention_of_packed_rows_equals_the_dense_mask(varlen, shapes, vocabulary, window, rng):
+    """Groups that share beginnings of prompts and of completions, in all ways that packing makes."""
+    groups = []
+    for prompt_length, lengths in shapes:
+        prompt, *completions = (
+            [rng.randrange(vocabulary) for _ in range(n)] for n in (prompt_length, *lengths)
+        )
+        groups.append((prompt, [(ids, [True] * len(ids)) for ids in completions]))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = plain_varlen.install(monkeypatch)
+        for batch in pack_sequences(groups, max_tokens=1000):
+            assert_tree_attention_equals_the_dense_mask(batch.trees, window, 2, varlen)
+            lengths, _ = runs(batch.trees)
+            assert sum(lengths) == batch.num_tokens  # every token is a query once
+            assert len(lengths) <= sum(max(1, len(tree.branches)) for tree in batch.trees)
+        assert all(shape[0] == batch.num_tokens for shape, _ in calls) and (len(calls) == 1) == varlen
+
+
+def test_the_runs_of_a_row():
+    tree = Tree((0, 1), ((2, 3, 4), (2, 5), (6,)))
+    assert runs([tree]) == ([5, 1, 1], [(0, 1, 2, 3, 4), (0, 1, 2, 5), (0, 1, 6)])
+    assert runs([Tree((0,), ())]) == ([1], [(0,)])
+    # A second prompt that begins like the first, and one that is the beginning of another branch.
+    assert runs([tree, Tree((0, 7, 8), ((9,),)), Tree((0, 1, 6), ())]) == (
+        [5, 1, 1, 3],
+        [(0, 1, 2, 3, 4), (0, 1, 2, 5), (0, 1, 6), (0, 7, 8, 9)],
+    )
+
+
+@IMPLEMENTATIONS
+def test_tree_attention_in_bfloat16(varlen, monkeypatch):
+    plain_varlen.install(monkeypatch)
     q, k, v = (torch.randn(1, heads, 13, 8).bfloat16() for heads in (4, 2, 2))
-    ours = tree_attend(FORESTS[0], [None])(0, q, k, v)
+    ours = tree_attend(FORESTS[0], [None], varlen=varlen)(0, q, k, v)
     assert ours.dtype == torch.bfloat16
     mask = dense_mask(FORESTS[0])
     right = scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask, enable_gqa=True)

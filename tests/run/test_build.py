@@ -58,9 +58,10 @@ def test_build_puts_the_settings_where_they_belong(folder):
 def test_auto_settings_are_resolved_in_the_config(folder, monkeypatch):
     monkeypatch.setattr(build, "choose_device", lambda name: "cpu")
     monkeypatch.setattr(build, "choose_dtype", lambda name, device: "bfloat16")
-    config = settings(folder, device="auto", dtype="auto")
+    config = settings(folder, device="auto", dtype="auto", attn_implementation="auto")
     built = build.parts(config)
-    assert (config.device, config.dtype) == ("cpu", "bfloat16")
+    assert (config.device, config.dtype, config.attn_implementation) == ("cpu", "bfloat16", "sdpa")
+    assert not built.sampler.varlen
     assert built.dtype == torch.bfloat16 == built.model.output_weight.dtype
 
 

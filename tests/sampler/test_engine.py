@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from itertools import pairwise
 
+import plain_varlen
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -159,6 +160,38 @@ def test_the_caller_works_on_ended_rows_while_the_next_forwards_are_queued(monke
     assert "dw" in order
 
 
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_varlen_attention_gives_the_same_texts(family, steps, monkeypatch):
+    """With torch's varlen_attn emulated. A call per layer has all fed tokens and new prompts of a forward."""
+    calls = plain_varlen.install(monkeypatch)
+    model = make_model(**FAMILIES[family])
+    rows = make_rows(group=6)
+    plain, varlen = (
+        Sampler(model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps, varlen=on)
+        for on in (False, True)
+    )
+    expected = plain.run(rows)
+    assert not calls
+    finished = varlen.run(rows)
+    assert texts(finished) == texts(expected)
+    assert_logprobs(model, finished, 1.0)
+    layers = model.config.num_layers
+    assert {before for _, (before, _) in calls} == {-1 if w is None else w - 1 for w in model.config.windows}
+    assert len(calls) <= layers * varlen.stats["decode_steps"]
+    tokens = varlen.stats["fed_tokens"] + varlen.stats["prefill_tokens"]
+    assert sum(shape[0] for shape, _ in calls) == layers * tokens  # each once
+
+
+def test_varlen_attention_of_prompts_without_a_cache(monkeypatch):
+    """All prompts have one token, which is each row's first private one: nothing is in the prompts' cache."""
+    calls = plain_varlen.install(monkeypatch)
+    model = make_model()
+    rows = make_rows(lengths=(1,), group=5)
+    finished = Sampler(model, stop_token_ids=STOPS, varlen=True).run(rows)
+    assert texts(finished) == texts(Sampler(model, stop_token_ids=STOPS).run(rows)) and calls
+
+
 class Operations(TorchDispatchMode):
     """The names and shapes of all operations, and whether one made the host wait for the device."""
 
@@ -210,13 +243,17 @@ def graphs(monkeypatch):
     return count
 
 
+@pytest.mark.parametrize("varlen", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("steps", [1, 5])
-def test_decode_steps_by_graph_change_no_text(family, steps, graphs):
+def test_decode_steps_by_graph_change_no_text(family, steps, varlen, graphs, monkeypatch):
+    plain_varlen.install(monkeypatch)
     model = make_model(**FAMILIES[family])
     rows = make_rows(group=6)
     plain, graphed = (
-        Sampler(model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps, cuda_graphs=on)
+        Sampler(
+            model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=steps, cuda_graphs=on, varlen=varlen
+        )
         for on in (False, True)
     )
     expected = plain.run(rows)

@@ -7,8 +7,11 @@ import pytest
 import tiny
 import tiny_run
 import torch
-from test_engine import FAMILIES, STOPS, VOCABULARY, make_model, make_rows, prompt, texts
+from test_engine import FAMILIES, STOPS, VOCABULARY, make_model, make_rows, prompt, sequence, texts
+from torch.nn.functional import scaled_dot_product_attention
 
+from grpo.learner.packing import pack_sequences
+from grpo.learner.tree_attention import dense_mask, tree_attend
 from grpo.sampler import engine as sampler_module
 from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.sampler.kv_cache import CachedAttention, product
@@ -124,3 +127,116 @@ def test_two_runs_of_train_py_are_equal(process, tmp_path, dtype, deterministic)
         found.append(tiny_run.contents(done.folder))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 5
     assert [name for name in found[0] if found[0][name] != found[1][name]] == []
+
+
+# --- attn_implementation: varlen ----------------------------------------------------------------------------
+#
+# `auto` stays sdpa until these have passed on a GPU. An error is the distance from the result in float64 or
+# float32, relative to its norm; varlen may be at most twice as wrong as sdpa.
+
+
+def row(groups=3, prompt_length=37, lengths=(70, 65, 41, 33, 12, 1)):
+    """A packed row of groups that begin alike."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(count):
+        return torch.randint(VOCABULARY, (count,), generator=generator).tolist()
+
+    system, packed = ids(11), []
+    for _ in range(groups):
+        start = ids(5)
+        completions = [(start + ids(length), [True] * (5 + length)) for length in lengths]
+        packed.append((system + ids(prompt_length), completions))
+    (batch,) = pack_sequences(packed, max_tokens=10**4)
+    return batch
+
+
+def attention_and_gradients(attend, tensors, dtype):
+    q, k, v, upstream = (x.detach().to(dtype) for x in tensors)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attend(0, *leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
+
+
+def errors(results, truth):
+    return [((x.double() - t).norm() / t.norm()).item() for x, t in zip(results, truth, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads, kv_heads, size", [(12, 2, 128), (9, 3, 64), (4, 4, 96)])
+def test_varlen_tree_attention_is_as_near_to_float64_as_sdpa(heads, kv_heads, size, window):
+    torch.manual_seed(0)
+    batch = row()
+    tensors = [
+        torch.randn(1, n, batch.num_tokens, size, device="cuda").bfloat16()
+        for n in (heads, kv_heads, kv_heads, heads)
+    ]
+    mask = dense_mask(batch.trees, window=window).to("cuda")
+
+    def exact(layer, q, k, v):
+        k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    truth = attention_and_gradients(exact, tensors, torch.float64)
+    sdpa, varlen = (
+        attention_and_gradients(tree_attend(batch.trees, [window], varlen=on), tensors, torch.bfloat16)
+        for on in (False, True)
+    )
+    for error, other in zip(errors(varlen, truth), errors(sdpa, truth), strict=True):
+        assert error < 2 * other + 1e-4 and error < 0.02, (error, other)
+
+
+def test_varlen_tree_attention_repeats_under_deterministic_algorithms():
+    batch = row()
+    tensors = [torch.randn(1, n, batch.num_tokens, 64, device="cuda").bfloat16() for n in (8, 2, 2, 8)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, *others = (
+            attention_and_gradients(tree_attend(batch.trees, [None], varlen=True), tensors, torch.bfloat16)
+            for _ in range(4)
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+def test_a_varlen_update_in_bfloat16():
+    parts = tiny.build()
+    episodes = tiny.episodes(parts)
+    _, right, _ = tiny.update(parts, episodes, dtype=torch.float64, beta=0.0)
+    there = copy.copy(parts)
+    there.model = copy.deepcopy(parts.model).to("cuda")
+    truth = [gradient.double() for gradient in right.values()]
+    found = {}
+    for name in ("sdpa", "varlen"):
+        _, gradients, _ = tiny.update(
+            there, episodes, dtype=torch.bfloat16, beta=0.0, attn_implementation=name
+        )
+        found[name] = sum(errors([gradients[key].cpu() for key in right], truth))
+    assert found["varlen"] < 2 * found["sdpa"], found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_varlen_sampling_in_bfloat16(family, graphs):
+    """Its log-probs are as near to a full forward pass in float32 as with sdpa."""
+    model = make_model(**FAMILIES[family]).to("cuda").bfloat16()
+    exact = copy.deepcopy(model).float()
+    differences = {}
+    for varlen in (False, True):
+        sampler = Sampler(
+            model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=4, cuda_graphs=graphs, varlen=varlen
+        )
+        found = []
+        for item in sampler.run(make_rows(group=6)):
+            ids, spans = sequence(item)
+            with torch.no_grad():
+                logits = exact.logits(exact(torch.tensor([ids], device="cuda")))[0]
+            logprobs = logits.log_softmax(-1).cpu()
+            found += [
+                abs(logprobs[first - 1 + i, turn.ids[i]].item() - turn.logprobs[i])
+                for first, turn in spans
+                for i in range(len(turn.ids))
+            ]
+        differences[varlen] = sum(found) / len(found)
+    assert differences[True] < 2 * differences[False], differences
