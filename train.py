@@ -40,7 +40,7 @@ import grpo_kernels
 
 from grpo import config as configuration
 from grpo import failures, warmstart
-from grpo.config import Config
+from grpo.config import Config, current_file
 from grpo.episode import Episode
 from grpo.evaluate.comparison import CONTROLS, report
 from grpo.evaluate.measure import measure
@@ -200,8 +200,10 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             # Copies the new weights to the sampler; free if both share the same tensors.
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
-            for episode in episodes:
-                files.append_jsonl(run.folder / "episodes.jsonl", {"step": step, **episode.to_json()})
+            files.append_jsonl(
+                current_file(run.folder, "episodes.jsonl.gz"),  # a run that began with a plain file keeps it
+                *({"step": step, **episode.to_json()} for episode in episodes),
+            )
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,

@@ -13,6 +13,7 @@ Left out: coverage guidance, and the network.
 from __future__ import annotations
 
 import copy
+import gzip
 import hashlib
 import importlib
 import io
@@ -57,6 +58,7 @@ from transformers import PreTrainedTokenizerFast  # noqa: E402
 from grpo import config as configuration  # noqa: E402
 from grpo import failures  # noqa: E402
 from grpo.config import TYPES, Config, TaskOptions  # noqa: E402
+from grpo.episode import role_runs  # noqa: E402
 from grpo.evaluate import __main__ as evaluate  # noqa: E402
 from grpo.evaluate.comparison import ModelResult, read_report, report  # noqa: E402
 from grpo.evaluate.measure import RECORD  # noqa: E402
@@ -65,6 +67,7 @@ from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
 from grpo.model import gguf as gguf_file  # noqa: E402
 from grpo.model import weights  # noqa: E402
 from grpo.model.rope import Rope, frequencies  # noqa: E402
+from grpo.report import curves, page  # noqa: E402
 from grpo.run import build, checkpoint, files, inputs, metrics, state  # noqa: E402
 from grpo.run.diagnostics import Warnings  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
@@ -950,15 +953,17 @@ def damaged(names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
     def changed(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
         content = (whole_run() / name).read_bytes()
         of_bytes = mutated_bytes(content, edits=2)
-        strategy = of_bytes | line(content) if name.endswith(".jsonl") else of_bytes
+        if name.endswith(".gz"):
+            text = gzip.decompress(content)
+            strategy = of_bytes | (line(text) | mutated_bytes(text, edits=2)).map(gzip.compress)
+        else:
+            strategy = of_bytes | line(content) if name.endswith(".jsonl") else of_bytes
         return strategy.map(lambda new: (name, new))
 
     return st.sampled_from(names).flatmap(changed)
 
 
-@entry_point(
-    lambda: damaged(["failures.jsonl", "metrics.jsonl", "evaluation-before_rl.jsonl", "evaluation.json"])
-)
+@entry_point(lambda: damaged([*LOGS, "episodes.jsonl.gz"]))
 def run_logs(value: tuple[str, bytes]) -> None:
     """The saved lines of a run, read as the stages and the experiments read them."""
     name, content = value
@@ -977,8 +982,23 @@ def run_logs(value: tuple[str, bytes]) -> None:
             state.validated(Path(folder))
         elif name == "evaluation.json":
             read_report(path)
+        elif name == "episodes.jsonl.gz":
+            for line in files.read_jsonl(path, lambda _: {"roles": list}):
+                role_runs(line["roles"])
         else:
             table(report({"before_rl": ModelResult(list(files.records(path, RECORD)))}))
+
+
+@entry_point(lambda: damaged([*LOGS, "episodes.jsonl.gz", "timings.jsonl", "stages.jsonl", "config.yaml"]))
+def run_page(value: tuple[str, bytes]) -> None:
+    """The page of a run with a damaged file, without its curves: whatever the damage, it is written."""
+    name, content = value
+    with tempfile.TemporaryDirectory() as folder:
+        without_weights = shutil.ignore_patterns("*.safetensors")
+        run = Path(shutil.copytree(whole_run(), Path(folder, "run"), ignore=without_weights))
+        (run / name).write_bytes(content)
+        with mock.patch.object(curves, "svg", lambda chart, key: ""):
+            page.write_report([run], run / page.FILE)
 
 
 @entry_point(lambda: damaged([*LOGS, "config.yaml", "inputs.json", "start/sha256.json"]))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 
@@ -62,11 +61,10 @@ def warm_start_steps(run: Path, settings: config.Config) -> Iterator[list[warmst
 
 def rl_steps(run: Path, settings: config.Config) -> Iterator[list[warmstart.TrainingSequence]]:
     """Whole groups, including completions without a gradient, which the learner leaves out."""
-    names = {field.name for field in fields(Episode)}
-    for _, lines in groupby(files.read_jsonl(run / "episodes.jsonl"), key=lambda line: line["step"]):
+    stored = files.read_jsonl(config.current_file(run, "episodes.jsonl.gz"))
+    for _, lines in groupby(stored, key=lambda line: line["step"]):
         groups: dict[int, warmstart.TrainingSequence] = {}
-        for line in lines:
-            episode = Episode(**{name: value for name, value in line.items() if name in names})
+        for episode in map(Episode.from_json, lines):
             completions = groups.setdefault(episode.group_id, (episode.prompt_ids, []))[1]
             completions.append((episode.completion_ids, episode.loss_mask(settings.train_on)))
         yield list(groups.values())

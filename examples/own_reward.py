@@ -52,5 +52,5 @@ if __name__ == "__main__":  # the function runs in a process of its own, which i
     argv += ["--run_name", "word_counts", *small.split(), "--max_reflection_length", "24", *rest]
     status = train.main(argv)
     if status == 0:
-        print("episodes.jsonl has the `scores` of each retry; metrics.jsonl their mean, verdicts/score")
+        print("episodes.jsonl.gz has the `scores` of each retry; metrics.jsonl their mean, verdicts/score")
     sys.exit(status)

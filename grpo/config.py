@@ -347,7 +347,10 @@ RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
 RETIRED_VALUES: dict[str, dict[Any, Any]] = {  # old name -> old value -> new value
     "tensorboard": {True: "tensorboard", False: "none"}
 }
-RETIRED_FILES = {"evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl"}  # old name -> new name
+RETIRED_FILES = {  # old name -> new name
+    "evaluation-vanilla.jsonl": "evaluation-before_rl.jsonl",
+    "episodes.jsonl": "episodes.jsonl.gz",
+}
 
 # What to use for the names that TRL's commands take and this trainer does not: docs/from_trl.md, "Names that
 # are refused", is this table.
@@ -403,7 +406,7 @@ TRL_HINTS = {
     "overwrite_output_dir": "not here: output_dir gets a numbered directory for each run",
     "logging_steps": "not here: every step is logged",
     "logging_dir": "not here: logs are in the run directory",
-    "log_completions": "not here: episodes.jsonl always has the completions",
+    "log_completions": "not here: episodes.jsonl.gz always has the completions",
     "eval_strategy": "use eval_steps; 0: never",
     "save_strategy": "use save_steps; 0: only the last step",
     "push_to_hub": "not here: `python -m grpo.export` writes a folder to upload",

@@ -8,10 +8,12 @@ Left out: tensors. packing.py makes them, when all lengths are known.
 
 from __future__ import annotations
 
+import reprlib
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import groupby
 from typing import Any
 
 # train_on -> the roles whose tokens are in the loss. "context", which the program fed in between, never is.
@@ -54,8 +56,26 @@ class Episode:
             raise ValueError(f"completion_ids, roles and logprobs must be equally long, got {lengths}")
 
     def to_json(self) -> dict[str, Any]:
-        """All fields; without `scores` if there are none, as in episodes.jsonl of older versions."""
-        return {name: value for name, value in vars(self).items() if name != "scores" or value}
+        """All fields, as the run directory stores them: for people and experiments, never for training.
+
+        `roles` has a [role, tokens] pair per turn: [["reflection", 90], ["context", 60], ["retry", 20]].
+        Log-probs have 6 significant digits. `scores` is left out if there are none.
+        """
+        record = {name: value for name, value in vars(self).items() if name != "scores" or value}
+        record["roles"] = [[role, len(list(run))] for role, run in groupby(self.roles)]
+        record["logprobs"] = [float(f"{logprob:.6g}") for logprob in self.logprobs]
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Episode:
+        """The episode of a stored record, also of one from an older version; other keys are ignored.
+
+        Raises:
+            ValueError: its lists do not fit together.
+        """
+        stored = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        roles = [role for role, tokens in role_runs(record["roles"]) for _ in range(tokens)]
+        return cls(**{**stored, "roles": roles})
 
     def truncated(self, train_on: str) -> bool:
         """Whether a trained turn was cut at its length limit."""
@@ -69,6 +89,26 @@ class Episode:
             raise ValueError(f"train_on must be one of {', '.join(ROLES_TRAINED)}, got {train_on!r}")
         trained = ROLES_TRAINED[train_on]
         return [role in trained for role in self.roles]
+
+
+def role_runs(stored: Iterable[Any]) -> list[tuple[str, int]]:
+    """(role, number of tokens) of consecutive tokens, from the stored `roles` of an episode.
+
+    Args:
+        stored: [role, tokens] pairs as `Episode.to_json` writes them, or one role per token, as before them.
+    Raises:
+        ValueError: an entry is neither.
+    """
+    runs = []
+    for entry in stored:
+        match entry:
+            case str(role):
+                runs.append((role, 1))
+            case [str(role), int(tokens)] if tokens > 0:
+                runs.append((role, tokens))
+            case _:
+                raise ValueError(f"roles must be strings or [role, tokens] pairs, got {reprlib.repr(entry)}")
+    return runs
 
 
 def episode_metrics(episodes: Sequence[Episode], train_on: str) -> dict[str, float]:

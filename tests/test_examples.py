@@ -48,7 +48,7 @@ def test_own_reward(model, tmp_path):
     out = output("own_reward.py", model, tmp_path, *small.split())
     assert "verdicts/score" in out
     (metrics,) = tiny_run.records(tmp_path / "runs/word_counts-001")
-    episodes = tiny_run.records(tmp_path / "runs/word_counts-001", "episodes.jsonl")
+    episodes = tiny_run.records(tmp_path / "runs/word_counts-001", "episodes.jsonl.gz")
     rows = {row["prompt"]: row["words"] for row in tiny_run.records(tmp_path, "word_counts.jsonl")}
     for episode in episodes:
         words, length = rows[episode["texts"]["prompt"]], len(episode["texts"]["retry"].split())

@@ -33,7 +33,7 @@ def test_ours_is_trained_from_the_start_of_the_run_and_measured(run, tmp_path, c
     (ours,) = (tmp_path / run.name).glob("ours-*")
     # The settings of the run, its start and its failures: so the same steps as the run's own.
     rewards = [
-        [one["reward"] for one in tiny_run.records(folder, "episodes.jsonl")] for folder in (run, ours)
+        [one["reward"] for one in tiny_run.records(folder, "episodes.jsonl.gz")] for folder in (run, ours)
     ]
     assert rewards[0] == rewards[1] and rewards[0]
     times = [line["step_time"] for line in tiny_run.records(ours, "timings.jsonl")]
@@ -48,7 +48,7 @@ def test_ours_is_trained_from_the_start_of_the_run_and_measured(run, tmp_path, c
 def test_trl_meets_the_failures_of_the_run_in_its_order(run):
     settings = config.load(run / "config.yaml")
     rows = list(learning.conversations(run, settings))
-    episodes = tiny_run.records(run, "episodes.jsonl")
+    episodes = tiny_run.records(run, "episodes.jsonl.gz")
     met = [one["example_id"] for one in episodes if one["generation"] == 0]
     assert [json.loads(row["example"])["id"] for row in rows] == met
     attempts = {one.example.id: one.text for one in failures.load(run / "failures.jsonl")}

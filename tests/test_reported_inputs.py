@@ -791,7 +791,7 @@ def test_a_byte_order_mark_in_the_settings_the_template_and_the_model(model, tmp
         for folder, more in ((model, {}), (marked, {"config": tmp_path / "mine.yaml"}))
     )
     assert (plain.status, done.status) == (0, 0), done.err
-    prompts = [tiny_run.records(run.folder, "episodes.jsonl")[0]["prompt_ids"] for run in (plain, done)]
+    prompts = [tiny_run.records(run.folder, "episodes.jsonl.gz")[0]["prompt_ids"] for run in (plain, done)]
     assert prompts[0] == prompts[1]
 
 

@@ -1,5 +1,6 @@
 """A run that is killed or stopped anywhere and then continued equals an undisturbed one, byte for byte."""
 
+import gzip
 import json
 import os
 import signal
@@ -73,6 +74,7 @@ def test_what_is_compared_is_not_trivial(undisturbed):
     assert sum(record["grad_norm"] > 0.1 for record in updates) >= 2 and updates[-1]["kl"] > 0
     assert [record["step"] for record in metrics if "validation/retry" in record] == [0, 2, 4]
     assert len(undisturbed["warm_start.jsonl"].splitlines()) == 3
+    assert undisturbed["episodes.jsonl.gz"].count(files.GZIP_MEMBER) == 4  # one write per step
     names = ["start/model.safetensors", "checkpoints/step-000004/model.safetensors"]
     assert len({undisturbed[name] for name in names}) == 2
     assert "checkpoints/step-000004/trainer/state.safetensors" in undisturbed
@@ -120,6 +122,33 @@ def test_killed_and_resumed_in_bfloat16_with_several_updates_per_rollout(model, 
     assert run_and_stop(arguments(model, tmp_path / "b", **settings), moment, signal.SIGKILL)[0] < 0
     resume(tmp_path / "b" / RUN)
     assert_same(tmp_path / "b" / RUN, contents(undisturbed.folder))
+
+
+# --- episodes that are not compressed -----------------------------------------------------------------------
+
+
+def test_a_run_that_began_with_plain_episodes_continues_them(model, tmp_path, undisturbed):
+    """As older versions wrote them. What is redone after a kill appears once there too."""
+    folder = tmp_path / RUN
+    run_and_stop(arguments(model, tmp_path), KILLS["in the first rollout"], signal.SIGKILL)
+    (folder / "episodes.jsonl").touch()
+    run_and_stop(["--resume", str(folder)], KILLS["before a checkpoint"], signal.SIGKILL)
+    assert [record["step"] for record in records(folder, "episodes.jsonl")][-1] == 3
+    resume(folder)
+    plain = (folder / "episodes.jsonl").read_bytes()
+    assert plain == gzip.decompress(undisturbed["episodes.jsonl.gz"])
+    assert not (folder / "episodes.jsonl.gz").exists()
+
+
+def test_resuming_loses_no_episode_of_a_file_that_the_user_unpacked(model, tmp_path, undisturbed):
+    folder = tmp_path / RUN
+    run_and_stop(arguments(model, tmp_path), KILLS["in a rollout"], signal.SIGKILL)
+    packed = folder / "episodes.jsonl.gz"
+    (folder / "episodes.jsonl").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
+    resume(folder)
+    plain = (folder / "episodes.jsonl").read_bytes()
+    assert plain == gzip.decompress(undisturbed["episodes.jsonl.gz"])
 
 
 # --- stopped by a signal that can be answered ---------------------------------------------------------------

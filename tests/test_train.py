@@ -162,7 +162,7 @@ def test_every_way_of_training_runs_to_the_end(quick, settings):
     assert all(value is not None and math.isfinite(value) for record in metrics for value in record.values())
     assert any(record["grad_norm"] > 0 for record in metrics)
     assert checkpoint.steps(done.folder) == [2]
-    texts = records(done.folder, "episodes.jsonl")
+    texts = records(done.folder, "episodes.jsonl.gz")
     assert len(texts) == 2 * 2 * 3 and {episode["step"] for episode in texts} == {1, 2}
 
 
@@ -714,7 +714,7 @@ def test_a_full_disk_while_a_step_is_logged_saves_the_step_before(quick, monkeyp
     real = files.append_jsonl
 
     def fill(path, *records, **options):
-        if path.name == "episodes.jsonl" and records[0]["step"] == 2:
+        if path.name == "episodes.jsonl.gz" and records[0]["step"] == 2:
             raise FULL[0]
         real(path, *records, **options)
 

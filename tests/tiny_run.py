@@ -1,5 +1,6 @@
 """Whole runs of train.py on the tiny model of tests/tiny.py: as a call, or as a process that kills itself."""
 
+import gzip
 import importlib
 import io
 import json
@@ -48,7 +49,7 @@ SETTINGS = {
     "save_total_limit": 2,
     "report": False,  # it takes as long as the rest
 }
-DETERMINED = ("metrics.jsonl", "failures.jsonl", "episodes.jsonl", "warm_start.jsonl", "evaluation.json")
+DETERMINED = ("metrics.jsonl", "failures.jsonl", "episodes.jsonl.gz", "warm_start.jsonl", "evaluation.json")
 
 
 class Done(NamedTuple):
@@ -107,7 +108,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    with gzip.open(folder / name) if name.endswith(".gz") else open(folder / name, "rb") as file:
+        return [json.loads(line) for line in file]
 
 
 # --- a process that is stopped from inside, at a moment that is the same each time -------------------------

@@ -22,7 +22,7 @@ from grpo.tasks import Example, get_task
 
 QUESTION = "How far do a verifier's mistakes reach: reward, gradient, final success?"
 DEFAULTS = {"max_steps": 6, "num_eval": 128}
-# What is read of a line of episodes.jsonl
+# What is read of a stored episode
 EPISODE = {"step": int, "example_id": str, "group_id": int, "reasons": [str], "texts": {"retry": str}}
 COLUMNS = {
     "arm": Column("mistakes"),

@@ -22,6 +22,7 @@ from typing import Any
 
 from grpo import config as configuration
 from grpo.config import Config, current_file
+from grpo.episode import role_runs
 from grpo.evaluate.comparison import ModelResult
 from grpo.evaluate.measure import RECORD, records_file
 from grpo.run import checkpoint, files, reuse
@@ -69,8 +70,8 @@ class Arm:
         return [line for line in history(self.folder) if "reward" in line]
 
     def episodes(self, shape: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The lines of episodes.jsonl; `shape` (files.misfit) has what the caller reads of them."""
-        return files.read_jsonl(self.folder / "episodes.jsonl", lambda _: shape)
+        """The stored episodes; `shape` (files.misfit) has what the caller reads of them."""
+        return files.read_jsonl(current_file(self.folder, "episodes.jsonl.gz"), lambda _: shape)
 
     def seconds(self) -> float:
         """Seconds of RL."""
@@ -84,7 +85,10 @@ class Arm:
     def sampled_tokens(self) -> int:
         """Tokens that the policy sampled during RL."""
         return sum(
-            role != "context" for episode in self.episodes({"roles": [str]}) for role in episode["roles"]
+            tokens
+            for episode in self.episodes({"roles": list})
+            for role, tokens in role_runs(episode["roles"])
+            if role != "context"
         )
 
 

@@ -3,7 +3,8 @@
 A run may be running, killed, damaged, of an older version, or written by somebody else. So nothing here
 trusts a file: a line that cannot be read becomes a note on the page, and a value of another type is left out.
 Logs are read one line at a time. What is kept of them is bounded (`Thinned`), so memory does not grow with a
-log. Episodes stay in their file; only the places of the groups are kept.
+log. Episodes stay in their file. It is compressed, so it is read forwards: once to find the groups, and once
+to fetch those that the page shows.
 
 Left out: the task and the model. Nothing is imported, unpickled or measured.
 """
@@ -15,9 +16,10 @@ import math
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
+from io import BufferedIOBase
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,12 +27,14 @@ from typing import Any, Generic, TypeVar
 from grpo import config as configuration
 from grpo.config import current_file
 from grpo.evaluate.comparison import read_report
+from grpo.run.files import DAMAGED_GZIP, open_log
 
-LOGS = ("warm_start.jsonl", "failures.jsonl", "metrics.jsonl", "timings.jsonl", "episodes.jsonl")
+EPISODES = "episodes.jsonl.gz"
+LOGS = ("warm_start.jsonl", "failures.jsonl", "metrics.jsonl", "timings.jsonl", EPISODES)
 FILES = ("config.yaml", *LOGS, "stages.jsonl", "evaluation.json")  # any of them makes a run directory
 LONGEST_LINE = 16 << 20  # bytes; a longer line of a log, or a longer file read as a whole, is skipped
 POINTS = 1000  # most points of a curve
-GROUPS_INDEXED = 4096  # most groups whose place in episodes.jsonl is kept
+GROUPS_INDEXED = 4096  # most groups whose place is kept
 NAMES = 200  # most metrics, settings, reasons, warnings
 EXAMPLES_PER_OUTCOME = 4
 MODELS = ("untouched", "before_rl", "trained")  # whose answers a run stores, in order of time
@@ -65,11 +69,11 @@ class Thinned(Generic[Item]):
 
 @dataclass
 class Place:
-    """Where the episodes of a group are in episodes.jsonl."""
+    """Where the episodes of a group are in their log."""
 
     step: int
     group: int
-    offset: int  # bytes, of its first line
+    offset: int  # of its first line, in bytes of the decompressed log
     episodes: int = 1
 
 
@@ -88,7 +92,7 @@ class Run:
         preset: the settings of the run's preset; empty if it is unknown.
         steps, validations: lines of metrics.jsonl with a reward, and the others.
         parts: lines of timings.jsonl.
-        places: of groups in episodes.jsonl, at most GROUPS_INDEXED + 1 of `groups`.
+        places: of groups of episodes, at most GROUPS_INDEXED + 1 of `groups`.
         start_from: the run that warm start and failures were taken from; empty if they were computed.
         stages: [stage, seconds, peak memory in GB].
         evaluation: the content of evaluation.json; `stored_examples` are its examples.
@@ -131,7 +135,7 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         ValueError: `folder` is no run directory.
     """
-    if not folder.is_dir() or not any((folder / file).exists() for file in FILES):
+    if not folder.is_dir() or not any(current_file(folder, file).exists() for file in FILES):
         raise ValueError(f"RUN must be a run directory (with config.yaml and logs), got {str(folder)!r}")
     run = Run(folder, name)
     parts: list[tuple[str, Callable[[Run], None]]] = [
@@ -142,7 +146,7 @@ def read_run(folder: Path, name: str) -> Run:
         ("metrics.jsonl", _read_metrics),
         ("timings.jsonl", _read_timings),
         ("stages.jsonl", _read_stages),
-        ("episodes.jsonl", _find_groups),
+        (EPISODES, _find_groups),
         ("evaluation.json", _read_evaluation),
         ("evaluation-trained.jsonl", _compare_answers),
     ]
@@ -151,7 +155,7 @@ def read_run(folder: Path, name: str) -> Run:
             read(run)
         except (OSError, *DAMAGED) as error:
             run.notes.append(f"{file} could not be read: {type(error).__name__}: {error}")
-    written = [path.stat().st_mtime for log in FILES if (path := folder / log).is_file()]
+    written = [path.stat().st_mtime for log in FILES if (path := current_file(folder, log)).is_file()]
     run.last_written = datetime.fromtimestamp(max(written, default=0)).strftime("%Y-%m-%d %H:%M")
     return run
 
@@ -179,13 +183,13 @@ def is_regular(path: Path) -> bool:
     return path.exists() and stat.S_ISREG(path.stat().st_mode)
 
 
-def whole_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes | None]]:
-    """(place, bytes) of each line from `offset`; None for a line above LONGEST_LINE, which is skipped.
+def whole_lines(file: BufferedIOBase) -> Iterator[tuple[int, bytes | None]]:
+    """(offset, bytes) of each line of a log; None for a line above LONGEST_LINE, which is skipped.
 
     A last line without its newline is being written, or was cut by a kill; it is left out too.
     """
-    with open(path, "rb") as file:
-        file.seek(offset)
+    offset = file.tell()
+    try:
         while line := file.readline(LONGEST_LINE):
             if line.endswith(b"\n"):
                 yield offset, line
@@ -198,6 +202,8 @@ def whole_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, bytes | None
                 yield offset, None
                 offset += length + len(rest) - len(line)
             offset += len(line)
+    except EOFError:  # a gzip member that is unfinished for the same reasons
+        yield offset, None
 
 
 def record_of(line: bytes | None) -> dict[str, Any] | None:
@@ -221,12 +227,13 @@ def records(run: Run, name: str, *, wanted: bool = False) -> Iterator[dict[str, 
             run.notes.append(f"{name} does not exist yet.")
         return
     bad = 0
-    for _, line in whole_lines(path):
-        record = record_of(line)
-        if record is None:
-            bad += 1
-        else:
-            yield record
+    with open_log(path) as file:
+        for _, line in whole_lines(file):
+            record = record_of(line)
+            if record is None:
+                bad += 1
+            else:
+                yield record
     _note_damage(run, name, bad)
 
 
@@ -346,29 +353,35 @@ def _read_failures(run: Run) -> None:
 
 # --- episodes -------------------------------------------------------------------------------------------
 
-# How append_jsonl begins the line of an episode: reading only this finds a group in a tenth of the time.
+# How train.py begins the line of an episode: reading only this finds a group in a tenth of the time.
 _HEAD = re.compile(rb'\{"step": (\d{1,18}), "example_id": "(?:[^"\\]|\\.)*", "group_id": (\d{1,18}),')
 
 
 def _find_groups(run: Run) -> None:
     """The places of evenly spaced groups. A group is a stretch of lines with its step and number."""
-    path = run.folder / "episodes.jsonl"
+    path = current_file(run.folder, EPISODES)
     if not is_regular(path):
-        run.notes.append("episodes.jsonl does not exist yet: the page shows no groups.")
+        run.notes.append(f"{EPISODES} does not exist yet: the page shows no groups.")
         return
     groups = Thinned[Place](GROUPS_INDEXED)
     last: Place | None = None
     bad = 0
-    for offset, line in whole_lines(path):
-        key = _group_of(line)
-        if key is None:
-            bad += 1
-        elif last is not None and key == (last.step, last.group):
-            last.episodes += 1
-        else:
-            groups.add(last := Place(*key, offset))
+    try:
+        with open_log(path) as file:
+            for offset, line in whole_lines(file):
+                key = _group_of(line)
+                if key is None:
+                    bad += 1
+                elif last is not None and key == (last.step, last.group):
+                    last.episodes += 1
+                else:
+                    groups.add(last := Place(*key, offset))
+    except DAMAGED_GZIP as error:
+        run.notes.append(
+            f"{path.name} is damaged after {groups.count} groups ({error}); the rest is left out."
+        )
     run.places, run.groups = groups.items(), groups.count
-    _note_damage(run, "episodes.jsonl", bad)
+    _note_damage(run, path.name, bad)
 
 
 def _group_of(line: bytes | None) -> tuple[int, int] | None:
@@ -379,14 +392,33 @@ def _group_of(line: bytes | None) -> tuple[int, int] | None:
     return None if step is None or group is None else (int(step), int(group))
 
 
-def episodes(run: Run, place: Place, most: int) -> list[dict[str, Any]]:
-    """The first `most` readable episodes of a group."""
+def episodes(run: Run, places: Iterable[Place], most: int) -> Iterator[tuple[Place, list[dict[str, Any]]]]:
+    """(place, the first `most` readable episodes of its group) for each place.
+
+    Args:
+        places: in ascending order: to go back in a gzip file, Python decompresses it from its beginning.
+    """
+    with open_log(current_file(run.folder, EPISODES)) as file:
+        for place in places:
+            yield place, _episodes_at(place, file, most)
+
+
+def _episodes_at(place: Place, file: BufferedIOBase, most: int) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    for _, line in whole_lines(run.folder / "episodes.jsonl", place.offset):
-        if len(found) == most or (line and _group_of(line) not in (None, (place.step, place.group))):
-            break
-        if (record := record_of(line)) is not None:
-            found.append(record)
+    lines = 0
+    try:
+        file.seek(place.offset)
+        for _, line in whole_lines(file):
+            key = _group_of(line)
+            if key == (place.step, place.group):
+                lines += 1
+                if (record := record_of(line)) is not None:
+                    found.append(record)
+            # The count ends the group before the first line of the next one, which lies at the next place.
+            if key not in (None, (place.step, place.group)) or lines == place.episodes or len(found) == most:
+                break
+    except (EOFError, *DAMAGED_GZIP):
+        pass  # _find_groups has noted it
     return found
 
 

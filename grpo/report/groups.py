@@ -49,33 +49,37 @@ def spaced(items: Sequence[Any], most: int) -> list[Any]:
 
 def _groups_of(run: Run, places: Sequence[Place], enough: float) -> list[dict[str, Any]]:
     """All groups, or the first that have `enough` bytes: memory stays bounded."""
+    if not places:
+        return []
     train_on = run.settings.get("train_on", "reflection")
     trained = ROLES_TRAINED.get(train_on if isinstance(train_on, str) else "", frozenset({"reflection"}))
-    tokenizer = tokens.load_tokenizer(run.folder) if places else None
-    if places and tokenizer is None:
+    tokenizer = tokens.load_tokenizer(run.folder)
+    if tokenizer is None:
         run.notes.append("No tokenizer.json in the run: whole turns are coloured, by their mean log-prob.")
     found = []
     total = 0
-    for place in places:
+    for place, records in episodes(run, places, MOST_EPISODES):
         if total > enough:
             break
+        if not records:
+            continue
         try:
-            group = _group(run, place, trained, tokenizer)
+            group = _group(run, place, records, trained, tokenizer)
         except DAMAGED as error:
             run.notes.append(f"A group of step {place.step} is damaged: {type(error).__name__}: {error}")
             continue
-        if group is not None:
-            total += group["bytes"]
-            found.append(group)
+        total += group["bytes"]
+        found.append(group)
     return found
 
 
 def _group(
-    run: Run, place: Place, trained: frozenset[str], tokenizer: tokens.Tokenizer | None
-) -> dict[str, Any] | None:
-    records = episodes(run, place, MOST_EPISODES)
-    if not records:
-        return None
+    run: Run,
+    place: Place,
+    records: Sequence[dict[str, Any]],
+    trained: frozenset[str],
+    tokenizer: tokens.Tokenizer | None,
+) -> dict[str, Any]:
     shown_episodes = [_episode(record, trained, tokenizer) for record in records]
     rewards = [number(record.get("reward")) for record in records]
     right = sum(episode["right"] for episode in shown_episodes)

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from grpo.episode import role_runs
 from grpo.report.data import is_regular, mapping, number
 
 LARGEST_TOKENIZER = 64 << 20  # bytes
@@ -41,24 +43,29 @@ def turns(
     """The turns of a completion in order: {role, trained, tokens, pieces, logprobs}.
 
     Args:
-        episode: a line of episodes.jsonl, which may be damaged.
+        episode: a stored episode, which may be damaged.
         trained: roles whose tokens are in the loss.
         tokenizer: None: one piece per turn.
     Returns:
         `tokens` is the length of the turn; at most LONGEST_TURN `pieces`, with as many `logprobs` (nats).
     """
     ids, roles, logprobs = (_list(episode.get(name)) for name in ("completion_ids", "roles", "logprobs"))
-    if not len(ids) == len(roles) == len(logprobs):
-        ids, roles, logprobs = [], [], []
+    try:
+        runs = [(role if role in ROLES else "context", tokens) for role, tokens in role_runs(roles)]
+    except ValueError:
+        runs = []
+    if not len(ids) == len(logprobs) == sum(tokens for _, tokens in runs):
+        runs = []
     texts = mapping(episode.get("texts"))
     found = []
-    for role, places in groupby(range(len(ids)), key=lambda i: roles[i] if roles[i] in ROLES else "context"):
-        at = list(places)
-        nats = [number(logprobs[i]) or 0.0 for i in at]
-        pieces = list(_pieces(tokenizer, [ids[i] for i in at], nats)) if tokenizer else []
+    end = 0
+    for role, turn in groupby(runs, key=itemgetter(0)):
+        start, end = end, end + sum(tokens for _, tokens in turn)
+        nats = [number(logprob) or 0.0 for logprob in logprobs[start:end]]
+        pieces = list(_pieces(tokenizer, ids[start:end], nats)) if tokenizer else []
         if not pieces:
             pieces = [(str(texts.get(role, "(fed by the program)")), sum(nats) / len(nats))]
-        found.append(_turn(role, role in trained, len(at), pieces))
+        found.append(_turn(role, role in trained, end - start, pieces))
     if not found:  # damaged: only the texts are left
         named = [role for role in ROLES if role in texts and (role != "attempt" or "reflection" not in texts)]
         found = [_turn(role, role in trained, 0, [(str(texts[role]), 0.0)]) for role in named]

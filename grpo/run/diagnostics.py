@@ -109,7 +109,7 @@ def growing_length(history: Sequence[Record]) -> str | None:
         return None
     return (
         f"{truncated:.0%} of the completions hit their length limit and may be repeating themselves. Read "
-        "some in episodes.jsonl; try overlong_buffer, a higher limit, or a lower learning_rate."
+        "some in episodes.jsonl.gz; try overlong_buffer, a higher limit, or a lower learning_rate."
     )
 
 

@@ -1,8 +1,9 @@
 """Run directories: numbered, never reused, locked by one process at a time, without half-written files.
 
 A file or folder that must be complete or absent is written under another name, flushed to the disk and
-renamed (`written_whole`). Logs grow line by line. On resume they are cut back to their size at the last
-checkpoint, so that steps which are redone appear once.
+renamed (`written_whole`). Logs grow by appending. On resume they are cut back to their size at the last
+checkpoint, so that steps which are redone appear once. A log whose name ends in `.gz` is compressed: each
+append is a gzip member of its own, so the file is valid wherever it is cut between two appends.
 
 Left out: remote file systems, which may lack locks and atomic renames.
 """
@@ -12,13 +13,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import gzip
 import json
 import os
 import re
 import reprlib
 import shutil
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ from safetensors import SafetensorError
 
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
 LOCK = ".lock"
+GZIP_MEMBER = b"\x1f\x8b\x08"  # how it begins
+DAMAGED_GZIP = (gzip.BadGzipFile, zlib.error)  # what reading damage raises
 
 
 class RunDirError(RuntimeError):
@@ -46,22 +52,37 @@ class MismatchError(RunDirError, ValueError):
 def read_jsonl(
     path: str | Path, shape: Callable[[dict[str, Any]], Any] | None = None, *, missing_ok: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """The lines of a JSON lines file, in order and one at a time.
+    """The lines of a JSON lines file, compressed or not (`open_log`), in order and one at a time.
 
     Args:
         shape: gives the shape (`misfit`) that a line must have.
         missing_ok: yield nothing if the file does not exist.
     Raises:
-        MismatchError: a line is no JSON object or has another shape; the message names file and line.
+        MismatchError: a line is no JSON object or has another shape; the message names file and line. Or a
+            gzip file is damaged. If a kill left its last member unfinished, the whole lines of it are read.
     """
     if missing_ok and not Path(path).exists():
         return
-    with open(path, "rb") as file:
-        for number, content in enumerate(file, 1):
-            line = _parsed(content, f"{path}, line {number}")
-            if (fault := misfit(line, dict)) or (fault := misfit(line, shape(line) if shape else dict)):
-                raise MismatchError(f"{path}, line {number}: {fault}")
-            yield line
+    with open_log(path) as file:
+        try:
+            for number, content in enumerate(file, 1):
+                line = _parsed(content, f"{path}, line {number}")
+                if (fault := misfit(line, dict)) or (fault := misfit(line, shape(line) if shape else dict)):
+                    raise MismatchError(f"{path}, line {number}: {fault}")
+                yield line
+        except EOFError:  # a kill left the last gzip member unfinished
+            return
+        except DAMAGED_GZIP as error:
+            raise MismatchError(f"{path} is damaged: {error}") from error
+
+
+def open_log(path: str | Path) -> BufferedIOBase:
+    """Opens a log to read its text; a file whose name ends in `.gz` is decompressed.
+
+    If a gzip file ends inside a member, reading raises EOFError after the last whole line. Damage raises one
+    of DAMAGED_GZIP.
+    """
+    return gzip.open(path) if Path(path).suffix == ".gz" else open(path, "rb")
 
 
 def read_json(path: Path, shape: Any) -> Any:
@@ -127,17 +148,22 @@ _KINDS: dict[Any, str] = {
 
 
 def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) -> None:
-    """Appends one line per record, in a single write.
+    """Appends one line per record, in a single write; to a `.gz` file as one gzip member.
 
-    Opens the file for each call, so that a kill loses no line of an earlier call.
+    Opens the file for each call, so that a kill loses no line of an earlier call. Equal records give equal
+    bytes: a member contains neither a time nor a name.
 
     Args:
         sync: return when the lines are on the disk.
     Raises:
         ValueError: a record contains NaN or infinity, which JSON cannot represent.
     """
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+    content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
+    if path.suffix == ".gz":
+        compressor = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
+        content = compressor.compress(content) + compressor.flush()
+    with open(path, "ab") as file:
+        file.write(content)
         if sync:
             file.flush()
             os.fsync(file.fileno())
@@ -342,15 +368,24 @@ def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
     """Cuts logs back to their size at a checkpoint. A missing log starts empty.
 
     Raises:
-        RunDirError: a log is shorter than it was.
+        RunDirError: a log is shorter than it was, or a compressed one has other members.
     """
     for name, size in sizes.items():
         path = run_dir / name
         present = path.stat().st_size if path.exists() else size
+        changed = "it was changed since; delete it to continue without its first part"
         if present < size:
             raise RunDirError(
                 f"{path} must have at least the {size} bytes that it had at the checkpoint, got {present}: "
-                "it was changed since; delete it to continue without its first part"
+                f"{changed}"
             )
         if present > size:
+            if path.suffix == ".gz" and not _member_begins(path, size):
+                raise RunDirError(f"{path} must have a gzip member that begins at byte {size}: {changed}")
             os.truncate(path, size)
+
+
+def _member_begins(path: Path, offset: int) -> bool:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return GZIP_MEMBER.startswith(file.read(len(GZIP_MEMBER)))  # a kill may have left fewer bytes

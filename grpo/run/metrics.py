@@ -102,7 +102,7 @@ class Metrics:
         self.trackers.log(step, _numbers(record), prefix="timings/")
 
     def completions(self, step: int, episodes: Sequence[Episode], groups: Sequence[Attempt]) -> None:
-        """Sends a few completions of the step to the trackers; the run keeps all in episodes.jsonl."""
+        """Sends a few completions of the step to the trackers; the run keeps all in episodes.jsonl.gz."""
         if self.trackers.open:
             self.trackers.table(step, completion_rows(step, episodes, groups))
 

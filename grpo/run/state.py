@@ -30,7 +30,8 @@ from grpo.run.interrupts import Interrupts
 from grpo.run.progress import Bar
 from grpo.run.trackers import Trackers
 
-LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl")
+# The last one takes the place of the one before it in runs that an older version began.
+LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl.gz", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
 SECOND_TRY = "validation/second_try"  # decides which checkpoint is the best
 
@@ -131,22 +132,24 @@ class RunState:
     def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
         """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none.
 
+        Without a checkpoint they are emptied. A log that the checkpoint does not know stays as it is.
+
         Raises:
             CheckpointError: it is damaged, or of another run.
         """
-        step, sizes = 0, {}
+        step, sizes = 0, dict.fromkeys(logs, 0)
         if (path := checkpoint.latest(folder)) is not None:
             for difference in checkpoint.environment_differences(path):
                 print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
             tensors, state = checkpoint.load(path, check=False)
             try:
                 learner.load_state(tensors, state["counters"])
-                sizes = {log: int(size) for log, size in state["logs"].items()}
+                sizes = {log: int(size) for log, size in state["logs"].items() if log in logs}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise checkpoint.CheckpointError(f"{path} does not fit this run ({reason})") from error
             step = checkpoint.step_of(path)
-        files.cut_logs(self.folder, {log: sizes.get(log, 0) for log in logs})
+        files.cut_logs(self.folder, sizes)
         return step
 
     def best_step(self) -> int | None:
@@ -299,7 +302,7 @@ def set_aside(folder: Path, pattern: str) -> None:
 
 
 def disk_use(config: Config, parts: Parts, folder: Path) -> str:
-    """What the run will take on disk, in one line; logs, which take megabytes, are left out."""
+    """What the run will take on disk, in one line; logs, which take some 3 kB per episode, are left out."""
     parameters = sum(parameter.numel() for parameter in parts.model.parameters())
     stored = parts.model.source.dtype.itemsize if parts.model.source else 4
     model, trainer = parameters * stored / 1e9, parameters * 12 / 1e9  # float32 master weights, two moments

@@ -25,7 +25,7 @@ def seeded(tmp_path_factory):
 
 
 def rewards(folder: Path) -> list[float]:
-    return [record["reward"] for record in tiny_run.records(folder, "episodes.jsonl")]
+    return [record["reward"] for record in tiny_run.records(folder, "episodes.jsonl.gz")]
 
 
 def test_seeds_and_table(seeded, capsys):
@@ -52,7 +52,7 @@ def test_controls_start_from_the_weights_of_the_run(seeded, what, capsys):
     last = max((folder / "checkpoints").glob("step-*"))
     assert (last / weights).read_bytes() != (source / "start" / weights).read_bytes()
     if what == "longer":
-        assert len({record["step"] for record in tiny_run.records(folder, "episodes.jsonl")}) == 8
+        assert len({record["step"] for record in tiny_run.records(folder, "episodes.jsonl.gz")}) == 8
     if what == "shuffled":
         # The first rollout has the same weights and noise: only who gets which reward differs.
         size = 2 * 3

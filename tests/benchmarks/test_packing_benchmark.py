@@ -32,8 +32,8 @@ def test_a_run_is_counted(run, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line[:10].strip() for line in lines[1:]] == ["warm start", "RL, 4 step"]
     prefixes = defaultdict(set)
-    for record in tiny_run.records(run, "episodes.jsonl"):
-        trained = sum(role == "reflection" for role in record["roles"])
+    for record in tiny_run.records(run, "episodes.jsonl.gz"):
+        trained = sum(tokens for role, tokens in record["roles"] if role == "reflection")
         ids = tuple(record["prompt_ids"] + record["completion_ids"][: max(0, trained - 1)])
         prefixes[record["step"]] |= {ids[:end] for end in range(1, len(ids) + 1)}
     mean = sum(map(len, prefixes.values())) / len(prefixes)

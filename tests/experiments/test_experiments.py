@@ -24,6 +24,7 @@ from grpo.experiments import __main__ as command
 from grpo.experiments import ablation, outcome, pilot, retention, robustness, study, verifier
 from grpo.experiments.noisy import FALSE_NEGATIVE, Noisy
 from grpo.experiments.outcome import Column, Outcome, percent
+from grpo.run import files
 from grpo.tasks import Example, OpeningTask, TolerantTask, WarmStartTask, get_task
 
 SMALL = {
@@ -435,10 +436,16 @@ def test_examples_that_were_right_can_be_kept(tmp_path):
         failures.collect(tmp_path / "all.jsonl", built.rollout, examples)
 
 
-def test_matching_groups_sample_as_many_tokens(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        ("episodes.jsonl.gz", [["reflection", 20], ["context", 9], ["retry", 5]]),
+        ("episodes.jsonl", ["reflection"] * 20 + ["context"] * 9 + ["retry"] * 5),  # older versions
+    ],
+)
+def test_matching_groups_sample_as_many_tokens(tmp_path, name, roles):
     config = Config(num_generations=4, max_steps=2)
-    episodes = [{"roles": ["reflection"] * 20 + ["context"] * 9 + ["retry"] * 5}] * 16
-    (tmp_path / "episodes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in episodes))
+    files.append_jsonl(tmp_path / name, *[{"roles": roles}] * 16)
     lines = [{"attempt_ids": [0] * 4}, {"attempt_ids": [0] * 6}, {"block": 0}]
     (tmp_path / "failures.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     # 16 * 25 tokens in 2 steps are 200 per step; a group of 4 attempts of 5 tokens has 20

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from grpo.run import files
+
 # Markup, a script, the ends of a JSON block and of a comment, quotes, bidi and control characters, and half
 # of a surrogate pair.
 ATTACK = (
@@ -18,7 +20,7 @@ def write_lines(path: Path, *records: object) -> None:
 
 
 def episode(step: int, group: int, generation: int = 0, **changes: object) -> dict[str, object]:
-    """A line of episodes.jsonl, of nine tokens."""
+    """A stored episode of nine tokens."""
     return {
         "step": step,
         "example_id": f"problem-{group}",
@@ -26,7 +28,7 @@ def episode(step: int, group: int, generation: int = 0, **changes: object) -> di
         "generation": generation,
         "prompt_ids": [1, 2],
         "completion_ids": list(range(65, 74)),
-        "roles": ["reflection"] * 4 + ["context"] * 2 + ["retry"] * 3,
+        "roles": [["reflection", 4], ["context", 2], ["retry", 3]],
         "logprobs": [-0.1, -0.4, -1.2, -4.0, 0.0, 0.0, -0.2, -0.9, -2.0],
         "finish_reason": "stop",
         "reward": float(generation % 2),
@@ -75,11 +77,13 @@ def hostile(parent: Path) -> Path:
     write_lines(folder / "failures.jsonl", {"block": 0, "examples": 2, "failed": 1, "reasons": {ATTACK: 2}})
     texts = {"prompt": ATTACK, "attempt": LONG, "reflection": LONG, "retry": ATTACK, ATTACK: ATTACK}
     odd = {"reasons": [ATTACK, 5], "texts": texts, "completion_ids": [ATTACK] * 9, "roles": [ATTACK] * 9}
-    write_lines(
-        folder / "episodes.jsonl",
+    files.append_jsonl(
+        folder / "episodes.jsonl.gz",
         episode(1, 0, 0, example_id=ATTACK, **odd),
         episode(1, 0, 1, reward="much", advantage=None, texts=texts, roles="reflection", reasons=None),
         episode(1, 1, 0, texts=ATTACK, logprobs=[ATTACK] * 9),
+        episode(1, 2, 0, roles=[["reflection", 2**62], ["context", -5], [ATTACK, 9], 5, []]),
+        episode(1, 3, 0, roles=[["reflection", 2**62]]),
     )
     turn = {"text": LONG, "reason": ATTACK}
     answers = [

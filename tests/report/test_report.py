@@ -1,5 +1,6 @@
 """The report of a run: what it shows, what it says is missing, and that nothing in a run is trusted."""
 
+import gzip
 import html.parser
 import json
 import os
@@ -25,6 +26,13 @@ from grpo.run import files
 def report(folder: Path) -> str:
     page.write_report([folder], folder / page.FILE)
     return (folder / page.FILE).read_text(encoding="utf-8")
+
+
+def unpack(run: Path) -> None:
+    """The episodes as a plain file, as older versions wrote them."""
+    packed = run / "episodes.jsonl.gz"
+    packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    packed.unlink()
 
 
 class Elements(html.parser.HTMLParser):
@@ -98,7 +106,7 @@ def test_warnings_come_with_their_advice(run):
 def test_several_runs_share_charts_and_show_different_settings(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     other.mkdir()
-    for name in ("metrics.jsonl", "episodes.jsonl", "timings.jsonl"):
+    for name in ("metrics.jsonl", "episodes.jsonl.gz", "timings.jsonl"):
         (other / name).write_bytes((run / name).read_bytes())
     config = (run / "config.yaml").read_text()
     (other / "config.yaml").write_text(config.replace("learning_rate: 0.001", "learning_rate: 0.5"))
@@ -162,7 +170,7 @@ STATES = {
     ),
     "failures": (["config.yaml", "failures.jsonl"], ["No RL step yet", "11 of 16 examples failed"]),
     "training": (
-        ["config.yaml", "metrics.jsonl", "episodes.jsonl", "timings.jsonl"],
+        ["config.yaml", "metrics.jsonl", "episodes.jsonl.gz", "timings.jsonl"],
         [
             "Not evaluated yet. In validation the second try went from",
             "step 4",
@@ -201,11 +209,38 @@ def test_a_run_without_validation_is_judged_by_its_reward(run):
     "name", ["metrics.jsonl", "timings.jsonl", "episodes.jsonl", "failures.jsonl", "stages.jsonl"]
 )
 def test_damaged_and_half_written_lines_are_left_out_and_counted(run, name):
+    if name == "episodes.jsonl":
+        unpack(run)
     whole = (run / name).read_bytes()
     (run / name).write_bytes(b"\xff\xfe{]\n[1]\n" + whole + whole[: len(whole) // 3].rstrip(b"\n"))
     shown = words(report(run))
     assert re.search(rf"{name}: [1-9] lines? (is|are) half-written", shown)
     assert "4 of 4 steps" in shown
+
+
+def test_groups_before_a_kill_or_damage_in_the_compressed_episodes_are_shown(run):
+    path = run / "episodes.jsonl.gz"
+    whole = path.read_bytes()
+    third_step, last_step = [found.start() for found in re.finditer(re.escape(whole[:10]), whole)][2:]
+    path.write_bytes(whole[: last_step + 300])  # a kill in the write of step 4
+    text = report(run)
+    assert sorted(re.findall(r'data-step="(\d)"', text))[:6] == ["1", "1", "2", "2", "3", "3"]
+    assert "episodes.jsonl.gz: 1 line is half-written" in words(text)
+    path.write_bytes(whole[: third_step + 12] + b"\xff\xff\xff\xff" + whole[third_step + 16 :])
+    text = report(run)
+    assert sorted(re.findall(r'data-step="(\d)"', text)) == ["1", "1", "2", "2"]
+    assert "episodes.jsonl.gz is damaged after 4 groups" in words(text)
+
+
+def test_the_page_is_the_same_with_the_plain_episodes_of_older_versions(run):
+    compressed = report(run)
+    lines = tiny_run.records(run, "episodes.jsonl.gz")
+    for line in lines:
+        line["roles"] = [role for role, tokens in line["roles"] for _ in range(tokens)]
+    (run / "episodes.jsonl.gz").unlink()
+    write_lines(run / "episodes.jsonl", *lines)
+    os.utime(run / "episodes.jsonl", (0, 0))  # the page shows when the newest file was written
+    assert report(run) == compressed and compressed.count('class="group"') == 8
 
 
 @pytest.mark.parametrize(
@@ -242,12 +277,12 @@ def test_without_the_stored_answers_the_examples_are_those_of_the_table(run):
 
 
 def test_a_pipe_or_a_folder_in_place_of_a_log_is_not_waited_for(run):
-    for name in ("metrics.jsonl", "episodes.jsonl", "evaluation.json", "config.yaml"):
+    for name in ("metrics.jsonl", "episodes.jsonl.gz", "evaluation.json", "config.yaml"):
         (run / name).unlink()
     os.mkfifo(run / "metrics.jsonl")
     os.mkfifo(run / "evaluation.json")
     os.mkfifo(run / "config.yaml")
-    (run / "episodes.jsonl").mkdir()
+    (run / "episodes.jsonl.gz").mkdir()
     assert "No RL step yet" in words(report(run))
 
 
@@ -291,23 +326,24 @@ def test_thinned_keeps_evenly_spaced_items_and_the_ends(count):
     assert len(set(b - a for a, b in zip(kept[:-1], kept[1:-1], strict=False))) <= 1
 
 
-def test_a_long_log_is_read_in_bounded_memory_and_its_groups_are_evenly_spaced(run, monkeypatch):
+@pytest.mark.parametrize("name", ["episodes.jsonl.gz", "episodes.jsonl"])
+def test_a_long_log_is_read_in_bounded_memory_and_its_groups_are_evenly_spaced(run, monkeypatch, name):
     monkeypatch.setattr(data, "GROUPS_INDEXED", 256)
     monkeypatch.setattr(groups, "MOST_GROUPS", 40)
-    with open(run / "episodes.jsonl", "w") as file:
-        for step in range(1, 1001):
-            texts = {
-                "prompt": f"Problem of step {step}?",
-                "attempt": 20_000 * "x",
-                "reflection": "a",
-                "retry": "b",
-            }
-            file.write(json.dumps(episode(step, 0, texts=texts)) + "\n")
+    (run / "episodes.jsonl.gz").unlink()
+    for step in range(1, 1001):
+        texts = {
+            "prompt": f"Problem of step {step}?",
+            "attempt": 20_000 * "x",
+            "reflection": "a",
+            "retry": "b",
+        }
+        files.append_jsonl(run / name, episode(step, 0, texts=texts))
     tracemalloc.start()
     found = data.read_run(run, "run")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 3e6 < 2e7 < (run / "episodes.jsonl").stat().st_size
+    assert peak < 3e6
     assert found.groups == 1000 and len(found.places) <= data.GROUPS_INDEXED + 1
     text = report(run)
     steps = [int(step) for step in re.findall(r'data-step="(\d+)"', text)]
@@ -316,10 +352,22 @@ def test_a_long_log_is_read_in_bounded_memory_and_its_groups_are_evenly_spaced(r
     assert "The page has 40 of 1000 groups, evenly spaced." in words(text)
 
 
+def test_compressed_episodes_are_never_read_backwards(run, monkeypatch):
+    """Python would decompress the file from its beginning again, for each group."""
+    rewinds = []
+    monkeypatch.setattr("gzip._GzipReader._rewind", lambda reader: rewinds.append(reader))
+    (run / "episodes.jsonl.gz").unlink()
+    texts = {"attempt": 200_000 * "x"}  # so that a group is longer than Python's buffer
+    for step in range(1, 9):
+        files.append_jsonl(run / "episodes.jsonl.gz", *(episode(step, 0, i, texts=texts) for i in range(3)))
+    assert report(run).count('class="group"') == 8 and not rewinds
+
+
 def test_a_page_stays_below_its_limit_and_says_what_it_leaves_out(run):
     texts = {"prompt": "?", "attempt": "!", "reflection": 5_000 * "<", "retry": 5_000 * "<"}
     records = [episode(step, 0, i, texts=texts, roles=[]) for step in range(1, 41) for i in range(20)]
-    write_lines(run / "episodes.jsonl", *records)
+    (run / "episodes.jsonl.gz").unlink()
+    files.append_jsonl(run / "episodes.jsonl.gz", *records)
     text = report(run)
     assert len(text.encode()) < page.PAGE_BYTES
     assert "The page has" in words(text) and '"left_out":4' in text
@@ -344,7 +392,8 @@ def test_one_endless_line_is_skipped(run, monkeypatch):
     ]
     path = run / "log.jsonl"
     path.write_bytes(b"".join(lines))
-    found = [(offset, line and data.record_of(line)) for offset, line in data.whole_lines(path)]
+    with open(path, "rb") as file:
+        found = [(offset, line and data.record_of(line)) for offset, line in data.whole_lines(file)]
     starts = [0, len(lines[0]), len(lines[0] + lines[1])]
     assert found[1] == (starts[1], {"step": 2}) and found[0] == (0, None) and found[2] == (starts[2], None)
     assert [line for _, line in found][3:] == [{"step": 3}, None]

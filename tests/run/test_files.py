@@ -1,6 +1,8 @@
 """Run directories are numbered and locked, files in them are whole or absent, logs can be cut back."""
 
 import errno
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -147,6 +149,79 @@ def test_json_lines_are_read_as_they_were_written(tmp_path):
     path.write_text('{"a": 1}\n{"a"')
     with pytest.raises(MismatchError, match="a.jsonl, line 2: not JSON"):
         list(read_jsonl(path))
+
+
+# --- compressed JSON lines ----------------------------------------------------------------------------------
+
+FIRST, SECOND = ({"step": 1, "ids": list(range(300))}, {"step": 1}), ({"step": 2, "text": "ä\u2028"},)
+
+
+def packed(path: Path) -> tuple[bytes, bytes]:
+    """Writes two members; returns each."""
+    append_jsonl(path, *FIRST)
+    first = path.read_bytes()
+    append_jsonl(path, *SECOND)
+    return first, path.read_bytes()[len(first) :]
+
+
+def test_each_append_to_a_gz_file_is_a_whole_gzip_file_in_one_write(tmp_path, monkeypatch):
+    first, second = packed(tmp_path / "a.jsonl.gz")
+    texts = ["".join(json.dumps(record) + "\n" for record in part).encode() for part in (FIRST, SECOND)]
+    assert [gzip.decompress(member) for member in (first, second)] == texts
+    assert len(first) < len(texts[0]) / 2
+    assert list(read_jsonl(tmp_path / "a.jsonl.gz")) == [*FIRST, *SECOND]
+    with pytest.raises(ValueError):
+        append_jsonl(tmp_path / "a.jsonl.gz", {"a": 2}, {"a": float("nan")})
+    # Neither a time nor the name of the file: later, elsewhere, the same bytes.
+    monkeypatch.setattr("time.time", lambda: 2e9)
+    assert packed(tmp_path / "b.jsonl.gz") == (first, second)
+    assert (tmp_path / "a.jsonl.gz").read_bytes() == first + second
+
+
+def test_a_kill_in_a_write_costs_only_the_lines_that_are_not_whole(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    first, second = packed(path)
+    append_jsonl(path, *[{"step": 3, "noise": os.urandom(99).hex()} for _ in range(99)])
+    whole, before = path.read_bytes(), len(first + second)
+    counts = set()
+    for end in [*range(before + 2, before + 40), *range(before + 40, len(whole), 500)]:
+        path.write_bytes(whole[:end])
+        lines = list(read_jsonl(path))
+        assert lines[:3] == [*FIRST, *SECOND] and {line["step"] for line in lines[3:]} <= {3}
+        counts.add(len(lines))
+        cut_logs(tmp_path, {path.name: before})
+        assert path.read_bytes() == first + second
+    assert min(counts) == 3 and max(counts) > 80
+
+
+@pytest.mark.parametrize("at", [0, 1, 2, 12, -5])
+def test_damage_in_a_gz_file_is_named_after_the_lines_before_it(tmp_path, at):
+    """In the header, in the compressed data, in the checksum."""
+    path = tmp_path / "a.jsonl.gz"
+    first, second = packed(path)
+    damaged = bytearray(second)
+    damaged[at] ^= 0xFF
+    path.write_bytes(first + damaged + second)
+    lines = read_jsonl(path)
+    with pytest.raises(MismatchError, match=r"a.jsonl.gz(, line 3)?(: not JSON| is damaged: )"):
+        for expected in (*FIRST, *SECOND, None):
+            assert next(lines) == expected
+
+
+def test_a_gz_log_is_cut_between_members_only(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    first, second = packed(path)
+    path.write_bytes(gzip.compress(b"".join(os.urandom(99) for _ in range(99))))  # packed again by the user
+    with pytest.raises(
+        RunDirError, match=f"a.jsonl.gz must have a gzip member that begins at byte {len(first)}"
+    ):
+        cut_logs(tmp_path, {path.name: len(first)})
+    path.write_bytes(first + second)
+    cut_logs(tmp_path, {path.name: len(first)})
+    append_jsonl(path, *SECOND)
+    assert path.read_bytes() == first + second
+    cut_logs(tmp_path, {path.name: 0})
+    assert path.read_bytes() == b"" and list(read_jsonl(path)) == []
 
 
 # --- logs ---------------------------------------------------------------------------------------------------

@@ -325,7 +325,7 @@ def test_a_graded_run_learns_from_scores(model, tmp_path, data, train_on):
     settings = {"reward": "score", "success_threshold": 0.6, "train_on": train_on}
     done = run(model, tmp_path, options, **settings)
     assert done.status == 0, done.err
-    episodes = tiny_run.records(done.folder, "episodes.jsonl")
+    episodes = tiny_run.records(done.folder, "episodes.jsonl.gz")
     assert all(episode["reward"] == episode["scores"][0] for episode in episodes if episode.get("scores"))
     assert any(0 < episode["reward"] < 1 for episode in episodes)
     failures = tiny_run.records(done.folder, "failures.jsonl")
@@ -368,6 +368,6 @@ def test_a_function_that_fails_later_ends_the_run_in_one_line_after_a_save(
 def test_a_math_run_and_its_binary_files_have_no_scores(model, tmp_path, data):
     done = run(model, tmp_path, {"path": data, "prompt": "question", "verifier": "number"})
     assert done.status == 0, done.err
-    assert "scores" not in tiny_run.records(done.folder, "episodes.jsonl")[0]
+    assert "scores" not in tiny_run.records(done.folder, "episodes.jsonl.gz")[0]
     assert "verdicts/score" not in tiny_run.records(done.folder)[-1]
     assert "score" not in done.out
