@@ -192,5 +192,5 @@ def test_the_page_of_several_runs_filters_by_run(open_page, finished_run, hostil
     report_page.write_report([finished_run, hostile_run], path)
     page = open_page(path, width=400).page
     page.get_by_role("combobox", name="Run").select_option(hostile_run.name)
-    assert page.locator("#group-list > li:visible").count() == 2
+    assert page.locator("#group-list > li:visible").count() == 4
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
