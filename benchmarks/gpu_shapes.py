@@ -590,6 +590,8 @@ def blocks(config: Config, counter: SamplerCounter, work: Workload) -> list[dict
 def report(config: Config, models: list[str], steps: int, seed: int) -> str:
     work = Workload(config, seed)
     tables = [ModelTables(config, name) for name in models]
+    # As in a run, the failures come before the first RL step, and their caches and graphs are kept.
+    stages = [blocks(config, table.counter, Workload(config, seed)) for table in tables][0]
     for step in range(steps):
         rows = work.rl_step()
         batches = pack_episodes(
@@ -608,7 +610,7 @@ def report(config: Config, models: list[str], steps: int, seed: int) -> str:
     parts.append(markdown(columns, [table.mean_times() for table in tables]))
     columns = [("stage", "{}"), ("problems", "{:,}"), ("in blocks of", "{}"), ("forwards", "{:,.0f}")]
     parts.append(f"Before and after RL, {models[0]}, computed")
-    parts.append(markdown([*columns, ("minutes", "{:.1f}")], blocks(config, first.counter, work)))
+    parts.append(markdown([*columns, ("minutes", "{:.1f}")], stages))
     return "\n\n".join(parts)
 
 

@@ -21,11 +21,19 @@ from typing import TypeVar
 from torch import Tensor
 
 from grpo.model.attention import upload
-from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache, multiple, power_of_two
+from grpo.sampler.kv_cache import (
+    ALIGNED,
+    CachedAttention,
+    Fill,
+    RowSpan,
+    SlotCache,
+    multiple,
+    power_of_two,
+)
 from grpo.sampler.script import RowState
 
-# With `few_shapes`, the length of the private caches is rounded up to a multiple of this.
-CAPACITIES = 64
+# With `few_shapes`, capacities of caches are multiples of this while memory lasts.
+ROOM = 256
 # A forward with this many new tokens admits no further row. This bounds the memory of activations.
 NEW_TOKENS = 4096
 
@@ -43,27 +51,38 @@ class CachedPrompt:
 
 
 def plan(
-    prefixes: list[tuple[int, ...]], need: int, max_rows: int, budget: int, token_bytes: int
-) -> tuple[int, int, int]:
-    """The most row slots that fit in `budget` tokens; with their prompt slots, and the prompts' length.
+    prefixes: list[tuple[int, ...]], need: int, length: int, max_rows: int, budget: int
+) -> tuple[int, int]:
+    """The most row slots that fit in `budget` tokens, and their prompt slots; zeros if no row fits.
 
     Prompts get twice the slots that neighbouring rows need at a time, because groups leave stragglers.
 
     Args:
         prefixes: of all rows, in order.
-        need: the longest private part, in tokens.
-    Raises:
-        ValueError: not even one row fits.
+        need: tokens for the private part of a row.
+        length: tokens for a prompt.
     """
-    length = max(len(prefix) for prefix in prefixes) - 1
     for slots in range(min(max_rows, len(prefixes)), 0, -1):
         prompts = min(2 * _most_distinct(prefixes, slots), slots, len(set(prefixes)))
         if slots * need + prompts * length <= budget:
-            return slots, prompts, length
-    raise ValueError(
-        f"cache_gb must be at least {(need + length) * token_bytes / 1e9:.3g} for one row of {need + length} "
-        f"tokens, got {budget * token_bytes / 1e9:.3g}"
-    )
+            return slots, prompts
+    return 0, 0
+
+
+def capacity_for(length: int, slots: int, cache: SlotCache, *, tight: bool) -> int:
+    """A capacity for `slots` sequences of `length` tokens such that few capacities occur from run to run.
+
+    It is the present one if that takes no more memory, else one with room for a somewhat longer sequence.
+
+    Args:
+        tight: memory is scarce; little more than `length`.
+    """
+    with_room = multiple(length + length // 8, ROOM)
+    present = cache.capacity
+    fits = present <= with_room if tight else slots * present <= cache.held_tokens
+    if length <= present and fits:
+        return present
+    return multiple(length, ALIGNED) if tight else with_room
 
 
 def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
@@ -100,21 +119,42 @@ class Batcher:
         self.few_shapes, self.varlen = few_shapes, varlen
         self.token_bytes = private.token_bytes
         self.budget = int(cache_bytes // self.token_bytes)
-        need = max(state.need() for state in states)
-        prompts_in_order = [state.row.prefix for state in states]
-        if few_shapes:
-            need = multiple(need, CAPACITIES)
-        slots, prompts, length = plan(prompts_in_order, need, max_rows, self.budget, self.token_bytes)
+        slots, need, prompts, length = self._sizes(states, max_rows)
         if max(private.held_tokens, slots * need) + max(prefixes.held_tokens, prompts * length) > self.budget:
             private.release()
             prefixes.release()
         private.allocate(slots, need)
         prefixes.allocate(prompts, length)
+        self.group = max(Counter(state.row.prefix for state in states).values())
         self.waiting = deque(states)
         self.rows: list[RowState | None] = []
         self.groups: list[CachedPrompt | None] = []
         self.group_of: dict[RowState, CachedPrompt] = {}
         self.stats = {"prefill_tokens": 0, "fed_tokens": 0, "sampled_tokens": 0, "decode_steps": 0}
+
+    def _sizes(self, states: list[RowState], max_rows: int) -> tuple[int, int, int, int]:
+        """Slots and capacity of the private caches, then of the prompts'.
+
+        Raises:
+            ValueError: not even one row fits.
+        """
+        prefixes = [state.row.prefix for state in states]
+        needs = max(state.need() for state in states), max(map(len, prefixes)) - 1
+        most = plan(prefixes, 0, 0, max_rows, self.budget)
+        for tight in (False, True) if self.few_shapes else (True,):
+            need, length = needs
+            if self.few_shapes:
+                pairs = zip(needs, most, (self.private, self.prefixes), strict=True)
+                need, length = (capacity_for(*pair, tight=tight) for pair in pairs)
+            slots, prompts = plan(prefixes, need, length, max_rows, self.budget)
+            if slots == most[0]:
+                break
+        if not slots:
+            raise ValueError(
+                f"cache_gb must be at least {(need + length) * self.token_bytes / 1e9:.3g} for one row of "
+                f"{need + length} tokens, got {self.budget * self.token_bytes / 1e9:.3g}"
+            )
+        return slots, need, prompts, length
 
     @property
     def busy(self) -> bool:
@@ -135,7 +175,9 @@ class Batcher:
         _close_holes(self.rows, lambda row, source, target: self.private.move(source, target, row.cached))
         _close_holes(self.groups, self._move_group)
         rows = [row for row in self.rows if row is not None]
-        fill = min(power_of_two(len(rows)), self.private.slots) if self.few_shapes else 0
+        fill = None
+        if self.few_shapes:
+            fill = Fill(min(power_of_two(len(rows)), self.private.slots), self.group)
         spans: list[RowSpan] = []
         prompts: list[tuple[int, int]] = []
         last: list[int] = []
@@ -155,7 +197,8 @@ class Batcher:
         self.stats["fed_tokens"] += len(earlier)
         steps = min(most_steps, *(row.left for row in rows)) if most_steps > 1 else 1
         self.stats["decode_steps"] += steps
-        last += [0] * (fill - len(last))
+        if fill is not None:
+            last += [0] * (fill.rows - len(last))
         input_ids = upload([last + earlier + prompt_ids], self.private.device)
         attend = CachedAttention(self.prefixes, self.private, spans, prompts, steps - 1, fill, self.varlen)
         return input_ids, attend, rows, steps
@@ -245,7 +288,10 @@ class Batcher:
                 f"cache_gb must be at least {(self.budget - room + need) * self.token_bytes / 1e9:.3g} for a "
                 f"row of {need} tokens besides the prompts, got {self.budget * self.token_bytes / 1e9:.3g}"
             )
-        capacity = min(need + need // 8, room)  # a margin: the next row's Feed may be a little longer
+        capacity = need + need // 8  # a margin: the next row's Feed may be a little longer
+        if self.few_shapes:
+            capacity, room = multiple(capacity, ALIGNED), max(need, room - room % ALIGNED)
+        capacity = min(capacity, room)
         slots = min(self.private.slots, room // capacity)
         for slot in reversed(range(slots, len(self.rows))):
             if self.rows[slot] is not None:

@@ -5,13 +5,15 @@ launch one than the GPU to run it. A graph replays the same kernels on the same 
 which two steps differ is in tensors that are filled before a replay: the tokens, positions and lengths, which
 the step itself then advances, and the noise.
 
-There is one graph for each shape. The batcher fills up batches so that few shapes occur. Graphs are recorded
-as they are needed, kept from run to run, and forgotten when caches or weights have moved.
+There is one graph for each shape. Batches are filled up and lengths rounded so that few shapes occur: hardly
+any is new after the first RL step (benchmarks/gpu_shapes.py). Graphs are recorded as they are needed, and the
+last ones used are kept from run to run. They are forgotten when the memory of caches or weights has moved.
 
 Left out: steps that take in prompts or fed tokens, whose shapes are all different.
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,17 +22,37 @@ from torch import Tensor
 from grpo.sampler.kv_cache import CachedAttention
 
 MOST_GRAPHS = 64  # each keeps some megabytes
+# Bytes. A recording allocates less: float32 logits of 256 rows and 150,000 tokens are 0.16 GB.
+ENOUGH_FREE = 2e9
 
 # (input_ids (1, B), attend, noise (B,) or None) -> tokens and log-probs, (B,) each
 Step = Callable[[Tensor, CachedAttention, Tensor | None], tuple[Tensor, Tensor]]
 
 
 def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """Records the kernels that `work` launches, without running them. Returns the function that runs them."""
+    """Records the kernels that `work` launches, without running them. Returns the function that runs them.
+
+    `torch.cuda.graph` does the same and also empties the allocator's cache each time, after which learner and
+    sampler would ask the driver for their memory again. It does so because a recording has a pool of its own
+    and cannot use cached memory. Here the cache is emptied only if little memory is free.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        work()
+    torch.cuda.synchronize()
+    if torch.cuda.mem_get_info()[0] < ENOUGH_FREE:
+        torch.cuda.empty_cache()
+    with torch.cuda.stream(_side_stream(torch.cuda.current_device())):
+        graph.capture_begin(pool=pool)
+        try:
+            work()
+        finally:
+            graph.capture_end()
     return graph.replay
+
+
+@cache
+def _side_stream(device: int) -> torch.cuda.Stream:
+    """Graphs that share a pool are recorded on one stream; the default one cannot record."""
+    return torch.cuda.Stream(device)
 
 
 class DecodeGraphs:
@@ -59,11 +81,12 @@ class DecodeGraphs:
             tokens (B, steps) int64 and log-probs (B, steps) float64; overwritten by the next call.
         """
         key = attend.shape, noise is None, settings
-        if key not in self._recorded:
-            if len(self._recorded) >= MOST_GRAPHS:
-                self.forget()
-            self._recorded[key] = _Recorded(self.step, attend, self.width, noise is not None)
-        recorded = self._recorded[key]
+        recorded = self._recorded.pop(key, None) or _Recorded(
+            self.step, attend, self.width, noise is not None
+        )
+        if len(self._recorded) >= MOST_GRAPHS:
+            del self._recorded[next(iter(self._recorded))]
+        self._recorded[key] = recorded  # the most recently used one is the last
         recorded.load(input_ids, attend, noise)
         for _ in range(steps):
             if recorded.replay is not None:

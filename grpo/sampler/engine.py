@@ -141,7 +141,7 @@ class Sampler:
                 if batcher.busy:
                     input_ids, attend, active, steps = batcher.next(self.stop_check_steps)
                     if self._graphs is not None:
-                        self._graphs.keep_if((weights, self._private.layout, self._prefixes.layout))
+                        self._graphs.keep_if((weights, self._private.allocations, self._prefixes.allocations))
                     noise = None if self.greedy else [row.noise(steps) for row in active]
                     sampled = self._decode(input_ids, attend, head, steps, noise)
                 # A GPU is busy now: the forwards are queued, and nothing has waited for them yet.

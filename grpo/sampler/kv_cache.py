@@ -41,12 +41,12 @@ class SlotCache:
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
-        self.layout = 0  # changes when tensors move: addresses recorded before are then invalid
+        self.allocations = 0  # counted whenever the memory moves: addresses recorded before are then invalid
         self.release()
 
     def release(self) -> None:
         """Frees the memory."""
-        self.layout += 1
+        self.allocations += 1
         self.slots = self.capacity = 0
         self._memory = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
         self._views = [[torch.empty(0), torch.empty(0)] for _ in range(self.config.num_layers)]
@@ -73,8 +73,7 @@ class SlotCache:
         """
         shape = (slots, self.config.num_kv_heads, capacity, self.config.head_dim)
         size = slots * self.config.num_kv_heads * capacity * self.config.head_dim
-        if (slots, capacity) != (self.slots, self.capacity) or self._memory[0][0].numel() < size:
-            self.layout += 1
+        self.allocations += self._memory[0][0].numel() < size
         for memory, views in zip(self._memory, self._views, strict=True):
             for i in range(2):
                 kept = views[i][:keep_slots, :, :keep_length].clone() if keep_slots else None
@@ -124,8 +123,11 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 # --- attention over the caches ---------------------------------------------------------------------------
 
-# With `fill`, the length up to which private caches are read is rounded up to a multiple of this.
-LENGTHS = 128
+# With `fill`, the lengths up to which caches are read are rounded up so that about this many tokens more are
+# read per forward. The fewer the sequences, the coarser the lengths, and the fewer the shapes.
+READ_MORE = 32768
+# Lengths are multiples of this: slices of 16-bit tensors stay aligned for the fast products.
+ALIGNED = 64
 
 
 def power_of_two(number: int) -> int:
@@ -136,6 +138,25 @@ def power_of_two(number: int) -> int:
 def multiple(number: int, step: int) -> int:
     """The smallest multiple of `step` that is at least `number`."""
     return -(-number // step) * step
+
+
+def read_length(length: int, sequences: int, capacity: int) -> int:
+    """Tokens read of each of `sequences` caches, the longest of which has `length`: see READ_MORE."""
+    step = max(ALIGNED, READ_MORE // power_of_two(sequences))
+    rounded = multiple(length, step)
+    return rounded if rounded + step <= capacity else capacity
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Sizes to which a batch is padded, so that few shapes occur.
+
+    rows: of the batch.
+    group: the most rows that a prompt may have.
+    """
+
+    rows: int
+    group: int
 
 
 @dataclass(frozen=True)
@@ -219,8 +240,8 @@ class CachedAttention:
         rows: the rows in slot order, at least one.
         prompts: (slot, number of tokens) of each new prompt.
         lookahead: how many times `advance` will be called.
-        fill: pads the batch to this many rows and rounds all sizes up, so that few shapes occur, as CUDA
-            graphs need. The results of padding rows are never read. 0: no padding, exact sizes.
+        fill: pads the batch to these sizes and rounds all others up, so that few shapes occur, as CUDA
+            graphs need. The results of padding rows are never read. None: no padding, exact sizes.
         varlen: one attention call per layer for all new tokens but the last of each row, see `Sampler`.
     Attributes:
         position_ids: (1, T) int64, in the order given at the top of this file.
@@ -233,14 +254,14 @@ class CachedAttention:
         rows: list[RowSpan],
         prompts: list[tuple[int, int]],
         lookahead: int = 0,
-        fill: int = 0,
+        fill: Fill | None = None,
         varlen: bool = False,
     ) -> None:
         self.prefixes, self.private, self.config = prefixes, private, private.config
         self.num_rows = self.batch = len(rows)
         self.fill = fill
-        if fill:
-            rows = rows + [PADDING_ROW] * (fill - self.num_rows)
+        if fill is not None:
+            rows = rows + [PADDING_ROW] * (fill.rows - self.num_rows)
             self.batch = len(rows)
         # In this dtype, a product copies an operand that has gaps in memory, and a copy that also transposes
         # takes three times as long. Keys are therefore copied beforehand, without transposing.
@@ -309,8 +330,9 @@ class CachedAttention:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The sizes of all tensors in a forward in which every row has one new token."""
-        return self.batch, self.private_length, self.prefix_length, self.num_groups, len(self.members)
+        """The sizes and strides of all tensors in a forward in which every row has one new token."""
+        lengths = self.private_length, self.prefix_length, self.private.capacity, self.prefixes.capacity
+        return self.batch, *lengths, self.num_groups, len(self.members)
 
     def _arrange(self, rows: list[RowSpan], lookahead: int) -> None:
         """Lists the rows of each prompt, so that one product multiplies all their queries with its keys."""
@@ -320,17 +342,18 @@ class CachedAttention:
         lengths = upload([[row.prefix_length, row.start + row.length] for row in rows], self.private.device)
         self._prefix_lengths, self._private_lengths = lengths[:, :, None].unbind(1)  # (B, 1) each
         groups = max(row.prefix_slot for row in rows) + 1
-        if self.fill:
-            groups, self.prefix_length = self.prefixes.slots, self.prefixes.capacity
-            self.private_length = min(multiple(self.private_length, LENGTHS), self.private.capacity)
+        if self.fill is not None:
+            groups = min(power_of_two(max(groups, self.batch)), self.prefixes.slots)
+            self.private_length = read_length(self.private_length, self.batch, self.private.capacity)
+            self.prefix_length = read_length(self.prefix_length, groups, self.prefixes.capacity)
         members: list[list[int]] = [[] for _ in range(groups)]
         rank = []
         for slot, row in enumerate(real):
             rank.append(len(members[row.prefix_slot]))
             members[row.prefix_slot].append(slot)
         width = max(map(len, members))
-        if self.fill:
-            width = power_of_two(width)
+        if self.fill is not None:
+            width = power_of_two(max(width, min(self.fill.group, self.batch)))
         # Prompts with fewer rows are filled up with row 0, whose result there is never read.
         padded = [ids + [0] * (width - len(ids)) for ids in members]
         place = [row.prefix_slot * width + r for row, r in zip(real, rank, strict=True)]

@@ -72,6 +72,21 @@ def test_varlen_is_one_attention_call_per_layer():
     assert sampled["attention"] <= layers * (sampled["fed"] + sampled["prompts"])
 
 
+@pytest.mark.parametrize("preset, most", [("paper_countdown", 0), ("paper_function_calling", 12)])
+def test_few_graphs_are_recorded_after_the_second_step(preset, most):
+    """Of function calling, a prompt longer than all before may come later, and with it a new capacity."""
+    config = configuration.parse(["--preset", preset])
+    work = gpu_shapes.Workload(config, seed=0)
+    sampler = gpu_shapes.ScheduleSampler(config, gpu_shapes.Model("1.5B"))
+    recorded = []
+    for rows in (work.first_tries(config.max_rows), *(work.rl_step() for _ in range(4))):
+        before = sampler.recordings
+        sampler.schedule(rows)
+        recorded.append(sampler.recordings - before)
+    assert 5 < recorded[1] < 20 and sum(recorded[3:]) <= most
+    assert sampler.forgotten <= 1  # the first RL step needs more memory than the failures
+
+
 def test_lengths_follow_their_distribution():
     rng = random.Random(0)
     lengths = gpu_shapes.Lengths(median=200, spread=0.5, least=20, most=600)

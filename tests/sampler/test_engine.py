@@ -325,13 +325,120 @@ def test_graphs_are_forgotten_when_what_they_read_has_moved(graphs):
     assert texts(sampler.run(rows)) == expected and graphs["recorded"] > third
 
 
-def test_no_more_graphs_are_kept_than_memory_is_meant_for(graphs, monkeypatch):
+def test_runs_of_other_lengths_record_nothing_new(graphs):
+    """From step to step, the longest prompt and what is fed differ by some tokens."""
+    model = make_model()
+    sampler, plain = (
+        Sampler(model, stop_token_ids=STOPS, max_rows=7, stop_check_steps=4, cuda_graphs=on)
+        for on in (True, False)
+    )
+    recorded, memory = [], []
+    for step, lengths in enumerate([(1, 2, 17, 30), (29, 5, 3, 31), (33, 9, 1, 12), (30, 40, 2, 8)]):
+        rows = make_rows(lengths, limits=(10 + step % 2, 7))
+        assert texts(sampler.run(rows)) == texts(plain.run(rows))
+        recorded.append(graphs["recorded"])
+        memory.append([x.data_ptr() for x in (*sampler._private.layer(0), *sampler._prefixes.layer(1))])
+    assert recorded[0] > 0 and recorded[2:] == recorded[1:2] * 2 and memory == memory[:1] * 4
+
+
+def test_graphs_survive_runs_of_other_kinds(graphs):
+    """A validation between two steps has more and shorter prompts, and rows without feeds."""
+    model = make_model()
+    sampler, plain = (Sampler(model, stop_token_ids=STOPS, cuda_graphs=on) for on in (True, False))
+    steps, validation = make_rows(group=6), [Row(prompt(9, i), [Sample(8, (i,))]) for i in range(20)]
+    for rows in (validation, steps, validation):  # from now on the memory is large enough for both
+        sampler.run(rows)
+    before = graphs["recorded"]
+    for rows in (steps, validation, steps):
+        assert texts(sampler.run(rows)) == texts(plain.run(rows))
+    assert graphs["recorded"] == before
+
+
+def test_recorded_shapes_are_few_and_aligned(graphs):
+    """Odd lengths would misalign slices of 16-bit scores."""
+    sampler = Sampler(make_model(), stop_token_ids=STOPS, max_rows=48)
+    sampler.run(make_rows(lengths=(1, 23, 57, 30, 100, 91), group=8, limits=(60, 40)))
+    shapes = [attend_shape for attend_shape, *_ in sampler._graphs._recorded]
+    assert len({shape[0] for shape in shapes}) >= 5  # rows
+    assert all(length % kv_cache.ALIGNED == 0 for shape in shapes for length in shape[1:5])
+    # Whatever the number of rows, little more is read than there is, and never more than the caches hold.
+    for rows in (1, 7, 48, 256):
+        for capacity in (64, 320, 1280, 4096):
+            lengths = [kv_cache.read_length(n, rows, capacity) for n in range(1, capacity + 1)]
+            assert all(n <= length <= capacity for n, length in enumerate(lengths, 1))
+            assert rows * (lengths[0] - 1) < max(2 * kv_cache.READ_MORE, 2 * rows * kv_cache.ALIGNED)
+            assert len(set(lengths)) <= max(1, capacity * kv_cache.power_of_two(rows) // kv_cache.READ_MORE)
+
+
+def test_rounded_lengths_cost_no_rows(graphs):
+    """Where memory is short, capacities have no room to spare."""
+    model, rows = make_model(), make_rows(lengths=(1, 2, 17, 30), group=6)
+    expected = texts(Sampler(model, stop_token_ids=STOPS, cuda_graphs=False).run(rows))
+    private, prompts = 128, 64  # 84 and 29, in multiples of 64
+    for fitting in (1, 5, 24):
+        tokens = fitting * private + 4 * prompts
+        sampler = Sampler(model, stop_token_ids=STOPS, cache_gb=tokens * 256 / 1e9)
+        assert texts(sampler.run(rows)) == expected
+        assert sampler._private.slots >= fitting
+        held = sampler._private.held_tokens + sampler._prefixes.held_tokens
+        assert held <= tokens and (sampler._private.capacity, sampler._prefixes.capacity) == (
+            private,
+            prompts,
+        )
+    roomy = Sampler(model, stop_token_ids=STOPS)
+    roomy.run(rows)
+    assert (roomy._private.slots, roomy._private.capacity, roomy._prefixes.capacity) == (24, 256, 256)
+
+
+def test_the_graphs_used_last_are_kept(graphs, monkeypatch):
     monkeypatch.setattr(cuda_graph, "MOST_GRAPHS", 2)
     model, rows = make_model(), make_rows(group=6)
     sampler = Sampler(model, stop_token_ids=STOPS, max_rows=7)
     expected = texts(Sampler(model, stop_token_ids=STOPS, max_rows=7, cuda_graphs=False).run(rows))
     assert texts(sampler.run(rows)) == expected
-    assert len(sampler._graphs._recorded) <= 2
+    kept = list(sampler._graphs._recorded)
+    assert len(kept) == 2
+    before = graphs["recorded"]
+    one = Row(prompt(30), [Sample(9, (1,))])
+    sampler.run([one] * 2)  # two shapes at most: two rows, one row
+    assert len(sampler._graphs._recorded) == 2 and before < graphs["recorded"] <= before + 2
+    before = graphs["recorded"]
+    sampler.run([one] * 2)
+    assert graphs["recorded"] == before
+
+
+@pytest.mark.parametrize("free", [1e9, 9e9])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_recording_empties_the_allocators_cache_only_if_it_must(monkeypatch, free, fails):
+    calls = []
+
+    class Graph:
+        def capture_begin(self, pool):
+            calls.append(("begin", pool))
+
+        def capture_end(self):
+            calls.append("end")
+
+        def replay(self):
+            calls.append("replay")
+
+    def work():
+        calls.append("work")
+        if fails:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80e9))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: None)
+    expected = ["empty"] * (free < cuda_graph.ENOUGH_FREE) + [("begin", "pool"), "work", "end"]
+    with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
+        cuda_graph.record(work, "pool")()
+        expected.append("replay")
+    assert calls == expected
 
 
 @pytest.mark.parametrize("greedy", [True, False])
@@ -511,8 +618,9 @@ def test_cache_gb_bounds_the_caches_and_changes_no_text(model):
         Sampler(model, stop_token_ids=STOPS, cache_gb=(one_row - 1) * token_bytes / 1e9).run(make_rows())
 
 
+@pytest.mark.parametrize("by_graph", [False, True])
 @pytest.mark.parametrize("cache_gb", [2.0, 6e-5])
-def test_feeds_longer_than_foreseen(model, cache_gb):
+def test_feeds_longer_than_foreseen(model, cache_gb, by_graph, graphs):
     """The caches grow; where memory is short, rows lose their slot and run again later: same texts."""
 
     def rows():
@@ -522,8 +630,8 @@ def test_feeds_longer_than_foreseen(model, cache_gb):
             for row in make_rows(lengths=(1, 2, 17))
         ]
 
-    alone = Sampler(model, stop_token_ids=STOPS, max_rows=1).run(rows())
-    sampler = Sampler(model, stop_token_ids=STOPS, cache_gb=cache_gb)
+    alone = Sampler(model, stop_token_ids=STOPS, max_rows=1, cuda_graphs=False).run(rows())
+    sampler = Sampler(model, stop_token_ids=STOPS, cache_gb=cache_gb, cuda_graphs=by_graph)
     for _ in range(2):  # the second run finds the grown caches
         finished = sampler.run(rows())
         assert texts(finished) == texts(alone)
@@ -676,7 +784,7 @@ def test_no_rows(model):
 def test_plan_counts_prompts_side_by_side():
     prefixes = [(i // 4,) * 11 for i in range(40)]  # ten groups of four, ten cached tokens each
     # Eight rows touch three groups at most (unaligned); twice that for stragglers.
-    assert plan(prefixes, 20, 8, 10**6, 4) == (8, 6, 10)
+    assert plan(prefixes, 20, 10, 8, 10**6) == (8, 6)
     # 100 tokens: three rows of 20 and the four slots that two neighbouring prompts get, at most one per row.
-    assert plan(prefixes, 20, 8, 100, 4) == (3, 3, 10)
-    assert plan(prefixes[:4], 20, 8, 100, 4) == (4, 1, 10)
+    assert plan(prefixes, 20, 10, 8, 100) == (3, 3)
+    assert plan(prefixes[:4], 20, 10, 8, 100) == (4, 1)
