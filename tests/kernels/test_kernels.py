@@ -496,7 +496,7 @@ def test_lesson_11_a_row_does_not_depend_on_the_others():
     hidden, weight, ids, upstream = data(50, 16, 150, torch.float32)
     h, w, i, u = put(hidden, weight, ids, upstream)
     everything = linear_logprob(h, w, i, entropy=True)
-    # In the interpreter a tile's product is NumPy's, which on some CPUs rounds a row by its place in the tile:
+    # In the interpreter a product is of NumPy, which on some CPUs rounds a row by its place in the tile:
     # there, rows keep their places in tiles of 16 rows and more.
     first, last = (16, 48) if DEVICE == "cpu" else (13, 49)
     for rows in (slice(0, 1), slice(first, 30), slice(last, 50)):
