@@ -101,6 +101,7 @@ def supervised_steps(run: RunState, folder: Path) -> None:
         with Bar("warm start", config.warm_start_steps, "step", done) as bar:
             while done < config.warm_start_steps:
                 run.interrupts.check()
+                run.finish_saving()
                 metrics = learner.supervised_step(transcripts(step=done), rate(done))
                 files.append_jsonl(run.folder / WARM_START_LOG, {"step": done + 1, **metrics})
                 done += 1
@@ -110,9 +111,10 @@ def supervised_steps(run: RunState, folder: Path) -> None:
                 if done % WARM_START_BLOCK == 0:
                     saved = done  # set first, so that a failed save is not retried below
                     run.save(learner, folder, done)
+        run.finish_saving()
     except (Exception, Interrupted, SystemExit):
-        if done > saved and learner.optimizer.num_updates == done:
-            save_before_leaving(run, learner, folder, done)
+        unsaved = done > saved and learner.optimizer.num_updates == done
+        save_before_leaving(run, learner if unsaved else None, folder, done)
         raise
 
 
@@ -195,6 +197,9 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 success_threshold=config.success_threshold,
             )
             sampled = time.perf_counter()
+            # A checkpoint is written during the rollout, from the tensors that the update changes.
+            run.finish_saving()
+            ready = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
             update_metrics = learner.step(episodes)
             # Copies the new weights to the sampler; free if both share the same tensors.
@@ -207,7 +212,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
-                "update_time": learned - sampled,
+                "save_time": ready - sampled,  # waiting for the checkpoint of an earlier step
+                "update_time": learned - ready,
                 "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
@@ -232,10 +238,11 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 run.save(learner, run.folder, step)
             if config.report and (problem := live.refresh()):
                 print(problem, file=sys.stderr)
+        run.finish_saving()
     except (Exception, Interrupted, SystemExit):  # SystemExit: a task may call sys.exit
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
-        if done > saved and learner.num_steps == done and learner.between_steps:
-            save_before_leaving(run, learner, run.folder, done)
+        unsaved = done > saved and learner.num_steps == done and learner.between_steps
+        save_before_leaving(run, learner if unsaved else None, run.folder, done)
         raise
     finally:
         bar.close()
@@ -261,10 +268,16 @@ def validate(run: RunState, step: int, metrics: Metrics) -> None:
     run.second_tries[step] = shares[state.SECOND_TRY]
 
 
-def save_before_leaving(run: RunState, learner: Learner, folder: Path, step: int) -> None:
-    """Saves the finished steps while an exception propagates; a failed save does not hide that exception."""
+def save_before_leaving(run: RunState, learner: Learner | None, folder: Path, step: int) -> None:
+    """Saves the finished steps while an exception propagates; a failed save does not hide that exception.
+
+    Args:
+        learner: None: the steps are saved, or are being saved.
+    """
     try:
-        run.save(learner, folder, step)
+        if learner is not None:
+            run.save(learner, folder, step)
+        run.finish_saving()
     except NonFiniteError:
         pass  # the propagating exception reports the same problem, or follows from it
     except files.RunDirError as error:
@@ -350,6 +363,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     kernels = grpo_kernels.backend(config.device, config.kernels)
     parts = build.parts(config)
     content = inputs.sums(parts, build.check_run(config, parts))
+    state.check_disk(config, parts, folder)
     start_record = reuse.record(config, content)
     if config.resume is not None:
         inputs.check(folder, content)
@@ -389,7 +403,7 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
                 run = open_run(config, folder, interrupts)
                 interrupts.defer()
                 running = True
-                with contextlib.closing(run.trackers):
+                with contextlib.closing(run.trackers), run.saver:
                     stages(run)
         return EXIT_OK
     except (Exception, Interrupted, KeyboardInterrupt) as error:

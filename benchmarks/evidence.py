@@ -91,6 +91,7 @@ def more_supervision(run: RunState, seconds: float) -> None:
             files.append_jsonl(run.folder / "warm_start.jsonl", {"step": step, **result})
             bar.update(round(time.perf_counter() - start))
     run.save(learner, run.folder, step)
+    run.finish_saving()
     train.evaluate(run)
 
 

@@ -270,7 +270,7 @@ def run_directory() -> Path:
     folder = Path(FOLDER.name)
     counters = {"num_updates": 1, "num_steps": 1, "num_tokens": 7}
     content = {"counters": counters, "logs": {"metrics.jsonl": 0}}
-    checkpoint.save(folder, 1, write_model=lambda _: None, tensors={"a": torch.zeros(1)}, state=content)
+    checkpoint.save(folder, 1, write_model=lambda *_: None, tensors={"a": torch.zeros(1)}, state=content)
     inputs.save(folder, INPUTS)
     return folder
 

@@ -6,22 +6,26 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 from tiny_run import Moment, arguments, contents, records, run, run_and_stop, save_model
 
+import train
 from grpo import config as configuration
 from grpo.run import checkpoint, files
+from grpo.run.checkpoint import Saver
 
 ROOT = Path(__file__).parent.parent
 RUN = "tiny-001"
 SAMPLING, UPDATE = "grpo.sampler.engine:Sampler._decode", "grpo.learner.optimizer:MasterAdamW._publish"
+BLOCKS = "grpo.model.shards:ShardWriter._blocks"  # called for each tensor
 STEP_2 = '{"step": 2, "clip'  # the line of its update; that of its validation comes after it
 
 KILLS = {
     "during the warm start": Moment("grpo.learner.learner:Learner.supervised_step", call=3),
-    "while start is written": Moment("grpo.model.weights:save_file"),
+    "while start is written": Moment(BLOCKS, call=5),
     "before start gets its name": Moment("os:rename", call=3),  # after inputs.json and config.yaml
     "while failures are sampled": Moment("grpo.failures:_summary"),
     "in the first validation": Moment("grpo.evaluate.measure:_control_verdicts"),
@@ -32,8 +36,10 @@ KILLS = {
     "between the lines of one step": Moment("grpo.run.metrics:Metrics.timings", after=STEP_2),
     "in a validation": Moment(SAMPLING, call=5, after=STEP_2),
     "before a checkpoint": Moment("grpo.run.checkpoint:save", after='{"step": 3'),
+    "in a shard of a checkpoint": Moment(BLOCKS, call=30, after='{"step": 3'),
     "in a checkpoint": Moment("grpo.run.checkpoint:_write_state", after='{"step": 3'),
     "after a checkpoint, before pruning": Moment("grpo.run.checkpoint:prune", after='{"step": 3'),
+    "while pruning": Moment("grpo.run.files:delete", call=2, after='{"step": 3'),  # half removed
     "in the evaluation": Moment(SAMPLING, call=25, after='{"step": 4, "validation'),
     "between models of the evaluation": Moment("grpo.run.build:load_into", call=3),
     "before evaluation.json": Moment("train:report"),
@@ -46,10 +52,15 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(model, tmp_path_factory):
+def undisturbed_run(model, tmp_path_factory):
     done = run(arguments(model, tmp_path_factory.mktemp("undisturbed")))
     assert done.status == 0, done.err
-    return contents(done.folder)
+    return done.folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run):
+    return contents(undisturbed_run)
 
 
 def assert_same(folder: Path, expected: dict[str, bytes]) -> None:
@@ -192,6 +203,15 @@ def test_a_second_signal_stops_at_once(model, tmp_path, undisturbed, place):
     assert_same(tmp_path / RUN, undisturbed)
 
 
+def test_a_stop_waits_for_the_checkpoint_that_is_being_written(model, tmp_path, undisturbed):
+    moment = Moment("grpo.run.checkpoint:_write_state", after='{"step": 2')
+    status, err = run_and_stop(arguments(model, tmp_path), moment, signal.SIGTERM)
+    assert status == 130 and "continues" in err and "not saved" not in err
+    assert max(checkpoint.steps(tmp_path / RUN)) >= 2  # 3 if the rollout had no check left
+    resume(tmp_path / RUN)
+    assert_same(tmp_path / RUN, undisturbed)
+
+
 def test_stopped_while_the_parts_are_built(model, tmp_path):
     """Nothing was begun: the directory is taken back, and there is nothing to resume."""
     status, err = run_and_stop(arguments(model, tmp_path), Moment("grpo.model.weights:build"), signal.SIGTERM)
@@ -213,6 +233,43 @@ def test_signal_handlers_are_given_back(model, tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run(arguments(model, tmp_path, warm_start_steps=-1)).status == 2
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+# --- written during the next rollout ------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_its_step_however_late_it_is_written(
+    model, tmp_path, monkeypatch, undisturbed_run
+):
+    """Each save begins when the next rollout is over and the run waits for it, or when there is no other."""
+    waiting, rollouts = threading.Event(), []
+    save, wait, sample = checkpoint.save, Saver.wait, train.sample_episodes
+
+    def late(run_dir, *args, **options):
+        if run_dir.name == RUN:  # not of the warm start
+            assert waiting.wait(60)
+        return save(run_dir, *args, **options)
+
+    def note(saver):
+        waiting.set()
+        wait(saver)
+        waiting.clear()
+
+    def note_rollout(state, groups, step):
+        rollouts.append((step, checkpoint.steps(state.folder)))
+        return sample(state, groups, step)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    monkeypatch.setattr(Saver, "wait", note)
+    monkeypatch.setattr(train.train, "__defaults__", (note_rollout,))
+    done = run(arguments(model, tmp_path))
+    assert done.status == 0, done.err
+    # In each rollout, the checkpoint of the step before was not there yet.
+    assert rollouts == [(1, []), (2, []), (3, [1]), (4, [1, 2])]
+    assert_same(done.folder, contents(undisturbed_run))
+    # The last checkpoint cannot be that of a later step, but the one before it can.
+    before_last = [folder / "checkpoints/step-000003" for folder in (done.folder, undisturbed_run)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in before_last}) == 1
 
 
 # --- which checkpoints stay ---------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import pytest
 import tiny
 import torch
 from grpo_kernels import torch_backend
-from safetensors import SafetensorError
 from tiny_run import Done, arguments, contents, records, run, save_model
 
 import train
@@ -21,6 +20,7 @@ from grpo import config as configuration
 from grpo.config import TRACKERS
 from grpo.learner.optimizer import MasterAdamW
 from grpo.model import weights
+from grpo.model.shards import ShardWriter
 from grpo.run import checkpoint, files, state
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
@@ -542,38 +542,36 @@ def test_an_output_directory_that_cannot_be_written(model, tmp_path):
     assert_error(done, 1, "cannot make a run directory in", "file/runs", "choose another output_dir")
 
 
-FULL = [
-    OSError(errno.ENOSPC, "No space left on device"),
-    SafetensorError("I/O error: No space left on device (os error 28)"),
-]
+FULL = OSError(errno.ENOSPC, "No space left on device")
 TOKENIZER_FULL = Exception("No space left on device (os error 28)")  # as tokenizers raises it
 
 
-@pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
-def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(quick, monkeypatch, error):
-    save_file, calls = checkpoint.save_file, []
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(quick, monkeypatch, step):
+    """The error of the thread that writes is raised in the next step or, after the last step, at the end."""
+    write, calls = ShardWriter.write, []
 
-    def fill(tensors, path):
-        calls.append(path)
-        if len(calls) == 2:
-            path.write_bytes(b"half of it")
-            raise error
-        save_file(tensors, path)
+    def fill(writer, tensors, folder, stem, **options):
+        calls.append(stem)
+        if calls.count("state") == step:
+            (folder / f"{stem}.safetensors").write_bytes(b"half of it")
+            raise FULL
+        return write(writer, tensors, folder, stem, **options)
 
-    monkeypatch.setattr(checkpoint, "save_file", fill)
-    done = quick(save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "write", fill)
+        done = quick(save_steps=1, max_steps=3, save_total_limit=1)
     assert_error(done, 1, "the disk is full", "GB are free", "What was saved before is intact", "resume")
-    assert [path.name for path in (done.folder / "checkpoints").iterdir()] == ["step-000001"]
+    assert [path.name for path in (done.folder / "checkpoints").iterdir()] == [f"step-00000{step - 1}"]
     assert run(["--resume", str(done.folder)]).status == 0
-    assert checkpoint.steps(done.folder) == [1, 2]
+    assert checkpoint.steps(done.folder) == [3]
 
 
-@pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
-def test_a_full_disk_while_start_is_written(quick, monkeypatch, error):
+def test_a_full_disk_while_start_is_written(quick, monkeypatch):
     def fill(*args, **options):
-        raise error
+        raise FULL
 
-    monkeypatch.setattr("grpo.model.weights.save_file", fill)
+    monkeypatch.setattr(ShardWriter, "write", fill)
     done = quick()
     assert_error(done, 1, "the disk is full")
     assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml", "inputs.json"]
@@ -589,14 +587,76 @@ def test_a_full_disk_while_the_tokenizer_of_start_is_written(quick, monkeypatch)
 
 @pytest.mark.parametrize("settings", [{}, {"save_steps": 1}, {"save_steps": 1, "save_total_limit": 1}])
 def test_a_run_says_what_it_takes_on_disk(quick, settings, monkeypatch):
+    prune, sizes = checkpoint.prune, []
+
+    def measured(run, *args):  # when the new checkpoint is complete and the old ones are still there
+        sizes.append(tensor_gb(run))
+        return prune(run, *args)
+
+    monkeypatch.setattr(checkpoint, "prune", measured)
     done = quick(**settings, max_steps=3)
     (line,) = [line for line in done.out.splitlines() if line.startswith("disk: ")]
-    most, left = (float(number) for number in re.findall(r"([\d.e-]+) GB (?:during|after)", line))
-    weights = [path for path in done.folder.rglob("*.safetensors")]
-    assert left == pytest.approx(sum(path.stat().st_size for path in weights) / 1e9, rel=0.1)
-    assert most >= left and "too little" not in line
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))
-    assert "0 GB are free; that is too little" in quick().out
+    first, most, left = (float(number) for number in re.findall(r"([\d.e-]+) GB (?:for|during|after)", line))
+    assert sizes[0] == pytest.approx(first, rel=0.1)
+    assert max(sizes) == pytest.approx(most, rel=0.1)
+    assert tensor_gb(done.folder) == pytest.approx(left, rel=0.1) and "too little" not in line
+
+
+def tensor_gb(run: Path) -> float:
+    return sum(path.stat().st_size for path in run.rglob("*.safetensors")) / 1e9
+
+
+def limit_disk(monkeypatch, runs: Path, gb: float) -> None:
+    """A disk of `gb`, on which the tensors of the runs are."""
+
+    def usage(_):
+        used = tensor_gb(runs)
+        return shutil._ntuple_diskusage(int(1e9 * gb), int(1e9 * used), int(1e9 * (gb - used)))
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+
+
+def test_a_disk_that_is_too_small_is_found_before_the_run(quick, monkeypatch, tmp_path):
+    line = quick().out
+    first = float(re.search(r"disk: ([\d.e-]+) GB for", line)[1])
+    shutil.rmtree(tmp_path / "runs")
+    limit_disk(monkeypatch, tmp_path / "runs", 0.97 * first)
+    done = quick()
+    folder = tmp_path / "runs" / "tiny-001"
+    named = ["save_total_limit", "save_steps", "choose another output_dir"]
+    assert_error(done, 1, f"{folder} needs {first:.3g} GB", f"{0.97 * first:.3g} GB are free", *named)
+    assert list((tmp_path / "runs").iterdir()) == []
+    # Enough for the first checkpoint, which is the only one.
+    limit_disk(monkeypatch, tmp_path / "runs", 1.03 * first)
+    done = quick()
+    assert done.status == 0, done.err
+    assert "too little" not in done.out and not done.err
+
+
+def test_a_disk_that_becomes_full_ends_the_run_before_anything_is_written(
+    quick, monkeypatch, tmp_path, unfinished
+):
+    first = float(re.search(r"disk: ([\d.e-]+) GB for", quick().out)[1])
+    shutil.rmtree(tmp_path / "runs")
+    limit_disk(monkeypatch, tmp_path / "runs", 1.03 * first)
+    written, write = [], ShardWriter.write
+    monkeypatch.setattr(
+        ShardWriter, "write", lambda *args, **options: written.append(args[3]) or write(*args, **options)
+    )
+    done = quick(save_steps=1)
+    assert "that is too little: lower save_total_limit, raise save_steps" in done.out
+    assert_error(done, 1, "the disk is full", "step-000002 needs", "What was saved before is intact")
+    assert written == ["model", "model", "state"]  # start, and the checkpoint of step 1
+    assert checkpoint.latest(done.folder) == checkpoint.path_of(done.folder, 1)
+    # Resuming is refused before the step is sampled again, as long as nothing has changed.
+    resumed = run(["--resume", str(done.folder)])
+    assert_error(resumed, 1, "the disk is too small", "to save its next checkpoint")
+    limit_disk(monkeypatch, tmp_path / "runs", 3 * first)
+    assert run(["--resume", str(done.folder)]).status == 0
+    assert checkpoint.steps(done.folder) == [1, 2]
+    # A run that has only its evaluation left needs no space for a checkpoint.
+    limit_disk(monkeypatch, unfinished, tensor_gb(unfinished))
+    assert run(["--resume", str(unfinished)]).status == 0
 
 
 def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
@@ -609,7 +669,7 @@ def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):
     def fill(*args, **options):
-        raise FULL[0]
+        raise FULL
 
     monkeypatch.setattr(files, "append_jsonl", fill)
     assert_error(quick(), 1, "No space left on device", "what was saved before is intact")
@@ -715,7 +775,7 @@ def test_a_full_disk_while_a_step_is_logged_saves_the_step_before(quick, monkeyp
 
     def fill(path, *records, **options):
         if path.name == "episodes.jsonl.gz" and records[0]["step"] == 2:
-            raise FULL[0]
+            raise FULL
         real(path, *records, **options)
 
     monkeypatch.setattr(files, "append_jsonl", fill)

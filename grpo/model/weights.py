@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from grpo.model.decoder import Decoder, ModelConfig
 from grpo.model.rope import frequencies
+from grpo.model.shards import DTYPES, ShardWriter
 
 # --- finding a model's files -----------------------------------------------------------------------------
 #
@@ -470,7 +470,7 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return files
 
 
-_STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_STORED = {code: dtype for dtype, code in DTYPES.items()}
 
 
 def _safetensors_headers(files: list[Path]) -> tuple[list[tuple[str, tuple[int, ...]]], torch.dtype]:
@@ -508,8 +508,6 @@ def _read_safetensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
 
 # --- saving ----------------------------------------------------------------------------------------------
 
-SHARD_BYTES = 5 * 10**9  # the Hub's usual shard size
-
 
 def save(
     model: Decoder,
@@ -517,6 +515,7 @@ def save(
     folder: str | Path,
     dtype: torch.dtype | None = None,
     stop_ids: Sequence[int] | None = None,
+    writer: ShardWriter | None = None,
 ) -> Path:
     """Writes a Hugging Face folder: weights, config, generation config, tokenizer with its chat template.
 
@@ -526,6 +525,7 @@ def save(
         folder: made if missing; files of the same names are overwritten.
         dtype: of the stored weights; default: the dtype that the model was loaded from.
         stop_ids: the ids that ended turns in training; default: those that `stop_token_ids` finds.
+        writer: writes the tensors and afterwards has the sha256 of their files.
     """
     if model.source is None:
         raise ValueError("model must come from weights.load: saving needs the config it was loaded with")
@@ -553,7 +553,7 @@ def save(
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _save_tokenizer(tokenizer, folder)
-    _write_safetensors(model, folder, dtype)
+    _write_safetensors(model, folder, dtype, writer or ShardWriter())
     return folder
 
 
@@ -629,32 +629,14 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype) -> None:
-    views = hf_tensors(model)
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, view in views.items():
-        needed = view.numel() * dtype.itemsize
-        if shards[-1] and size + needed > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += needed
-    files = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    if len(shards) == 1:
-        files = ["model.safetensors"]
+def _write_safetensors(model: Decoder, folder: Path, dtype: torch.dtype, writer: ShardWriter) -> None:
     # Other programs load every *.safetensors they find, so those of an earlier save must go.
     for old in [*folder.glob("model*.safetensors"), folder / "model.safetensors.index.json"]:
         old.unlink(missing_ok=True)
-    for file, names in zip(files, shards, strict=True):
-        # Copied, one shard at a time: safetensors refuses tensors that share memory, as q, k and v do here.
-        shard = {name: views[name].to("cpu", dtype, copy=True) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        # safetensors makes files that only the user can read: give them the mode of the other files.
-        (folder / file).chmod((folder / "config.json").stat().st_mode)
-    if len(files) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(view.numel() * dtype.itemsize for view in views.values())
+    tensors = hf_tensors(model)
+    weight_map = writer.write(tensors, folder, "model", dtype=dtype, metadata={"format": "pt"})
+    if "model.safetensors" not in weight_map.values():
+        total = sum(tensor.numel() * dtype.itemsize for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2) + "\n", encoding="utf-8"

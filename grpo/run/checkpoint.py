@@ -3,13 +3,16 @@
 A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (written by the caller's
 function), and in it `trainer/` with what only this trainer needs:
 
-    trainer/state.safetensors   float32 master weights and moments
+    trainer/state.safetensors   float32 master weights and moments; above 5 GB in shards
+                                (state-00001-of-00004.safetensors and so on)
     trainer/state.json          counters, versions of the environment, sha256 of all other files and of itself
 
 A finished run keeps `trainer/` in its newest checkpoint only (`drop_optimizer`).
 
-A folder of that name is always complete (files.py). Nothing is pickled. Left out: sharded or asynchronous
-saving.
+A folder of that name is always complete (files.py). A thread writes it (`Saver`), with one block of a tensor
+in host memory at a time, and hashes what it writes (grpo/model/shards.py). Nothing is pickled.
+
+Left out: writing several shards at a time, and checkpoints of several processes.
 """
 
 from __future__ import annotations
@@ -19,19 +22,22 @@ import json
 import platform
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from grpo.model.shards import ShardWriter
 from grpo.run.files import MismatchError, RunDirError, read_json, remove, written_whole
 
 STATE = "trainer/state.json"
-TENSORS = "trainer/state.safetensors"
+TENSORS = re.compile(r"trainer/state(-\d{5}-of-\d{5})?\.safetensors")
 SEAL = "sha256.json"
 # Shape of STATE (files.misfit)
 PAYLOAD = {
@@ -52,39 +58,107 @@ def save(
     run_dir: str | Path,
     step: int,
     *,
-    write_model: Callable[[Path], object],
+    write_model: Callable[[Path, ShardWriter], object],
     tensors: Mapping[str, Tensor],
     state: Mapping[str, Any],
     keep: int = 0,
     best_step: int | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Writes `checkpoints/step-NNNNNN` atomically, then prunes the older ones.
 
     Args:
-        write_model: called with the folder, writes the Hugging Face files into it.
-        tensors: any dtypes and devices; the live tensors are only read.
+        write_model: writes the Hugging Face files into the folder, and the tensors with the writer.
+        tensors: floats, on any devices; the live tensors are only read.
         state: can be written as JSON; `load` returns it unchanged.
         keep: number of checkpoints to keep, 0 for all; `best_step` is always kept.
+        check: called before each block of tensors and at the end; an exception in it ends the saving.
     Raises:
         RunDirError: the disk is full or not writable. The new checkpoint is removed, older ones are kept.
     """
+    writer = ShardWriter(check)
     with written_whole(final := path_of(run_dir, step)) as partial:
         (partial / "trainer").mkdir(parents=True)
-        write_model(partial)
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, partial / TENSORS)
-        _write_state(partial, step, state)
+        write_model(partial, writer)
+        writer.write(tensors, partial / "trainer", "state")
+        _write_state(partial, step, state, writer.sums)
+        check()
     prune(run_dir, keep, best_step)
     return final
+
+
+class Saver:
+    """Saves checkpoints in a thread, one at a time, while the next step samples.
+
+    The thread reads the live tensors, so no copy of them is needed. Whatever changes them must come after
+    `wait`: an update, or the loading of other weights. An exception that leaves the `with` block stops a
+    save that is still running, which then leaves no checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._running: Future[Path] | None = None
+        self._stopped = False
+        self._stream: torch.cuda.Stream | None = None
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self.wait()
+        finally:
+            self._stopped = True
+            self._thread.shutdown()
+
+    def save(self, run_dir: Path, step: int, *, tensors: Mapping[str, Tensor], **options: Any) -> None:
+        """As the function `save`, but returns at once. `wait` raises its errors."""
+        self.wait()
+        device = next((tensor.device for tensor in tensors.values() if tensor.is_cuda), None)
+        if device is not None:
+            # Copies run next to the kernels of the rollout, after those of the update. All saves share one
+            # stream: torch has 32 and then starts again, perhaps with the one that records CUDA graphs.
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._running = self._thread.submit(self._save, run_dir, step, tensors=tensors, **options)
+
+    def wait(self) -> None:
+        """Returns once the checkpoint is on the disk, at once if there is none to wait for.
+
+        Raises:
+            RunDirError: the disk is full or not writable. The new checkpoint is removed, older ones are kept.
+        """
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+    def _save(self, run_dir: Path, step: int, **options: Any) -> Path:
+        with torch.cuda.stream(self._stream):  # of this thread; None changes nothing
+            return save(run_dir, step, check=self._check, **options)
+
+    def _check(self) -> None:
+        if self._stopped:
+            raise _Stopped
+
+
+class _Stopped(Exception):
+    """The run ends at once and does not wait for its checkpoint."""
 
 
 def load(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged."""
     path = Path(path)
-    state = verify(path) if check else _read_state(path)
-    try:
-        return load_file(path / TENSORS), state["state"]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / TENSORS} is damaged: {error}") from error
+    payload = verify(path) if check else _read_state(path)
+    tensors: dict[str, Tensor] = {}
+    for name in filter(TENSORS.fullmatch, sorted(payload["sha256"])):
+        try:
+            tensors |= load_file(path / name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path / name} is damaged: {error}") from error
+    return tensors, payload["state"]
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -129,16 +203,21 @@ def drop_optimizer(run_dir: str | Path) -> None:
     """
     for step in steps(run_dir)[:-1]:
         if (trainer := (path := path_of(run_dir, step)) / "trainer").is_dir():
-            verify(path)
-            sums = {name: sha for name, sha in _sums(path).items() if not name.startswith("trainer/")}
+            sums = {
+                name: sha for name, sha in verify(path)["sha256"].items() if not name.startswith("trainer/")
+            }
             with written_whole(path / SEAL) as partial:
                 partial.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
             remove(trainer)
 
 
-def seal(folder: Path) -> None:
-    """Writes sha256.json, the sums of all files, into a folder of weights that is not a checkpoint."""
-    (folder / SEAL).write_text(json.dumps(_sums(folder), indent=1) + "\n", encoding="utf-8")
+def seal(folder: Path, known: Mapping[Path, str]) -> None:
+    """Writes sha256.json, the sums of all files, into a folder of weights that is not a checkpoint.
+
+    Args:
+        known: sums that need not be computed again.
+    """
+    (folder / SEAL).write_text(json.dumps(_sums(folder, known), indent=1) + "\n", encoding="utf-8")
 
 
 def check_seal(folder: Path) -> None:
@@ -212,12 +291,12 @@ def environment_differences(path: str | Path) -> list[str]:
 # --- helpers ---------------------------------------------------------------------------------------------
 
 
-def _write_state(folder: Path, step: int, state: Mapping[str, Any]) -> None:
+def _write_state(folder: Path, step: int, state: Mapping[str, Any], known: Mapping[Path, str]) -> None:
     payload = {
         "step": step,
         "state": dict(state),
         "environment": environment(),
-        "sha256": _sums(folder),
+        "sha256": _sums(folder, known),
     }
     payload["digest"] = _digest(payload)
     (folder / STATE).write_text(json.dumps(payload, indent=1, allow_nan=False) + "\n", encoding="utf-8")
@@ -244,9 +323,10 @@ def _digest(payload: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True).encode()).hexdigest()
 
 
-def _sums(folder: Path) -> dict[str, str]:
+def _sums(folder: Path, known: Mapping[Path, str]) -> dict[str, str]:
+    """sha256 of each file by name; those in `known` are not read."""
     files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    return {name: _sha256(folder / name) for name in files}
+    return {name: known.get(folder / name) or _sha256(folder / name) for name in files}
 
 
 def _compare(folder: Path, sums: Mapping[str, str], stored_in: str) -> None:

@@ -26,8 +26,6 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
 LOCK = ".lock"
 GZIP_MEMBER = b"\x1f\x8b\x08"  # how it begins
@@ -296,7 +294,7 @@ def written_whole(final: Path) -> Iterator[Path]:
     except BaseException as error:
         written = sum(path.stat().st_size for path in partial.rglob("*")) if partial.is_dir() else 0
         delete(partial)
-        if isinstance(error, OSError | SafetensorError) or _is_full(error):
+        if isinstance(error, OSError) or _is_full(error):
             raise RunDirError(_write_failure(final, error, written)) from error
         raise
 
@@ -345,11 +343,26 @@ def _is_full(error: BaseException) -> bool:
 def _write_failure(final: Path, error: BaseException, written: int) -> str:
     if not _is_full(error):
         return f"cannot write {final}: {error}"
-    free = shutil.disk_usage(next(folder for folder in final.parents if folder.exists())).free
+    return _disk_full(final, f"more than the {written / 1e9:.3g} GB already written")
+
+
+def require_space(final: Path, needed: int) -> None:
+    """Raises RunDirError if fewer than the `needed` bytes are free for `final`."""
+    if free_bytes(final) < needed:
+        raise RunDirError(_disk_full(final, f"{needed / 1e9:.3g} GB"))
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of a path that need not exist yet."""
+    there = next(filter(Path.exists, (path, *path.absolute().parents)))
+    return shutil.disk_usage(there).free
+
+
+def _disk_full(final: Path, needs: str) -> str:
+    free = f"{free_bytes(final) / 1e9:.3g} GB are free"
     return (
-        f"the disk is full: {free / 1e9:.2f} GB are free, and {final} needs more than the "
-        f"{written / 1e9:.2f} GB already written. What was saved before is intact; make room or lower "
-        "save_total_limit, and resume"
+        f"the disk is full: {free}, and {final} needs {needs}. What was saved before is intact; make room, "
+        "or delete an older checkpoint and lower save_total_limit, and resume"
     )
 
 

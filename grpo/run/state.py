@@ -8,14 +8,15 @@ Left out: anything that trains or samples. The stages are in train.py.
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from grpo.config import TYPES, Config
 from grpo.learner.learner import Kernels, Learner
 from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.model import weights
+from grpo.model.shards import ShardWriter
 from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
 from grpo.run.interrupts import Interrupts
@@ -45,6 +47,7 @@ class RunState:
         start_record: what the start of this run depends on (reuse.py).
         trackers: get the metrics of RL.
         second_tries: share of right second tries by validated step.
+        saver: writes the checkpoints; inside `with`, which train.main opens.
     """
 
     config: Config
@@ -55,6 +58,7 @@ class RunState:
     start_record: dict[str, Any]
     trackers: Trackers
     second_tries: dict[int, float] = field(default_factory=dict)
+    saver: checkpoint.Saver = field(default_factory=checkpoint.Saver)
 
     @property
     def start(self) -> Path:
@@ -104,30 +108,46 @@ class RunState:
 
     def save_start(self) -> None:
         with files.written_whole(self.start) as folder:
-            self._write_model(folder)
-            checkpoint.seal(folder)
+            self._write_model(self.parts.tokenizer, folder, writer := ShardWriter())
+            checkpoint.seal(folder, writer.sums)
 
-    def _write_model(self, folder: Path) -> None:
-        weights.save(self.parts.model, self.parts.tokenizer, folder, stop_ids=self.parts.chat.stop_token_ids)
+    def _write_model(self, tokenizer: Any, folder: Path, writer: ShardWriter) -> None:
+        model, stop_ids = self.parts.model, self.parts.chat.stop_token_ids
+        weights.save(model, tokenizer, folder, stop_ids=stop_ids, writer=writer)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """A copy for the thread that saves: a fast tokenizer may refuse to be used by two threads at once."""
+        return copy.deepcopy(self.parts.tokenizer)
 
     def save(self, learner: Learner, folder: Path, step: int) -> None:
-        """Saves a checkpoint in `folder`: the run's, or the one of its unfinished warm start.
+        """Begins to save a checkpoint in `folder`: the run's, or the one of its unfinished warm start.
+
+        Returns while a thread writes it. Call `finish_saving` before the weights change.
 
         Raises:
             NonFiniteError: the weights are NaN or infinite. Earlier checkpoints stay.
+            RunDirError: the disk has too little space left. Earlier checkpoints stay.
         """
+        self.finish_saving()
         learner.check_weights()
         of_run = folder == self.folder
         tensors, counters = learner.state()
-        checkpoint.save(
+        size = model_bytes(self.parts) + sum(tensor.nbytes for tensor in tensors.values())
+        files.require_space(checkpoint.path_of(folder, step), size)
+        self.saver.save(
             folder,
             step,
-            write_model=self._write_model,
+            write_model=partial(self._write_model, self._tokenizer),
             tensors=tensors,
             state={"counters": counters, "logs": files.log_sizes(self.folder, [*LOGS, WARM_START_LOG])},
             keep=self.config.save_total_limit if of_run else 1,
             best_step=self.best_step() if of_run else None,
         )
+
+    def finish_saving(self) -> None:
+        """Waits for the checkpoint that is being written. Raises RunDirError if it could not be written."""
+        self.saver.wait()
 
     def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
         """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none.
@@ -301,20 +321,56 @@ def set_aside(folder: Path, pattern: str) -> None:
         path.rename(folder / f"step-{step:06d}-{path.name}")
 
 
+# --- disk space ------------------------------------------------------------------------------------------
+#
+# A checkpoint has the weights and, in `trainer/`, float32 masters and two moments. Logs, which take some 3 kB
+# per episode, are left out.
+
+
+def model_bytes(parts: Parts) -> int:
+    """Bytes of the stored weights."""
+    return _parameters(parts) * (parts.model.source.dtype.itemsize if parts.model.source else 4)
+
+
+def _trainer_bytes(parts: Parts) -> int:
+    return _parameters(parts) * 12
+
+
+def _parameters(parts: Parts) -> int:
+    return sum(parameter.numel() for parameter in parts.model.parameters())
+
+
+def check_disk(config: Config, parts: Parts, folder: Path) -> None:
+    """Raises RunDirError if the next checkpoint and, in a new run, `start/` do not fit."""
+    done, model = max(checkpoint.steps(folder), default=0), model_bytes(parts)
+    needed = 0 if (folder / "start").is_dir() else model
+    if done < config.max_steps:
+        needed += model + _trainer_bytes(parts)
+    if (free := files.free_bytes(folder)) < needed:
+        raise files.RunDirError(
+            f"the disk is too small: {folder} needs {needed / 1e9:.3g} GB to save its "
+            f"{'next' if done else 'first'} checkpoint, {free / 1e9:.3g} GB are free; make room, or choose "
+            "another output_dir. For the checkpoints after it, lower save_total_limit or raise save_steps"
+        )
+
+
 def disk_use(config: Config, parts: Parts, folder: Path) -> str:
-    """What the run will take on disk, in one line; logs, which take some 3 kB per episode, are left out."""
-    parameters = sum(parameter.numel() for parameter in parts.model.parameters())
-    stored = parts.model.source.dtype.itemsize if parts.model.source else 4
-    model, trainer = parameters * stored / 1e9, parameters * 12 / 1e9  # float32 master weights, two moments
+    """What a new run will take on disk, in one line, and whether that is too much."""
+    model, trainer = model_bytes(parts) / 1e9, _trainer_bytes(parts) / 1e9
     every = 1 if config.eval_steps else config.save_steps or config.max_steps  # each best step is saved
-    kept = min(config.save_total_limit + bool(config.eval_steps), -(-config.max_steps // every))
-    saving = min(kept + 1, -(-config.max_steps // every))  # the oldest goes after the newest is there
-    most, left = model + saving * (model + trainer), model + kept * model + trainer
-    free = shutil.disk_usage(folder).free / 1e9
-    too_little = "; that is too little" if free < most else ""
+    saves = -(-config.max_steps // every)
+    kept = min(config.save_total_limit + bool(config.eval_steps), saves)
+    most = model + min(kept + 1, saves) * (model + trainer)  # the oldest goes once the newest is complete
+    left = model + kept * model + trainer
+    free = files.free_bytes(folder) / 1e9
+    too_little = (
+        "; that is too little: lower save_total_limit, raise save_steps or choose another output_dir"
+        if free < most
+        else ""
+    )
     return (
-        f"disk: up to {most:.2g} GB during the run, {left:.2g} GB after it, {free:.2g} GB are free"
-        f"{too_little} (save_total_limit, save_steps)"
+        f"disk: {2 * model + trainer:.3g} GB for the first checkpoint, up to {most:.3g} GB during the run "
+        f"(one checkpoint more than it keeps), {left:.3g} GB after it; {free:.3g} GB are free{too_little}"
     )
 
 

@@ -41,7 +41,8 @@ def record(work: Callable[[], None], pool: Any) -> Callable[[], None]:
     if torch.cuda.mem_get_info()[0] < ENOUGH_FREE:
         torch.cuda.empty_cache()
     with torch.cuda.stream(_side_stream(torch.cuda.current_device())):
-        graph.capture_begin(pool=pool)
+        # thread_local: by default a recording fails if another thread, which saves, copies from the GPU.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             work()
         finally:

@@ -28,7 +28,7 @@ from tiny_model import (
     yarn,
 )
 
-from grpo.model import gguf, weights
+from grpo.model import gguf, shards, weights
 from grpo.model.weights import resolve
 
 
@@ -91,7 +91,7 @@ def test_shards_in_and_out(folder, tmp_path, monkeypatch):
 
     tokenizer = weights.load_tokenizer(folder)
     weights.save(ours, tokenizer, tmp_path / "saved")
-    monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     weights.save(ours, tokenizer, tmp_path / "saved")  # over a single file, which must not stay behind
     files = sorted(path.name for path in (tmp_path / "saved").glob("*.safetensors"))
     assert len(files) > 2 and "model.safetensors" not in files

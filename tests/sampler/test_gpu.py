@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from grpo.learner.packing import pack_sequences
 from grpo.learner.tree_attention import dense_mask, tree_attend
+from grpo.run.checkpoint import Saver
 from grpo.sampler import engine as sampler_module
 from grpo.sampler.engine import Row, Sample, Sampler
 from grpo.sampler.kv_cache import CachedAttention, product
@@ -127,6 +128,27 @@ def test_two_runs_of_train_py_are_equal(process, tmp_path, dtype, deterministic)
         found.append(tiny_run.contents(done.folder))
     assert found[0].keys() == found[1].keys() and len(found[0]) > 5
     assert [name for name in found[0] if found[0][name] != found[1][name]] == []
+
+
+def test_a_checkpoint_written_during_a_rollout_is_that_of_its_step(tmp_path, monkeypatch):
+    """While CUDA graphs are recorded and replayed; the other run samples nothing meanwhile."""
+    model = tiny_run.save_model(tmp_path / "model")
+    settings = {"device": "cuda", "dtype": "bfloat16", "eval_steps": 0, "save_total_limit": 4}
+    during = tiny_run.run(tiny_run.arguments(model, tmp_path / "during", **settings))
+    save = Saver.save
+
+    def save_at_rest(saver, *args, **options):
+        save(saver, *args, **options)
+        saver.wait()
+
+    monkeypatch.setattr(Saver, "save", save_at_rest)
+    at_rest = tiny_run.run(tiny_run.arguments(model, tmp_path / "at rest", **settings))
+    assert (during.status, at_rest.status) == (0, 0), during.err + at_rest.err
+    found = [
+        [path.read_bytes() for path in sorted((done.folder / "checkpoints").rglob("*.safetensors"))]
+        for done in (during, at_rest)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 5  # four models, the last one with its optimiser
 
 
 # --- attn_implementation: varlen ----------------------------------------------------------------------------
