@@ -26,7 +26,7 @@ STEP_2 = '{"step": 2, "clip'  # the line of its update; that of its validation c
 KILLS = {
     "during the warm start": Moment("grpo.learner.learner:Learner.supervised_step", call=3),
     "while start is written": Moment(BLOCKS, call=5),
-    "before start gets its name": Moment("os:rename", call=3),  # after inputs.json and config.yaml
+    "before start gets its name": Moment("os:rename", call=4),  # after inputs.json, start.json, config.yaml
     "while failures are sampled": Moment("grpo.failures:_summary"),
     "in the first validation": Moment("grpo.evaluate.measure:_control_verdicts"),
     "in the first rollout": Moment(SAMPLING, call=10, after='"step": 0'),

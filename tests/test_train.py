@@ -574,7 +574,8 @@ def test_a_full_disk_while_start_is_written(quick, monkeypatch):
     monkeypatch.setattr(ShardWriter, "write", fill)
     done = quick()
     assert_error(done, 1, "the disk is full")
-    assert sorted(path.name for path in done.folder.iterdir()) == [".lock", "config.yaml", "inputs.json"]
+    names = sorted(path.name for path in done.folder.iterdir())
+    assert names == [".lock", "config.yaml", "inputs.json", "start.json"]
 
 
 def test_a_full_disk_while_the_tokenizer_of_start_is_written(quick, monkeypatch):

@@ -81,10 +81,9 @@ class ShardWriter:
     ) -> None:
         # The library's order: largest items first, so that every tensor is aligned; then by name.
         names = sorted(tensors, key=lambda name: (-(dtype or tensors[name].dtype).itemsize, name))
-        digest = hashlib.sha256()
+        start = _header({name: tensors[name] for name in names}, dtype, metadata)
+        digest = hashlib.sha256(start)
         with open(path, "wb") as file:
-            start = _header({name: tensors[name] for name in names}, dtype, metadata)
-            digest.update(start)
             file.write(start)
             for name in names:
                 for block in self._blocks(tensors[name], dtype or tensors[name].dtype):

@@ -369,8 +369,9 @@ def disk_use(config: Config, parts: Parts, folder: Path) -> str:
         else ""
     )
     return (
-        f"disk: {2 * model + trainer:.3g} GB for the first checkpoint, up to {most:.3g} GB during the run "
-        f"(one checkpoint more than it keeps), {left:.3g} GB after it; {free:.3g} GB are free{too_little}"
+        f"disk: {2 * model + trainer:.3g} GB for start/ and the first checkpoint, up to {most:.3g} GB during "
+        f"the run (one checkpoint more than it keeps), {left:.3g} GB after it; {free:.3g} GB are free"
+        f"{too_little}"
     )
 
 

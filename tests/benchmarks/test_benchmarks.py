@@ -1,7 +1,8 @@
-"""benchmarks/kernels.py and roofline.py: implementations are measured and right, absent ones are named."""
+"""kernels.py, roofline.py and others: implementations are measured and right, absent ones are named."""
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import checkpoint  # noqa: E402
 import roofline  # noqa: E402
 import tiles  # noqa: E402
 from lib import candidates, measure  # noqa: E402
@@ -122,3 +124,11 @@ def test_tiles_compare_with_the_present_one(monkeypatch, capsys):
     assert (tiles.logprob.TILE_ROWS, tiles.logprob.TILE_ELEMENTS) == before
     out = capsys.readouterr().out
     assert out.count("(present) | 1.00 |") == 2 and out.count("| 8 rows, 64 elements |") == 2
+
+
+def test_a_save_is_measured(tmp_path, capsys):
+    assert checkpoint.main(["--gb", "0.01", "--folder", str(tmp_path)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.match(r"0.193 GB: save returns after ([\d.]+) s, it is complete after ([\d.]+) s; 0.", line)
+    assert found and float(found[1]) < float(found[2])
+    assert not list(tmp_path.iterdir())

@@ -110,3 +110,4 @@ def test_an_exception_before_a_block_ends_the_writing(tmp_path, small):
 def test_other_dtypes_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="counts must have a dtype of torch.float64, .*got torch.int64"):
         ShardWriter().write({"counts": torch.arange(3)}, tmp_path, "x")
+    assert not list(tmp_path.iterdir())
