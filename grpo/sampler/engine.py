@@ -30,7 +30,7 @@ from grpo.model.attention import upload
 from grpo.model.decoder import Decoder, pack_weight, packed_product, packed_weights
 from grpo.sampler.batching import Batcher
 from grpo.sampler.cuda_graph import DecodeGraphs
-from grpo.sampler.kv_cache import CachedAttention, SlotCache, product, unrounded
+from grpo.sampler.kv_cache import CachedAttention, SlotCache, unrounded
 from grpo.sampler.sampling import choose
 from grpo.sampler.script import Feed, Finished, Row, RowState, Sample, Turn
 
@@ -245,8 +245,8 @@ class Sampler:
     def _logits(self, hidden: Tensor, head: Tensor | None) -> Tensor:
         """hidden (B, H) -> (V, B) float32."""
         weight = self.model.output_weight
-        if unrounded(weight):
-            return product(weight, hidden.T)
+        if unrounded(weight.device, weight.dtype):
+            return torch.mm(weight, hidden.T, out_dtype=torch.float32)
         if weight.device.type != "cpu":
             return torch.mm(weight, hidden.T).float()
         if head is not None and len(hidden) < FEW_ROWS:

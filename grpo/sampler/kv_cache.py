@@ -21,6 +21,7 @@ Left out: paging (batching.py moves sequences between slots), quantised caches.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, chain
 
 import torch
@@ -106,19 +107,13 @@ class SlotCache:
 # --- products --------------------------------------------------------------------------------------------
 
 
-def unrounded(x: Tensor) -> bool:
-    """Whether PyTorch can return products of `x` in float32, not rounded to the type of `x` before."""
-    return x.is_cuda and x.dtype.itemsize == 2 and torch.version.hip is None
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, (n, k) and (k, m) or batches of them: in float32 if `unrounded`, else in the operands' type.
+def unrounded(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether PyTorch can return products of 16-bit tensors in float32 (`out_dtype`), as it sums them.
 
     In bfloat16 a number between 16 and 32 is a multiple of 1/8: rounding a logit of that size changes its
     log-prob by 1/32 nat on average.
     """
-    multiply = torch.mm if a.ndim == 2 else torch.bmm
-    return multiply(a, b, out_dtype=torch.float32) if unrounded(a) else multiply(a, b)
+    return device.type == "cuda" and dtype.itemsize == 2 and torch.version.hip is None
 
 
 # --- attention over the caches ---------------------------------------------------------------------------
@@ -266,6 +261,8 @@ class CachedAttention:
         # In this dtype, a product copies an operand that has gaps in memory, and a copy that also transposes
         # takes three times as long. Keys are therefore copied beforehand, without transposing.
         self.copy_keys = private.device.type == "cpu" and private.dtype == torch.bfloat16
+        float32 = {"out_dtype": torch.float32} if unrounded(private.device, private.dtype) else {}
+        self._scores = partial(torch.bmm, **float32)
         slots = list(range(self.batch))
         places = [row.start + row.length - 1 for row in rows]
         positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
@@ -411,7 +408,8 @@ class CachedAttention:
         )
         if self.copy_keys:
             private_keys = private_keys.contiguous()
-        scores = product(q.flatten(0, 1), private_keys.transpose(1, 2)).view(*q.shape[:3], -1)  # (B, K, r, L)
+        scores = self._scores(q.flatten(0, 1), private_keys.transpose(1, 2))
+        scores = scores.view(*q.shape[:3], -1)  # (B, K, r, L)
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
         bias = self._biases[self.config.windows[layer]]
@@ -433,7 +431,7 @@ class CachedAttention:
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
         x = x.reshape(len(other), -1, size)
-        out = torch.bmm(x, other) if values else product(x, other.transpose(1, 2))
+        out = torch.bmm(x, other) if values else self._scores(x, other.transpose(1, 2))
         out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
         out = out.reshape(len(self.members), -1).index_select(0, self.place)
         return out.view(batch, kv_heads, repeats, -1)

@@ -15,7 +15,7 @@ from grpo.learner.tree_attention import dense_mask, tree_attend
 from grpo.run.checkpoint import Saver
 from grpo.sampler import engine as sampler_module
 from grpo.sampler.engine import Row, Sample, Sampler
-from grpo.sampler.kv_cache import CachedAttention, product
+from grpo.sampler.kv_cache import CachedAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -103,8 +103,8 @@ def test_an_update_has_the_gradients_of_a_cpu(train_on):
 
 def test_products_of_16_bit_numbers_are_returned_in_float32():
     a, b = (torch.randn(3, 40, 40, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
-    for x, y in ((a, b), (a[0], b[0])):
-        there = product(x.to("cuda"), y.to("cuda"))
+    for multiply, x, y in ((torch.bmm, a, b), (torch.mm, a[0], b[0])):
+        there = multiply(x.to("cuda"), y.to("cuda"), out_dtype=torch.float32)
         assert there.dtype == torch.float32
         torch.testing.assert_close(there.cpu(), x.float() @ y.float(), rtol=1e-5, atol=1e-4)
 

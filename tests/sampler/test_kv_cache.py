@@ -22,7 +22,7 @@ def cuda_products(monkeypatch):
         library.impl("mm.dtype", with_dtype(torch.mm), "CPU")
         library.impl("bmm.dtype", with_dtype(torch.bmm), "CPU")
         for module in (kv_cache, engine):
-            monkeypatch.setattr(module, "unrounded", lambda x: x.dtype == torch.bfloat16)
+            monkeypatch.setattr(module, "unrounded", lambda _, dtype: dtype == torch.bfloat16)
         yield
 
 
@@ -88,12 +88,16 @@ def test_attention_scores_are_not_rounded(cuda_products, monkeypatch):
     truth = plain_attention(attend, rows, q, torch.float64)
     best = plain_attention(attend, rows, q, torch.float32).bfloat16() - truth  # rounded at the end only
     assert (ours - truth).norm() <= 2 * best.norm()
-    monkeypatch.setattr(kv_cache, "unrounded", lambda x: False)
-    assert (attend(0, q, k, v) - truth).norm() > 3 * best.norm()  # what the branch is for
+    monkeypatch.setattr(kv_cache, "unrounded", lambda *_: False)
+    rounded = cached_attention(score=8.0)[0](0, q, k, v)
+    assert (rounded - truth).norm() > 3 * best.norm()  # what the branch is for
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_cpu_products_keep_the_type_of_their_operands(dtype):
-    a, b = normal(4, 8, seed=0).to(dtype), normal(8, 3, seed=1).to(dtype)
-    assert torch.equal(kv_cache.product(a, b), a @ b)
-    assert torch.equal(kv_cache.product(a[None], b[None]), a[None] @ b[None])
+def test_only_16_bit_products_on_cuda_can_return_float32():
+    can = {
+        (device, dtype): kv_cache.unrounded(torch.device(device), dtype)
+        for device in ("cpu", "mps", "cuda:1")
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    expected = torch.version.hip is None
+    assert can == {key: expected and key == ("cuda:1", torch.bfloat16) for key in can}
