@@ -13,6 +13,7 @@ Left out: coverage guidance, and the network.
 from __future__ import annotations
 
 import copy
+import csv
 import gzip
 import hashlib
 import importlib
@@ -67,12 +68,15 @@ from grpo.loss import BOUND, LEVELS, LOSS_TYPES  # noqa: E402
 from grpo.model import gguf as gguf_file  # noqa: E402
 from grpo.model import weights  # noqa: E402
 from grpo.model.rope import Rope, frequencies  # noqa: E402
-from grpo.report import curves, page  # noqa: E402
+from grpo.report import __main__ as report_command  # noqa: E402
+from grpo.report import curves  # noqa: E402
 from grpo.run import build, checkpoint, files, inputs, metrics, state  # noqa: E402
 from grpo.run.diagnostics import Warnings  # noqa: E402
 from grpo.run.files import RunDirError  # noqa: E402
-from grpo.tasks import SPLITS, Example, countdown, function_calling  # noqa: E402
+from grpo.tasks import SPLITS, Example, countdown, function_calling, get_task, warn  # noqa: E402
+from grpo.tasks.contract import check_task, leaks, verdict  # noqa: E402
 from grpo.tasks.countdown import Countdown  # noqa: E402
+from grpo.tasks.dataset import Dataset  # noqa: E402
 from grpo.tasks.function_calling import FunctionCalling, berkeley, calls  # noqa: E402
 from grpo.tasks.function_calling.data import tool  # noqa: E402
 from grpo.tasks.function_calling.mistakes import right_calls, text_of  # noqa: E402
@@ -91,7 +95,8 @@ class TooSlow(BaseException):
 
 ODD: list[Any] = [None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**12, 10**400, 0.5, -0.0]
 ODD += [float("nan"), float("inf"), "", " ", "0", "010", "null", "\x00", "\ud800", "\ufeff", "a" * 5000]
-ODD += ["../../etc/passwd", [], {}, [[]], [None]]
+MARKUP = "</script><b>fuzz"
+ODD += ["../../etc/passwd", MARKUP, [], {}, [[]], [None]]
 
 
 def mutated_bytes(valid: bytes, edits: int = 6) -> st.SearchStrategy[bytes]:
@@ -279,6 +284,8 @@ INPUTS = {
     "chat_template": "0" * 64,
     "tokenizer": {"versions": {"tokenizers": "1", "transformers": "5"}, "sha256": "1" * 64},
     "examples": "2" * 64,
+    "validation": "4" * 64,
+    "heldout": {"count": 2, "sha256": "5" * 64},
     "model": {"config.json": {"bytes": 7, "sha256": "3" * 64}},
 }
 
@@ -952,12 +959,14 @@ def damaged(names: Sequence[str]) -> st.SearchStrategy[tuple[str, bytes]]:
 
     def changed(name: str) -> st.SearchStrategy[tuple[str, bytes]]:
         content = (whole_run() / name).read_bytes()
-        of_bytes = mutated_bytes(content, edits=2)
+        strategy = mutated_bytes(content, edits=2)
         if name.endswith(".gz"):
             text = gzip.decompress(content)
-            strategy = of_bytes | (line(text) | mutated_bytes(text, edits=2)).map(gzip.compress)
-        else:
-            strategy = of_bytes | line(content) if name.endswith(".jsonl") else of_bytes
+            strategy |= (line(text) | mutated_bytes(text, edits=2)).map(gzip.compress)
+        elif name.endswith(".jsonl"):
+            strategy |= line(content)
+        elif name.endswith(".json"):
+            strategy |= mutated_json(json.loads(content)).map(json.dumps).map(str.encode)
         return strategy.map(lambda new: (name, new))
 
     return st.sampled_from(names).flatmap(changed)
@@ -989,16 +998,27 @@ def run_logs(value: tuple[str, bytes]) -> None:
             table(report({"before_rl": ModelResult(list(files.records(path, RECORD)))}))
 
 
-@entry_point(lambda: damaged([*LOGS, "episodes.jsonl.gz", "timings.jsonl", "stages.jsonl", "config.yaml"]))
+# What the curves of the page show. Drawing them takes a hundred times as long as the rest of the page.
+DRAWN = ["config.yaml", "metrics.jsonl", "timings.jsonl", "warm_start.jsonl"]
+NOT_DRAWN = ["failures.jsonl", "episodes.jsonl.gz", "stages.jsonl", "start.json", "start/tokenizer.json"]
+NOT_DRAWN += ["evaluation.json", "evaluation-before_rl.jsonl", "evaluation-trained.jsonl"]
+
+
+@entry_point(lambda: damaged([*DRAWN, *NOT_DRAWN]))
 def run_page(value: tuple[str, bytes]) -> None:
-    """The page of a run with a damaged file, without its curves: whatever the damage, it is written."""
+    """A run with a damaged file gets its page, in which a text stays text, or one line that says why not."""
     name, content = value
-    with tempfile.TemporaryDirectory() as folder:
-        without_weights = shutil.ignore_patterns("*.safetensors")
-        run = Path(shutil.copytree(whole_run(), Path(folder, "run"), ignore=without_weights))
-        (run / name).write_bytes(content)
-        with mock.patch.object(curves, "svg", lambda chart, key: ""):
-            page.write_report([run], run / page.FILE)
+    path, out = whole_run() / name, io.StringIO()
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        drawn = mock.patch.object(curves, "available", lambda: name in DRAWN)
+        with drawn, redirect_stderr(out), redirect_stdout(out):
+            status = report_command.main([str(whole_run())])
+    finally:
+        path.write_bytes(whole)
+    assert len(out.getvalue().splitlines()) == 1, out.getvalue()
+    assert status or MARKUP not in (whole_run() / "report.html").read_text(encoding="utf-8")
 
 
 @entry_point(lambda: damaged([*LOGS, "config.yaml", "inputs.json", "start/sha256.json"]))
@@ -1014,6 +1034,84 @@ def run_folder(value: tuple[str, bytes]) -> None:
         assert "Traceback" not in done.err, done.err
         with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
             evaluate.main([str(run / "start"), "--num_eval", "2"])
+
+
+# Data files of the task `dataset`.
+
+
+ROWS = [
+    {
+        "question": f"What is {number} + 1?\n",
+        "chat": [{"role": "system", "content": "Add."}, {"role": "user", "content": f"{number} + 1?"}],
+        "answer": str(number + 1),
+        "choices": [f"{number}", "b"],
+    }
+    for number in range(24)
+]
+OPTIONS = [
+    {"prompt": "question", "answer": "answer", "verifier": "number", "drop_duplicates": False},
+    {"prompt": "chat", "system": "Be brief.", "verifier": "exact", "seed": 1, "heldout_share": 0.5},
+    {
+        "template": "{question} {{{choices}}}",
+        "answer": "choices",
+        "verifier": "exact",
+        "keep_thoughts": False,
+    },
+    {"template": "{chat}", "answer": "chat", "verifier": "json", "timeout": 1.0, "weights": None},
+    {"prompt": "question", "answer": "answer", "verifier": "choice", "validation_share": 0.3},
+]
+
+
+def data_files() -> st.SearchStrategy[tuple[str, bytes, Any]]:
+    def as_lines(rows: Any) -> bytes:
+        return "\n".join(map(json.dumps, rows if isinstance(rows, list) else [rows])).encode()
+
+    def as_table(rows: Any, delimiter: str) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.writer(text, delimiter=delimiter)
+        writer.writerow(ROWS[0])
+        for row in rows if isinstance(rows, list) else [rows]:
+            cells = row.values() if isinstance(row, dict) else [row]
+            writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
+        return text.getvalue().encode("utf-8", "surrogatepass")
+
+    files_of: dict[str, Callable[[Any], bytes]] = {
+        ".jsonl": as_lines,
+        ".json": lambda rows: json.dumps(rows).encode(),
+        ".csv": lambda rows: as_table(rows, ","),
+        ".tsv": lambda rows: as_table(rows, "\t"),
+    }
+
+    def of(suffix: str) -> st.SearchStrategy[tuple[str, bytes, Any]]:
+        written = files_of[suffix]
+        content = mutated_bytes(written(ROWS)) | mutated_json(ROWS).map(written)
+        options = st.sampled_from(OPTIONS)
+        return st.tuples(st.just(suffix), content, options | options.flatmap(mutated_json))
+
+    return st.sampled_from(list(files_of)).flatmap(of)
+
+
+@entry_point(data_files)
+def data_file(value: tuple[str, bytes, Any]) -> None:
+    """The examples of a file are what a run takes, and every one of them can be judged."""
+    suffix, content, options = value
+    if not isinstance(options, dict):
+        return  # config.py's part
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        warn.cache_clear()
+        path = Path(folder, f"rows{suffix}")
+        path.write_bytes(content)
+        task = get_task("dataset", {**options, "path": str(path)})
+    assert isinstance(task, Dataset)
+    sizes = {split: len(task._splits[split]) for split in SPLITS}
+    needs = {split: {"count": size} for split, size in sizes.items() if size}
+    with redirect_stderr(io.StringIO()):
+        examples = check_task(task, needs, SimpleNamespace(takes_tools=False))  # type: ignore[arg-type]
+    assert len(examples) == sum(sizes.values())
+    for example in examples:
+        for text in ("", "7", example.prompt, f"<answer>{example.data['gold']}</answer>"):
+            assert verdict(task, example, text).score in (0, 1)
+            leaks(task, example, text)
 
 
 # --- the search ------------------------------------------------------------------------------------------
