@@ -45,6 +45,7 @@ OTHER = {
     "soft_overlong_penalty": 0.5,
     "start_from": "auto",
     "use_bias_correction_kl": False,
+    "verifier_workers": 2,
     "warmup_steps": 0,
 }
 TAKEN = "warm start and failures: taken from "
