@@ -4,8 +4,9 @@ Before training, every example is attempted `attempts_per_example` times with th
 each wrong attempt becomes a pair (example, failed attempt) to reflect on. Examples that are solved every time
 are dropped, because they have nothing to teach.
 
-The file is JSON lines in fixed blocks of examples. Each block ends in a summary line. A build that was killed
-continues after its last whole block and gives the same file as an uninterrupted one.
+The file is JSON lines in fixed blocks of examples. Each block ends in a summary line. As many blocks are
+sampled together as it takes to fill the sampler's batch. A build that was killed continues after its last
+whole block and gives the same file as an uninterrupted one.
 
 Left out: refreshing the failures as the policy improves. The paper also trains on one fixed set.
 """
@@ -18,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ FAILURE: dict[str, Any] = {
 }
 COUNTS = {"examples": int, "solved": int, "failed": int, "attempts": int, "right": int}
 END = {"block": int, "first": str, "last": str, **COUNTS, "reasons": {str: int}, "settings": dict}
-BLOCK = 64  # examples sampled together, and redone together after a kill
+BLOCK = 64  # examples
 
 NONE_RIGHT = (
     "\nwarning: no attempt was right. If retries are no better, nothing can be learned: try an easier task "
@@ -80,8 +82,8 @@ def collect(
         failures_per_example: most wrong answers kept per example; the first ones sampled are kept.
         keep_solved: also keep the first answer to examples that were solved every time.
         weights: name of the weights that answer; a file made with others is refused.
-        progress: called with (examples in whole blocks, examples in all) after each block. Also called while
-            a block is sampled, so that the caller can stop the build.
+        progress: called with (examples stored, examples in all) whenever blocks are stored. Also called while
+            they are sampled, so that the caller can stop the build.
     Raises:
         MismatchError: `path` was built with other examples, settings or weights, or is damaged.
     """
@@ -101,20 +103,24 @@ def collect(
         if progress:
             progress(min(done, len(examples)), len(examples))
 
-    for start in range(done, len(examples), BLOCK):
+    right = rollout.is_right
+    for start, end in rollout.portions(done, len(examples), block=BLOCK, rows_each=attempts_per_example):
         report_progress()
-        block = examples[start : start + BLOCK]
+        part = examples[start:end]
         attempts = rollout.attempts(
-            block, stage="failures", count=attempts_per_example, progress=report_progress
+            part, stage="failures", count=attempts_per_example, progress=report_progress
         )
         per_example = [
-            attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(block))
+            attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(part))
         ]
-        right = rollout.is_right
-        kept = [a for group in per_example for a in _kept(group, right, failures_per_example, keep_solved)]
-        end_line = {**_summary(start // BLOCK, block, per_example, right), "settings": settings}
-        files.append_block(path, [_to_json(attempt) for attempt in kept], end_line)
-        done = start + BLOCK
+        blocks = []
+        for first in range(0, len(part), BLOCK):
+            block, groups = part[first : first + BLOCK], per_example[first : first + BLOCK]
+            kept = [a for group in groups for a in _kept(group, right, failures_per_example, keep_solved)]
+            counts = _summary((start + first) // BLOCK, block, groups, right)
+            blocks.append(([_to_json(attempt) for attempt in kept], {**counts, "settings": settings}))
+        files.append_blocks(path, blocks)
+        done = end
     report_progress()
     return load(path)
 
@@ -146,12 +152,13 @@ def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[A
 
     A function of its arguments alone, so a step that is redone gets the same failures.
     """
-    chosen = []
-    for position in range((step - 1) * count, step * count):
-        epoch, index = divmod(position, len(pool))
-        order = random.Random(f"failures {seed} {epoch}").sample(range(len(pool)), len(pool))
-        chosen.append(pool[order[index]])
-    return chosen
+    places = (divmod(position, len(pool)) for position in range((step - 1) * count, step * count))
+    return [pool[_order(seed, epoch, len(pool))[index]] for epoch, index in places]
+
+
+@lru_cache(maxsize=2)  # the steps of an epoch share one; a step in which an epoch ends needs two
+def _order(seed: int, epoch: int, size: int) -> list[int]:
+    return random.Random(f"failures {seed} {epoch}").sample(range(size), size)
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ or 0 for a success or a failure, or its score.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,24 @@ class Rollout:
             "top_k": sampler.top_k,
             **({"success_threshold": self.success_threshold} if self.success_threshold != 1.0 else {}),
         }
+
+    def portions(self, done: int, total: int, *, block: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
+        """Which problems to sample together: whole blocks of them, enough to fill the sampler's batch.
+
+        Portions end at the same places wherever an earlier run stopped.
+
+        Args:
+            done, total: problems.
+            block: problems that are stored together.
+            rows_each: rows that a problem has in the batch.
+        Yields:
+            (first, end): problems first, ..., end - 1.
+        """
+        size = block * math.ceil(self.sampler.max_rows / (block * rows_each))
+        while done < total:
+            end = min(total, size * (done // size + 1))
+            yield done, end
+            done = end
 
     def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[tuple[Finished, Attempt]]:
         """Runs the rows. The last turn of each is verified as an answer while others are being sampled."""

@@ -5,6 +5,7 @@ import random
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -12,7 +13,7 @@ import tiny
 from grpo import failures
 from grpo.chat import Chat
 from grpo.failures import NoSignalError, check_trainable, collect, describe, load, summary
-from grpo.rollout import Attempt
+from grpo.rollout import Attempt, Rollout
 from grpo.run import files
 from grpo.tasks import Example, Verdict
 from grpo.tasks.contract import PROBES
@@ -28,14 +29,18 @@ def small_blocks(monkeypatch):
 class Scripted:
     """A rollout whose answers are a function of the example. Remembers what it is asked."""
 
-    def __init__(self, right=0.5, die_at=None, **settings):
+    portions = Rollout.portions
+
+    def __init__(self, right=0.5, die_at=None, max_rows=4, **settings):
         self.right, self.die_at, self.asked, self.settings = right, die_at, [], settings
+        self.sampler, self.sizes = SimpleNamespace(max_rows=max_rows), []
 
     def is_right(self, verdict):
         return verdict.ok
 
     def attempts(self, examples, *, stage, count, progress=None):
         assert stage == "failures"
+        self.sizes.append(len(examples))
         self.asked += [example.id for example in examples]
         if self.die_at in self.asked:
             raise KeyboardInterrupt
@@ -136,6 +141,36 @@ def test_cut_anywhere_the_build_goes_on_to_the_same_file(tmp_path):
         assert path.read_bytes() == data
         blocks = sum(len(b"".join(lines[: end + 1])) <= cut for end in ends)
         assert rollout.asked == [example.id for example in EXAMPLES[4 * blocks :]]  # only what was missing
+
+
+@pytest.mark.parametrize(
+    "max_rows, attempts, sizes",
+    [
+        (1, 1, [4, 4, 4, 2]),  # a block is the least
+        (4, 1, [4, 4, 4, 2]),
+        (5, 1, [8, 6]),
+        (8, 2, [4, 4, 4, 2]),  # two rows each: a block fills the batch
+        (12, 2, [8, 6]),
+        (256, 1, [14]),
+    ],
+)
+def test_as_many_blocks_as_fill_the_batch_are_sampled_together(tmp_path, max_rows, attempts, sizes):
+    """The file is the same for any size of the batch, and any batch continues it."""
+    whole, path = tmp_path / "whole.jsonl", tmp_path / "f.jsonl"
+    found = collect(whole, Scripted(), EXAMPLES, attempts_per_example=attempts)
+    rollout, stopped = Scripted(max_rows=max_rows), Scripted(die_at="e7")
+    assert collect(path, rollout, EXAMPLES, attempts_per_example=attempts) == found
+    assert path.read_bytes() == whole.read_bytes() and rollout.sizes == sizes
+    path.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        collect(path, stopped, EXAMPLES, attempts_per_example=attempts)
+    rollout = Scripted(max_rows=max_rows)
+    assert collect(path, rollout, EXAMPLES, attempts_per_example=attempts) == found
+    assert path.read_bytes() == whole.read_bytes()
+    # After the stored block, batches end where they would have ended anyway.
+    assert [sum(rollout.sizes[:i]) + 4 for i in range(1, len(rollout.sizes) + 1)] == [
+        end for end in (sum(sizes[:i]) for i in range(1, len(sizes) + 1)) if end > 4
+    ]
 
 
 def test_killed_while_sampling(tmp_path):
@@ -328,6 +363,25 @@ def test_a_signal_during_the_imports_ends_the_commands_quietly(module, number):
     assert process.wait() == 130 and "Traceback" not in rest
 
 
+def test_each_pass_over_the_pool_has_its_own_order_and_is_shuffled_once(monkeypatch):
+    shuffles = []
+
+    class Counted(random.Random):
+        def sample(self, *arguments, **options):
+            shuffles.append(arguments)
+            return super().sample(*arguments, **options)
+
+    monkeypatch.setattr(failures.random, "Random", Counted)
+    failures._order.cache_clear()
+    pool = [f"failure {i}" for i in range(10)]
+    steps = [failures.of_step(pool, step, 4, seed=7) for step in range(1, 11)]
+    assert len(shuffles) == 4  # 40 failures, four passes
+    orders = [random.Random(f"failures 7 {epoch}").sample(range(10), 10) for epoch in range(4)]
+    assert sum(steps, []) == [pool[i] for order in orders for i in order]
+    assert failures.of_step(pool, 3, 4, seed=7) == steps[2]  # redone
+    assert failures.of_step(pool[:3], 1, 7, seed=7)[:3] != failures.of_step(pool[:3], 1, 7, seed=7)[3:6]
+
+
 def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(failures, "BLOCK", 4)
     path, calls = tmp_path / "f.jsonl", []
@@ -341,6 +395,7 @@ def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypa
     parts = tiny.build()
     monkeypatch.setattr("grpo.run.build.parts", lambda config: parts)
     monkeypatch.setattr(parts.rollout, "attempts", interrupted)
+    monkeypatch.setattr(parts.rollout.sampler, "max_rows", 4)
     assert failures.main(["--output", str(path), "--num_examples", "8"]) == 130
     assert "interrupted; the same command continues" in capsys.readouterr().err
     assert sum("block" in line for line in files.read_jsonl(path)) == 1

@@ -2,7 +2,8 @@
 
 `measure` is the last stage of train.py, once per model. `python -m grpo.evaluate CHECKPOINT...` compares any
 checkpoints. All models answer the same problems with the same sampling noise, so comparisons are paired.
-Problems are sampled in fixed blocks. An interrupted evaluation continues after its last whole block.
+Problems are stored in fixed blocks, some of which are sampled together. An interrupted evaluation continues
+after its last whole block.
 
 comparison.py computes the metrics, table.py renders them, __main__.py is the command.
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, compress, groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ RECORD: dict[str, Any] = {
     "controls": {str: (None, TRY)},
 }
 END = {"block": int, "first": str, "last": str, "examples": int, "settings": dict}
-BLOCK = 128  # problems sampled together; shuffled reflections move inside a block
+BLOCK = 128  # problems; shuffled reflections move inside a block
 
 
 def measure(
@@ -61,11 +63,12 @@ def measure(
         rollout: policy and task; its sampler's decoding settings are used as they are.
         examples: in a fixed order.
         controls: which of blind, shuffled and blanked are tried on the same failures.
-        block: examples sampled together. Another size pairs other problems in the shuffled control.
+        block: examples that are stored together, and among which the shuffled control moves reflections. As
+            many blocks are sampled together as it takes to fill the sampler's batch.
         stage: of the noise: "evaluation", or "validation" during training.
         store: JSON lines file for the records. Blocks that it already has are not sampled again.
         identity: name of the weights; a store made with others is refused.
-        progress: called with (examples done, roughly; examples in all) while a block is sampled, so that the
+        progress: called with (examples done, roughly; examples in all) while blocks are sampled, so that the
             caller can stop the evaluation.
     Raises:
         ValueError: an unknown control.
@@ -80,17 +83,18 @@ def measure(
     path = None if store is None else Path(store)
     records = _stored(path, examples, settings) if path else []
 
-    def report_progress(share: float = 0.0) -> None:
+    def report_progress(more: float = 0.0) -> None:
         if progress:
-            progress(len(records) + int(share * block), len(examples))
+            progress(len(records) + int(more), len(examples))
 
     report_progress()
-    for start in range(len(records), len(examples), block):
-        part = examples[start : start + block]
-        new = _measure_block(rollout, part, controls, stage, _phases(report_progress, len(part) / block))
+    for start, end in rollout.portions(len(records), len(examples), block=block):
+        parts = [examples[first : min(first + block, end)] for first in range(start, end, block)]
+        measured = _measure_blocks(rollout, parts, controls, stage, _phases(report_progress, end - start))
         if path:
-            files.append_block(path, new, _end_line(start // block, part, settings))
-        records += new
+            ends = [_end_line(number, part, settings) for number, part in enumerate(parts, start // block)]
+            files.append_blocks(path, list(zip(measured, ends, strict=True)))
+        records += chain.from_iterable(measured)
         report_progress()
     # Models may have different chat templates and still be compared.
     of_model = ("identity", "chat_template", "chat_template_kwargs")
@@ -102,11 +106,11 @@ def records_file(output: Path, label: str) -> Path:
     return output.with_name(f"{output.stem}-{re.sub(r'[^A-Za-z0-9._-]+', '_', label)}.jsonl")
 
 
-# --- one block ----------------------------------------------------------------------------------------------
+# --- blocks that are sampled together -----------------------------------------------------------------------
 
 
-def _phases(report: Callable[[float], None], size: float) -> list[Progress]:
-    """A `progress` for each of a block's three sampler runs, which reports the share of the block done.
+def _phases(report: Callable[[float], None], size: int) -> list[Progress]:
+    """A `progress` for each of the three sampler runs, which reports how many of `size` problems are done.
 
     The second run, the reflections, takes most of the time.
     """
@@ -117,22 +121,26 @@ def _phases(report: Callable[[float], None], size: float) -> list[Progress]:
     return [phase(0.0, 0.2), phase(0.2, 0.8), phase(0.8, 0.99)]
 
 
-def _measure_block(
+def _measure_blocks(
     rollout: Rollout,
-    examples: Sequence[Example],
+    blocks: Sequence[Sequence[Example]],
     controls: Sequence[str],
     stage: str,
     progress: Sequence[Progress],
-) -> list[ProblemRecord]:
-    attempts = rollout.attempts(examples, stage=stage, progress=progress[0])
-    failures = [attempt for attempt in attempts if not rollout.is_right(attempt.verdict)]
+) -> list[list[ProblemRecord]]:
+    """The records of each block; all blocks are sampled together."""
+    attempts = rollout.attempts(chain.from_iterable(blocks), stage=stage, progress=progress[0])
+    failed = [not rollout.is_right(attempt.verdict) for attempt in attempts]
+    failures = list(compress(attempts, failed))
     episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
-    verdicts = _control_verdicts(rollout, controls, failures, episodes, stage, progress[2])
+    numbers = compress((number for number, block in enumerate(blocks) for _ in block), failed)
+    verdicts = _control_verdicts(rollout, controls, failures, episodes, list(numbers), stage, progress[2])
     reflected = iter(zip(episodes, verdicts, strict=True))
-    return [
-        _record(rollout, attempt, *((None, {}) if rollout.is_right(attempt.verdict) else next(reflected)))
-        for attempt in attempts
-    ]
+    records = (
+        _record(rollout, attempt, *(next(reflected) if wrong else (None, {})))
+        for attempt, wrong in zip(attempts, failed, strict=True)
+    )
+    return [list(islice(records, len(block))) for block in blocks]
 
 
 def _control_verdicts(
@@ -140,36 +148,47 @@ def _control_verdicts(
     controls: Sequence[str],
     failures: Sequence[Attempt],
     episodes: Sequence[Episode],
+    blocks: Sequence[int],
     stage: str,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Per failure {control: {text, reason}}; None for shuffled if the block has only one failure.
+    """Per failure {control: {text, reason}}; None for shuffled if its block has only one failure.
 
     The controls of a failure are neighbours in one call, because they share most of their context.
+
+    Args:
+        blocks: the number of the block that each failure is in, in rising order.
     """
-    closed = [_closed_reflection(rollout, episode) for episode in episodes]
     reflections: dict[str, Sequence[list[int] | None]] = {
         "blind": [None] * len(failures),
-        "shuffled": [*closed[1:], *closed[:1]] if len(failures) > 1 else [],  # no failure gets its own
+        "shuffled": _shuffled([_closed_reflection(rollout, episode) for episode in episodes], blocks),
         "blanked": [rollout.chat.encode_turn("", after=episode.prompt_ids) for episode in episodes],
     }
-    tried = [control for control in controls if reflections[control]]
-    retries = iter(
-        rollout.retry_after(
-            [failure for failure in failures for _ in tried],
-            [reflections[control][index] for index in range(len(failures)) for control in tried],
-            stage=stage,
-            progress=progress,
-        )
+    tried = [
+        (index, control)
+        for index in range(len(failures))
+        for control in controls
+        if control == "blind" or reflections[control][index] is not None
+    ]
+    retries = rollout.retry_after(
+        [failures[index] for index, _ in tried],
+        [reflections[control][index] for index, control in tried],
+        stage=stage,
+        progress=progress,
     )
-    verdicts: list[dict[str, Any]] = []
-    for _ in failures:
-        done = {control: next(retries) for control in tried}
-        texts = {
-            name: {"text": retry.text, **_judged(rollout, retry.verdict)} for name, retry in done.items()
-        }
-        verdicts.append({control: texts.get(control) for control in controls})
+    verdicts: list[dict[str, Any]] = [dict.fromkeys(controls) for _ in failures]
+    for (index, control), retry in zip(tried, retries, strict=True):
+        verdicts[index][control] = {"text": retry.text, **_judged(rollout, retry.verdict)}
     return verdicts
+
+
+def _shuffled(reflections: Sequence[list[int]], blocks: Sequence[int]) -> list[list[int] | None]:
+    """Gives each failure the reflection of the next one in its block; None if it is the only one there."""
+    moved: list[list[int] | None] = []
+    for _, group in groupby(range(len(blocks)), key=blocks.__getitem__):
+        first, *others = group
+        moved += [reflections[index] for index in (*others, first)] if others else [None]
+    return moved
 
 
 def _closed_reflection(rollout: Rollout, episode: Episode) -> list[int]:

@@ -171,7 +171,7 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
 #
 # Files that grow in whole blocks, so that long work continues after a kill where its last block ended.
 #
-# A block is any number of lines and then one *end line*, `{"block": number, ...}`. It is appended in one
+# A block is any number of lines and then one *end line*, `{"block": number, ...}`. Blocks are appended in one
 # write and synced. What follows the last end line was left by a kill; it is cut off and redone. Work inside a
 # block is deterministic on a CPU, so an interrupted run gives the same file there as an uninterrupted one.
 
@@ -192,11 +192,11 @@ def keep_whole_blocks(path: Path) -> int:
     return blocks
 
 
-def append_block(path: Path, lines: Sequence[dict[str, Any]], end_line: dict[str, Any]) -> None:
-    """Appends one block. `end_line` must have the key `block`; no other line may have it."""
-    end_line = {"block": end_line["block"], **end_line}
+def append_blocks(path: Path, blocks: Sequence[tuple[Sequence[dict[str, Any]], dict[str, Any]]]) -> None:
+    """Appends blocks, (lines, end line) each. End lines have the key `block`, and no other line has it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    append_jsonl(path, *lines, end_line, sync=True)
+    records = [record for lines, end in blocks for record in (*lines, {"block": end["block"], **end})]
+    append_jsonl(path, *records, sync=True)
 
 
 def records(path: Path, shape: Any = dict) -> Iterator[dict[str, Any]]:

@@ -55,19 +55,22 @@ class HintTask:
 class ScriptedSampler:
     """Answers by rule: even problems at once, odd ones after a reflection that names *their own* number."""
 
-    temperature, greedy, top_p, top_k = 0.9, False, 1.0, 0
+    temperature, greedy, top_p, top_k, max_rows = 0.9, False, 1.0, 0, 4
 
-    def __init__(self, die_at_run=None, long_reflection=()):
-        self.die_at_run, self.long_reflection = die_at_run, long_reflection
+    def __init__(self, die_at_run=None, long_reflection=(), max_rows=4):
+        self.die_at_run, self.long_reflection, self.max_rows = die_at_run, long_reflection, max_rows
         self.runs, self.contexts = 0, []
 
-    def run(self, rows, *, progress=None):
+    def run(self, rows, *, finished=None, progress=None):
         self.runs += 1
         if self.runs == self.die_at_run:
             raise KeyboardInterrupt
         if progress:
             progress(len(rows), len(rows))
-        return [self.finish(row) for row in rows]
+        done = [self.finish(row) for row in rows]
+        for index, row in enumerate(done):
+            finished(index, row)
+        return done
 
     def finish(self, row):
         context, turns, fed = list(row.prefix), [], []
@@ -178,6 +181,24 @@ def test_killed_evaluation_goes_on_and_writes_the_same_file(tmp_path, die_at_run
     assert store.read_bytes() == whole.read_bytes()
     done = (die_at_run - 1) // 3  # a block takes three runs: tries, reflections, the controls together
     assert again.sampler.runs == 3 * (3 - done)
+
+
+@pytest.mark.parametrize("max_rows, runs", [(1, 4), (4, 4), (5, 2), (12, 2), (13, 1)])
+def test_blocks_sampled_together_give_the_same_file(tmp_path, max_rows, runs):
+    """Each block shuffles its own reflections, and the last one has a single failure."""
+    examples = make_examples(14)
+    whole, store = tmp_path / "whole.jsonl", tmp_path / "model.jsonl"
+    expected = measure(make_rollout(), examples, block=4, store=whole)
+    rollout = make_rollout(max_rows=max_rows)
+    assert measure(rollout, examples, block=4, store=store) == expected
+    assert store.read_bytes() == whole.read_bytes() and rollout.sampler.runs == 3 * runs
+    # A store that another batch began is continued.
+    ends = [i for i, line in enumerate(store.read_text().splitlines()) if line.startswith('{"block"')]
+    lines = store.read_bytes().splitlines(keepends=True)
+    for end in ends:
+        store.write_bytes(b"".join(lines[: end + 1]))
+        assert measure(make_rollout(max_rows=max_rows), examples, block=4, store=store) == expected
+        assert store.read_bytes() == whole.read_bytes()
 
 
 def test_finished_store_is_read_and_nothing_is_sampled(tmp_path):
