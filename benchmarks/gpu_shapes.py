@@ -51,6 +51,7 @@ from grpo.evaluate import measure as evaluation  # noqa: E402
 from grpo.learner.packing import Batch, pack_episodes  # noqa: E402
 from grpo.learner.tree_attention import tree_attend  # noqa: E402
 from grpo.model.decoder import Decoder, ModelConfig  # noqa: E402
+from grpo.rollout import Rollout
 from grpo.sampler import batching, cuda_graph, script  # noqa: E402
 from grpo.sampler.engine import Feed, Row, Sample, Sampler  # noqa: E402
 from grpo.sampler.kv_cache import CachedAttention, RowSpan, SlotCache  # noqa: E402
@@ -568,22 +569,22 @@ class ModelTables:
         return {"model": self.model.name, "rows": self.counter.sampler._private.slots, **means}
 
 
-def blocks(config: Config, counter: SamplerCounter, work: Workload) -> list[dict[str, Any]]:
-    """Forward passes and computed minutes of the failures and of an evaluation, from a block of each."""
+def stages(config: Config, counter: SamplerCounter, work: Workload) -> list[dict[str, Any]]:
+    """Forward passes and computed minutes of the failures and of an evaluation, from their first blocks."""
     table = []
-    for stage, problems, block in (
-        ("failures", config.num_examples, failures.BLOCK),
-        ("evaluation of a model", config.num_eval, evaluation.BLOCK),
+    for stage, problems, block, tries in (
+        ("failures", config.num_examples, failures.BLOCK, config.attempts_per_example),
+        ("evaluation of a model", config.num_eval, evaluation.BLOCK, 1),
     ):
-        block = min(block, problems)
-        total = counter.run(work.first_tries(block))
+        _, together = next(Rollout.portions(counter, 0, problems, block=block, rows_each=tries))
+        total = counter.run(work.first_tries(together, tries))
         if stage != "failures":
-            failed = max(1, round(work.lengths.failing * block))
+            failed = max(1, round(work.lengths.failing * together))
             counter.run(work.second_tries(failed, 1), total)
             counter.run(work.controls(failed), total)
-        times, seconds = problems / block, total.seconds - total.recording  # recorded in the first block only
+        times, seconds = problems / together, total.seconds - total.recording  # recorded in the first blocks
         counts = {"forwards": total.forwards * times, "minutes": seconds * times / 60}
-        table.append({"stage": stage, "problems": problems, "in blocks of": block, **counts})
+        table.append({"stage": stage, "problems": problems, "sampled together": together, **counts})
     return table
 
 
@@ -591,7 +592,7 @@ def report(config: Config, models: list[str], steps: int, seed: int) -> str:
     work = Workload(config, seed)
     tables = [ModelTables(config, name) for name in models]
     # As in a run, the failures come before the first RL step, and their caches and graphs are kept.
-    stages = [blocks(config, table.counter, Workload(config, seed)) for table in tables][0]
+    around = [stages(config, table.counter, Workload(config, seed)) for table in tables][0]
     for step in range(steps):
         rows = work.rl_step()
         batches = pack_episodes(
@@ -608,9 +609,9 @@ def report(config: Config, models: list[str], steps: int, seed: int) -> str:
     lora = "; 8B with LoRA" if "8B" in models else ""
     parts.append(f"Seconds of an RL step on an H100, computed, not measured{lora}")
     parts.append(markdown(columns, [table.mean_times() for table in tables]))
-    columns = [("stage", "{}"), ("problems", "{:,}"), ("in blocks of", "{}"), ("forwards", "{:,.0f}")]
+    columns = [("stage", "{}"), ("problems", "{:,}"), ("sampled together", "{}"), ("forwards", "{:,.0f}")]
     parts.append(f"Before and after RL, {models[0]}, computed")
-    parts.append(markdown([*columns, ("minutes", "{:.1f}")], stages))
+    parts.append(markdown([*columns, ("minutes", "{:.1f}")], around))
     return "\n\n".join(parts)
 
 

@@ -72,17 +72,19 @@ def plan(
 def capacity_for(length: int, slots: int, cache: SlotCache, *, tight: bool) -> int:
     """A capacity for `slots` sequences of `length` tokens such that few capacities occur from run to run.
 
-    It is the present one if that takes no more memory, else one with room for a somewhat longer sequence.
+    It is the present one if that takes no more memory, else one with room for somewhat longer sequences.
 
     Args:
-        tight: memory is scarce; little more than `length`.
+        tight: memory decides how many rows fit, so there is hardly any room.
     """
-    with_room = multiple(length + length // 8, ROOM)
     present = cache.capacity
-    fits = present <= with_room if tight else slots * present <= cache.held_tokens
+    if tight:
+        fits = present <= multiple(length + length // 16, ALIGNED)
+    else:
+        fits = slots * present <= cache.held_tokens
     if length <= present and fits:
         return present
-    return multiple(length, ALIGNED) if tight else with_room
+    return multiple(length, ALIGNED) if tight else multiple(length + length // 8, ROOM)
 
 
 def _most_distinct(prefixes: list[tuple[int, ...]], width: int) -> int:
