@@ -413,8 +413,8 @@ def test_a_recording_empties_the_allocators_cache_only_if_it_must(monkeypatch, f
     calls = []
 
     class Graph:
-        def capture_begin(self, pool):
-            calls.append(("begin", pool))
+        def capture_begin(self, pool, capture_error_mode):
+            calls.append(("begin", pool, capture_error_mode))
 
         def capture_end(self):
             calls.append("end")
@@ -434,7 +434,11 @@ def test_a_recording_empties_the_allocators_cache_only_if_it_must(monkeypatch, f
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(cuda_graph, "_side_stream", lambda device: None)
-    expected = ["empty"] * (free < cuda_graph.ENOUGH_FREE) + [("begin", "pool"), "work", "end"]
+    expected = ["empty"] * (free < cuda_graph.ENOUGH_FREE) + [
+        ("begin", "pool", "thread_local"),
+        "work",
+        "end",
+    ]
     with pytest.raises(RuntimeError, match="out of memory") if fails else contextlib.nullcontext():
         cuda_graph.record(work, "pool")()
         expected.append("replay")
