@@ -176,7 +176,7 @@ def test_a_run_with_varlen_attention_is_the_run_with_sdpa(quick, monkeypatch):
     assert configuration.load(done.folder / "config.yaml").attn_implementation == "varlen"
     assert configuration.load(expected.folder / "config.yaml").attn_implementation == "sdpa"
     episodes, other_episodes = (
-        [record["completion_ids"] for record in records(folder, "episodes.jsonl")]
+        [record["completion_ids"] for record in records(folder, "episodes.jsonl.gz")]
         for folder in (done.folder, expected.folder)
     )
     assert episodes == other_episodes

@@ -398,6 +398,27 @@ def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
             os.truncate(path, size)
 
 
+def cut_after_step(path: Path, step: int) -> None:
+    """Cuts a log that no checkpoint knows, such as one that the user unpacked, after the lines of `step`.
+
+    Raises:
+        MismatchError: a line has no step.
+    """
+    kept = 0
+    with open(path, "rb") as file:
+        for number, content in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not content.endswith(b"\n"):
+                break  # left by a kill
+            line = _parsed(content, where)
+            if fault := misfit(line, {"step": int}):
+                raise MismatchError(f"{where}: {fault}")
+            if line["step"] > step:
+                break
+            kept += len(content)
+    os.truncate(path, kept)
+
+
 def _member_begins(path: Path, offset: int) -> bool:
     with open(path, "rb") as file:
         file.seek(offset)

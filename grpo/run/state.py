@@ -152,7 +152,8 @@ class RunState:
     def restore(self, learner: Learner, folder: Path, logs: Sequence[str]) -> int:
         """Loads the newest checkpoint and cuts `logs` back to it. Returns its step, or 0 if there is none.
 
-        Without a checkpoint they are emptied. A log that the checkpoint does not know stays as it is.
+        Without a checkpoint they are emptied. A log that the checkpoint does not know, because the user has
+        unpacked it since, is cut after that step.
 
         Raises:
             CheckpointError: it is damaged, or of another run.
@@ -170,6 +171,9 @@ class RunState:
                 raise checkpoint.CheckpointError(f"{path} does not fit this run ({reason})") from error
             step = checkpoint.step_of(path)
         files.cut_logs(self.folder, sizes)
+        for log in logs:
+            if log not in sizes and log.endswith(".jsonl") and (self.folder / log).exists():
+                files.cut_after_step(self.folder / log, step)
         return step
 
     def best_step(self) -> int | None:

@@ -136,9 +136,9 @@ class Sampler:
         # The device where pinned memory is reserved and graphs are recorded, whatever the current one is.
         with torch.cuda.device_of(self.model.output_weight), packed_weights(self.model):
             head = pack_weight(self.model.output_weight)
-            while batcher.busy or ended:
+            while (busy := batcher.busy) or ended:
                 sampled = None
-                if batcher.busy:
+                if busy:
                     input_ids, attend, active, steps = batcher.next(self.stop_check_steps)
                     if self._graphs is not None:
                         self._graphs.keep_if((weights, self._private.allocations, self._prefixes.allocations))
@@ -219,8 +219,8 @@ class Sampler:
 
     def _read(self, sampled: Tensor, num_rows: int) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and log-probs of the rows, queued by `_decode`. The host waits for the device here."""
-        tokens, logprobs = sampled[:, :num_rows].cpu()
-        ids, values = tokens.tolist(), logprobs.view(torch.float64).tolist()
+        host = sampled[:, :num_rows].cpu()
+        ids, values = host[0].tolist(), host[1].view(torch.float64).tolist()
         if not all(map(math.isfinite, chain.from_iterable(values))):
             # The caches now contain NaN, which masking would not keep out of later runs: 0 * NaN is NaN.
             self._private.release()
