@@ -149,7 +149,7 @@ def test_python_calls_of_a_decode_step():
     base, deeper, wider = per_step(2, 8), per_step(4, 8), per_step(2, 64)
     assert (deeper - base) / 2 < 190, "for a layer"
     assert (wider - base) / 56 < 24, "for a row"
-    assert base < 750
+    assert base < 760  # 745 until the one transfer of tokens and log-probs, which costs some calls more
 
 
 def test_an_update_multiplies_a_shared_prompt_once():

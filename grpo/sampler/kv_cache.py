@@ -42,6 +42,9 @@ class SlotCache:
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype, self.device = config, dtype, device
+        # Queries times keys, (n, l, D) and (n, D, m): float32 where PyTorch can return it.
+        float32 = partial(torch.bmm, out_dtype=torch.float32)
+        self.score = float32 if unrounded(device, dtype) else torch.bmm
         self.allocations = 0  # counted whenever the memory moves: addresses recorded before are then invalid
         self.release()
 
@@ -261,8 +264,6 @@ class CachedAttention:
         # In this dtype, a product copies an operand that has gaps in memory, and a copy that also transposes
         # takes three times as long. Keys are therefore copied beforehand, without transposing.
         self.copy_keys = private.device.type == "cpu" and private.dtype == torch.bfloat16
-        float32 = {"out_dtype": torch.float32} if unrounded(private.device, private.dtype) else {}
-        self._scores = partial(torch.bmm, **float32)
         slots = list(range(self.batch))
         places = [row.start + row.length - 1 for row in rows]
         positions = [row.prefix_length + place for row, place in zip(rows, places, strict=True)]
@@ -408,7 +409,7 @@ class CachedAttention:
         )
         if self.copy_keys:
             private_keys = private_keys.contiguous()
-        scores = self._scores(q.flatten(0, 1), private_keys.transpose(1, 2))
+        scores = self.private.score(q.flatten(0, 1), private_keys.transpose(1, 2))
         scores = scores.view(*q.shape[:3], -1)  # (B, K, r, L)
         if self.prefix_length:
             scores = torch.cat([self._against_prefix(layer, q, values=False), scores], dim=-1)
@@ -431,7 +432,7 @@ class CachedAttention:
         x = x.reshape(batch, -1).index_select(0, self.members)
         x = x.view(self.num_groups, -1, kv_heads, repeats, size).transpose(1, 2)  # (g, K, m, r, .)
         x = x.reshape(len(other), -1, size)
-        out = torch.bmm(x, other) if values else self._scores(x, other.transpose(1, 2))
+        out = torch.bmm(x, other) if values else self.private.score(x, other.transpose(1, 2))
         out = out.view(self.num_groups, kv_heads, -1, repeats, out.shape[-1]).transpose(1, 2)
         out = out.reshape(len(self.members), -1).index_select(0, self.place)
         return out.view(batch, kv_heads, repeats, -1)
