@@ -127,7 +127,7 @@ class Batcher:
             prefixes.release()
         private.allocate(slots, need)
         prefixes.allocate(prompts, length)
-        self.group = max(Counter(state.row.prefix for state in states).values())
+        self.group = max(Counter(state.row.prefix for state in states).values())  # the most rows of a prompt
         self.waiting = deque(states)
         self.rows: list[RowState | None] = []
         self.groups: list[CachedPrompt | None] = []
@@ -142,7 +142,7 @@ class Batcher:
         """
         prefixes = [state.row.prefix for state in states]
         needs = max(state.need() for state in states), max(map(len, prefixes)) - 1
-        most = plan(prefixes, 0, 0, max_rows, self.budget)
+        most = plan(prefixes, 0, 0, max_rows, self.budget)  # the slots if memory were no bound
         for tight in (False, True) if self.few_shapes else (True,):
             need, length = needs
             if self.few_shapes:
