@@ -28,7 +28,7 @@ if __name__ == "__main__":
 
 from grpo import config as configuration
 from grpo.config import Config
-from grpo.evaluate.__main__ import models_of
+from grpo.evaluate.__main__ import models_of, settings_for
 from grpo.evaluate.table import turn_lines
 from grpo.rollout import Attempt
 from grpo.run import build
@@ -94,14 +94,8 @@ def open_model(options: argparse.Namespace, rest: Sequence[str]) -> Parts:
         source, run = model.path, model.run
     if options.index is not None and options.index < 0:
         raise ValueError(f"index must be at least 0, got {options.index}")
-    argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections here
-    named = {text.partition("=")[0] for text in rest}
-    if run is None:
-        argv += ["--model_name_or_path", source]  # which decides the preset, as for train.py
-    elif not named & {"--config", "--preset"}:
-        argv += ["--config", str(run / "config.yaml")]
     temperature = 0.0 if options.temperature is None else options.temperature
-    config = configuration.parse([*argv, *rest, "--eval_temperature", str(temperature)])
+    config = settings_for(run, source, [*rest, "--eval_temperature", str(temperature)])
     if run is None and config.preset == configuration.MODEL_PRESET:
         print(configuration.preset_line(config))
     config.train_on = "reflection"  # the turns that follow an attempt here, whatever was trained

@@ -55,7 +55,7 @@ class Launches:
     attention: Counter[tuple[Any, ...]] = field(
         default_factory=Counter
     )  # calls by shape: queries, keys, masked
-    times: int = 1  # how many equal operations each one stands for
+    times: int = 1  # how many equal operations it represents
 
     def add(self, num_bytes: int, flops: int = 0) -> None:
         rates, times = self.rates, self.times

@@ -85,6 +85,21 @@ def parser() -> argparse.ArgumentParser:
     return command
 
 
+def settings_for(run: Path | None, model: str, options: Sequence[str]) -> Config:
+    """The settings of `run`, or without a run those of the preset for `model`; then the options.
+
+    Raises:
+        ValueError: an unknown or unfitting option.
+    """
+    argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections here
+    named = {text.partition("=")[0] for text in options}
+    if run is None:
+        argv += ["--model_name_or_path", model]  # which decides the preset, as for train.py
+    elif not named & {"--config", "--preset"}:
+        argv += ["--config", str(run / "config.yaml")]
+    return configuration.parse([*argv, *options])
+
+
 def evaluation_config(
     models: Sequence[MeasuredModel], options: argparse.Namespace, rest: Sequence[str]
 ) -> Config:
@@ -103,19 +118,15 @@ def evaluation_config(
         raise ValueError(f"top_p must be above 0 and at most 1, got {options.top_p}")
     if options.top_k < 0:
         raise ValueError(f"top_k must be at least 0, got {options.top_k}")
-    argv = ["--overlong_buffer", "0"]  # belongs to training: it must not limit the reflections measured here
     run = next((model.run for model in models if model.run), None)
-    named = {text.partition("=")[0] for text in rest}
-    if run is None:
-        argv += ["--model_name_or_path", models[0].path]  # which decides the preset, as for train.py
-    elif not named & {"--config", "--preset"}:
-        argv += ["--config", str(run / "config.yaml")]
-    argv += rest
     temperature = 0.0 if options.greedy else options.eval_temperature
-    for name, value in (("num_eval", options.num_eval), ("eval_temperature", temperature)):
-        if value is not None:
-            argv += [f"--{name}", str(value)]
-    config = configuration.parse(argv)
+    more = [
+        text
+        for name, value in (("num_eval", options.num_eval), ("eval_temperature", temperature))
+        if value is not None
+        for text in (f"--{name}", str(value))
+    ]
+    config = settings_for(run, models[0].path, [*rest, *more])
     if config.num_eval < 1:
         raise ValueError(f"num_eval must be at least 1, got {config.num_eval}")
     if run is None and config.preset == configuration.MODEL_PRESET:

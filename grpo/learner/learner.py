@@ -259,7 +259,7 @@ class Learner:
 
     def check_weights(self) -> None:
         """Raises NonFiniteError if an update has made NaN or infinite weights, which must not be saved."""
-        if (name := self.optimizer.first_non_finite_weight()) is not None:
+        if (name := self.model.first_non_finite_weight()) is not None:
             raise NonFiniteError(
                 f"the last update made NaN or infinite weights, the first of them in {name}. They were not "
                 f"saved; {ADVICE}"

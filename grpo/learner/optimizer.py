@@ -110,10 +110,6 @@ class MasterAdamW:
         """Name of the first parameter, in the model's order, whose gradient holds a NaN or an infinity."""
         return next((name for name, g in self.gradients.items() if not torch.isfinite(g).all()), None)
 
-    def first_non_finite_weight(self) -> str | None:
-        """Name of the first parameter with a NaN or an infinity: a large master may be inf in 16 bits."""
-        return next((name for name, p in self.parameters.items() if not torch.isfinite(p).all()), None)
-
     @torch.no_grad()
     def step(self, learning_rate: float, *, scale: float = 1.0) -> None:
         """One AdamW update with the accumulated gradient times `scale` (the clipping factor)."""

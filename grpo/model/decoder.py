@@ -286,6 +286,10 @@ class Decoder(nn.Module):
         """(..., H) -> (..., V), before any temperature."""
         return F.linear(hidden, self.output_weight)
 
+    def first_non_finite_weight(self) -> str | None:
+        """Name of the first parameter with a NaN or an infinity: a large float32 may be inf in 16 bits."""
+        return next((name for name, p in self.named_parameters() if not torch.isfinite(p).all()), None)
+
 
 def _positions(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
     if attention_mask is not None and attention_mask.ndim == 2:

@@ -93,12 +93,12 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
 
 def _check_finite(model: Decoder, source: str) -> None:
     """A run would end in its first step, and advise to begin with `start/`, a copy of these weights."""
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(
-                f"{source}: the weights must be finite in {str(parameter.dtype).removeprefix('torch.')}, but "
-                f"{name} has NaN or infinity; fetch the model again, or train another one"
-            )
+    if (name := model.first_non_finite_weight()) is not None:
+        dtype = str(model.get_parameter(name).dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{source}: the weights must be finite in {dtype}, but {name} has NaN or infinity; fetch the "
+            "model again, or train another one"
+        )
 
 
 def build_rollout(config: Config, sampler: Sampler, task: Task, chat: Chat) -> Rollout:

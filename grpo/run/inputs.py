@@ -92,11 +92,13 @@ def _describe(name: str, folder: Path, then: Any, now: Any) -> str:
     if name == "chat_template":
         copy = next(iter(sorted(folder.glob("**/chat_template.jinja"))), None)
         return "the chat template changed" + (f" (the run's own is in {copy})" if copy else "")
-    if name == "heldout":
-        return "the held-out examples changed"
-    if name == "validation":
-        return "the validation examples changed"
-    return "the tokenizer changed" if name == "tokenizer" else "the task's examples or messages changed"
+    names = {
+        "tokenizer": "tokenizer",
+        "examples": "task's examples or messages",
+        "validation": "validation examples",
+        "heldout": "held-out examples",
+    }
+    return f"the {names[name]} changed"
 
 
 def _versions() -> dict[str, str]:
