@@ -660,12 +660,13 @@ def test_a_disk_that_becomes_full_ends_the_run_before_anything_is_written(
     assert run(["--resume", str(unfinished)]).status == 0
 
 
-def test_a_run_directory_or_an_adapter_is_no_model(finished, quick, tmp_path):
+def test_a_run_directory_or_an_adapter_without_its_base_is_no_model(finished, quick, tmp_path):
     options = [str(finished / "checkpoints/step-000002"), str(finished / "start")]
     assert_error(quick(model_name_or_path=finished), 2, "it is a run directory", *options)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora/adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-0.6B"}')
-    assert_error(quick(model_name_or_path=tmp_path / "lora"), 2, "adapter (LoRA) of Qwen/Qwen3-0.6B", "merge")
+    error = "is an adapter (LoRA) whose base is missing: Qwen/Qwen3-0.6B is no folder"
+    assert_error(quick(model_name_or_path=tmp_path / "lora"), 2, error)
 
 
 def test_a_full_disk_while_a_log_is_written(quick, monkeypatch):

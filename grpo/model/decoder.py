@@ -313,14 +313,18 @@ TYPICAL_ROWS = 64  # number of rows for which oneDNN chooses the layout, which w
 
 
 class Linear(nn.Linear):
-    """x @ weight.T + bias, computed with the packed weight while there is one."""
+    """x @ weight.T + bias, computed with the packed weight while there is one; and what the adapter adds."""
 
     packed: Tensor | None = None
+    adapter: nn.Module | None  # a lora.Adapter, in a model that has one
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        self.register_module("adapter", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return super().forward(x)
-        return packed_product(x, self.packed, self.bias)
+        out = super().forward(x) if self.packed is None else packed_product(x, self.packed, self.bias)
+        return out if self.adapter is None else self.adapter(x, out)
 
 
 @contextmanager
@@ -397,10 +401,12 @@ class _RMSNorm(torch.autograd.Function):
         return normalised * weight
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None]:
         normalised, inverse, weight = ctx.saved_tensors
         n, dy = normalised.to(inverse.dtype), gradients[0].to(inverse.dtype)
-        dweight = (dy * n).flatten(0, -weight.ndim - 1).sum(0).to(weight.dtype)
+        dweight = None
+        if ctx.needs_input_grad[1]:  # not if only an adapter is trained
+            dweight = (dy * n).flatten(0, -weight.ndim - 1).sum(0).to(weight.dtype)
         g = dy * weight.to(inverse.dtype)
         mean = torch.linalg.vecdot(g, n).unsqueeze(-1).div_(n.shape[-1])
         dx = g.addcmul_(n, mean, value=-1).mul_(inverse)

@@ -468,7 +468,7 @@ def write(
     """Writes a GGUF file that `GGUFFile` and llama.cpp read. Tensors are converted one at a time.
 
     Args:
-        tensors: by HF name, as in the layout of weights.py.
+        tensors: by HF name, as in layout.py.
         tokenizer: a transformers tokenizer with byte-level BPE, and with the chat template to store.
         dtype: float32 or bfloat16; vectors, such as norms and biases, are always float32.
         stop_token_ids: that end a turn. The file has room for three.

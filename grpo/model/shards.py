@@ -49,6 +49,7 @@ class ShardWriter:
         *,
         dtype: torch.dtype | None = None,
         metadata: Mapping[str, str] | None = None,
+        sharded: bool = True,
     ) -> dict[str, str]:
         """Writes STEM.safetensors or, if that would be too large, STEM-00001-of-00002.safetensors and so on.
 
@@ -56,14 +57,14 @@ class ShardWriter:
             tensors: on any device, in any layout; they are only read, the shards follow their order.
             dtype: of the stored tensors; default: that of each tensor.
             metadata: strings for the header of each file.
+            sharded: False: one file, however large.
         Returns:
             the file name of each tensor.
         Raises:
             ValueError: a dtype that is not in DTYPES.
         """
-        shards = _split(
-            {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
-        )
+        sizes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in tensors.items()}
+        shards = _split(sizes) if sharded else [list(tensors)]
         files: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""

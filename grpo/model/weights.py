@@ -2,11 +2,14 @@
 
 `load` takes a folder, a Hub id, a GGUF file, or `package:NAME/FILE` for a file inside an installed package.
 Tensors are copied one by one into the decoder's fused parameters, so loading needs memory for the model plus
-one tensor. `layout` maps each HF tensor to a range of rows of one of our parameters. Loading fills these
-ranges; saving cuts them out.
+one tensor. `layout` (layout.py) maps each HF tensor to a range of rows of one of our parameters. Loading
+fills these ranges; saving cuts them out.
+
+An adapter (lora.py) is loaded with the base that it names, and saved without it.
 
 A model's files may come from a stranger. Loading runs no code of theirs, opens no file outside the model's
-folder, and compares config and tensors before it takes memory for the weights. Errors are one line.
+folder (and the base's), and compares config and tensors before it takes memory for the weights. Errors are
+one line.
 
 Left out: pickled checkpoints (*.bin), which can run code when read, and quantised HF checkpoints.
 """
@@ -16,17 +19,19 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grpo.model import lora
 from grpo.model.decoder import Decoder, ModelConfig
+from grpo.model.layout import layout
 from grpo.model.rope import frequencies
 from grpo.model.shards import DTYPES, ShardWriter
 
@@ -115,50 +120,73 @@ class Source:
     dtype: torch.dtype = torch.float32  # of the tensors as they were read; float32 for a quantised GGUF file
 
 
-class Rows(NamedTuple):
-    """Where an HF tensor lives: rows [start, stop) of one of the decoder's parameters."""
-
-    parameter: str
-    start: int
-    stop: int
-    columns: int | None = None  # None: a vector
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = self.stop - self.start
-        return (rows,) if self.columns is None else (rows, self.columns)
-
-
 def load(
-    name_or_path: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    *,
+    merge: bool = True,
 ) -> tuple[Decoder, Any]:
     """The model and its tokenizer.
 
     Args:
-        name_or_path: HF folder, Hub id, `file.gguf`, or `package:NAME/FILE`.
+        name_or_path: HF folder, Hub id, `file.gguf`, or `package:NAME/FILE`; or a PEFT folder with a LoRA
+            adapter, which is loaded with its base.
         dtype: of the parameters, whatever the dtype in the files.
+        merge: add an adapter to the weights, in float32 and rounded once. Otherwise the model has it as a
+            `lora.Adapter`, which computes exactly what was trained.
     Raises:
         FileNotFoundError: no such folder, file or Hub id, or a file of the model is missing.
-        ValueError: a damaged file, an unsupported model, or tensors that do not fit the config.
+        ValueError: a damaged file, an unsupported model, or tensors that do not fit the config or the base.
     """
     path = resolve(name_or_path)
+    if not is_adapter(path):
+        return _load_whole(path, dtype, device)
+    config, base = read_json(path / lora.CONFIG), base_of(path)
+    tensors = _read_adapter(path)
+
+    def fitting(model: ModelConfig) -> dict[str, lora.LowRank]:
+        return lora.from_peft(config, tensors, model, f"{path} (LoRA of {base})")
+
+    if merge:
+        model, tokenizer = _load_whole(base, dtype, device, lambda c, pairs: lora.merged(pairs, fitting(c)))
+    else:
+        model, tokenizer = _load_whole(base, dtype, device)
+        lora.add(model, fitting(model.config))
+    return model, load_tokenizer(path) if _has_tokenizer(path) else tokenizer
+
+
+# What to do with the (HF name, tensor) pairs of a model's files before they are copied into the decoder.
+Change = Callable[[ModelConfig, Iterable[tuple[str, Tensor]]], Iterable[tuple[str, Tensor]]]
+
+
+def _unchanged(_: ModelConfig, tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    return tensors
+
+
+def _load_whole(
+    path: Path, dtype: torch.dtype, device: str | torch.device, change: Change = _unchanged
+) -> tuple[Decoder, Any]:
+    """As `load`, from a resolved path that is no adapter."""
     if path.suffix == ".gguf":
         from grpo.model.gguf import GGUFFile  # needs the extra `gguf`
 
         file = GGUFFile(path)
-        model = build(Source(file.config), file.shapes(), file.tensors(), dtype, device, path)
+        model = build(Source(file.config), file.shapes(), file.tensors(), dtype, device, path, change)
         _check_tokenizer_config(path.parent)  # which transformers reads if the vocabulary is SentencePiece's
         with _reading_tokenizer(path):
             return model, file.tokenizer()
-    return load_model(path, dtype, device), load_tokenizer(path)
+    return load_model(path, dtype, device, change), load_tokenizer(path)
 
 
-def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> Decoder:
+def load_model(
+    folder: Path, dtype: torch.dtype, device: str | torch.device = "cpu", change: Change = _unchanged
+) -> Decoder:
     """The model of an HF folder, without its tokenizer. Arguments and errors as `load`."""
-    whole = (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
-    if whole and (folder / "adapter_config.json").exists():
+    whole = _is_whole(folder)
+    if whole and (folder / lora.CONFIG).exists():
         raise ValueError(
-            f"{folder} has whole weights and an adapter (adapter_config.json), which would be ignored: merge "
+            f"{folder} has whole weights and an adapter ({lora.CONFIG}), which would be ignored: merge "
             "the two (merge_and_unload of peft), or remove the adapter's files"
         )
     if not whole and (hint := _instead_of(folder)):
@@ -170,19 +198,17 @@ def load_model(folder: Path, dtype: torch.dtype, device: str | torch.device = "c
     files = _safetensors_files(folder)
     shapes, stored = _safetensors_headers(files)
     source = Source(config, read_json(generation) if generation.exists() else {}, stored)
-    return build(source, shapes, _read_safetensors(files), dtype, device, folder)
+    return build(source, shapes, _read_safetensors(files), dtype, device, folder, change)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
 
 
 def _instead_of(folder: Path) -> str:
-    """What to pass instead of a LoRA adapter or a run directory; empty if the folder is neither."""
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path") or "its base model"
-        return (
-            f"it is an adapter (LoRA) of {base}. Pass {base}, or merge the two (merge_and_unload of peft) "
-            "and pass the merged folder"
-        )
+    """What to pass instead of a run directory; empty if the folder is none."""
     models = [*folder.glob("checkpoints/step-*"), folder / "start"]
-    found = [str(path) for path in sorted(models) if (path / "config.json").is_file()]
+    found = [str(path) for path in sorted(models) if is_model(path)]
     if (folder / "config.yaml").is_file():
         return (
             f"it is a run directory. Pass the weights in {' or '.join(found)}"
@@ -190,6 +216,54 @@ def _instead_of(folder: Path) -> str:
             else ("it is a run directory without weights")
         )
     return ""
+
+
+# --- adapters --------------------------------------------------------------------------------------------
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder looks like a model's, or like an adapter's."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is a PEFT folder: an adapter without whole weights."""
+    return (path / lora.CONFIG).is_file() and not _is_whole(path)
+
+
+def base_of(folder: Path) -> Path:
+    """The model that an adapter belongs to: `start/` of the run that the folder is in, else the one it names.
+
+    So a run directory can be moved, though its adapters name `start/` by an absolute path, for PEFT.
+
+    Raises:
+        FileNotFoundError: the base is not there.
+        ValueError: the adapter names none, or another adapter.
+    """
+    checkpoints = folder.resolve().parent
+    if checkpoints.name == "checkpoints" and (checkpoints.parent / "config.yaml").is_file():
+        return checkpoints.parent / "start"
+    name = read_json(folder / lora.CONFIG).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(
+            f"{folder / lora.CONFIG}: base_model_name_or_path must name the adapter's base, got {name!r}"
+        )
+    try:
+        base = resolve(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise FileNotFoundError(f"{folder} is an adapter (LoRA) whose base is missing: {error}") from error
+    if is_adapter(base):
+        raise ValueError(f"{folder} is an adapter (LoRA) of another adapter, {base}: merge that one first")
+    return base
+
+
+def _read_adapter(folder: Path) -> dict[str, Tensor]:
+    file = folder / lora.TENSORS
+    if not file.exists():
+        hint = " (*.bin files are not read: convert them to safetensors)" if [*folder.glob("*.bin")] else ""
+        raise FileNotFoundError(f"{file}: no weights there{hint}")
+    _safetensors_headers([file])  # refuses quantised tensors
+    return dict(_read_safetensors([file]))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -205,7 +279,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     import transformers
 
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not _has_tokenizer(folder):
         raise FileNotFoundError(
             f"{folder} has no tokenizer: put the model's tokenizer.json next to config.json"
         )
@@ -230,6 +304,10 @@ def load_tokenizer(folder: Path) -> Any:
             "tokenizer.json says; install another version: pip install 'transformers>=5.22'"
         )
     return tokenizer
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
 
 
 @contextmanager
@@ -288,6 +366,7 @@ def build(
     dtype: torch.dtype,
     device: str | torch.device,
     path: Path,
+    change: Change = _unchanged,
 ) -> Decoder:
     """A decoder whose weights are copied from (HF name, tensor) pairs, one at a time.
 
@@ -299,7 +378,7 @@ def build(
         model = Decoder(config)
     model = model.to(dtype).to_empty(device=device)
     model.source = source
-    _fill(model, tensors, path)
+    _fill(model, change(config, tensors), path)
     return model
 
 
@@ -380,41 +459,6 @@ def _check_shapes(config: ModelConfig, shapes: Sequence[tuple[str, tuple[int, ..
             f"{path}: the tensors do not fit a {config.model_type} config: "
             f"missing {_shorten(list(missing))}, unexpected {_shorten(unexpected)}"
         )
-
-
-def layout(config: ModelConfig) -> dict[str, Rows]:
-    """Name of each tensor in the HF checkpoint -> the rows of our parameter that hold it."""
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    hidden, intermediate = config.hidden_size, config.intermediate_size
-    fused = config.model_type == "phi3"  # Phi-3 is published fused, in our order
-    qkv = {"qkv": q + 2 * kv} if fused else {"q": q, "k": kv, "v": kv}
-    gate_up = {"gate_up": 2 * intermediate} if fused else {"gate": intermediate, "up": intermediate}
-    table = {
-        "model.embed_tokens.weight": Rows("embed_tokens.weight", 0, config.vocab_size, hidden),
-        "model.norm.weight": Rows("norm.weight", 0, hidden),
-    }
-    if not config.tie_word_embeddings:
-        table["lm_head.weight"] = Rows("lm_head.weight", 0, config.vocab_size, hidden)
-
-    def add(theirs: str, ours: str, sizes: dict[str, int], columns: int | None, bias: bool = False) -> None:
-        for kind in ("weight", "bias") if bias else ("weight",):
-            start = 0
-            for part, rows in sizes.items():
-                place = Rows(f"{ours}.{kind}", start, start + rows, columns if kind == "weight" else None)
-                table[f"{theirs.format(part)}.{kind}"] = place
-                start += rows
-
-    for index in range(config.num_layers):
-        theirs, ours = f"model.layers.{index}.", f"layers.{index}."
-        add(theirs + "self_attn.{}_proj", ours + "qkv_proj", qkv, hidden, config.qkv_bias)
-        add(theirs + "self_attn.o_proj", ours + "o_proj", {"": hidden}, q, config.o_bias)
-        add(theirs + "mlp.{}_proj", ours + "gate_up_proj", gate_up, hidden, config.mlp_bias)
-        add(theirs + "mlp.down_proj", ours + "down_proj", {"": hidden}, intermediate, config.mlp_bias)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            add(theirs + norm, ours + norm, {"": hidden}, None)
-        for norm in ("q_norm", "k_norm") if config.qk_norm else ():
-            add(theirs + "self_attn." + norm, ours + norm, {"": config.head_dim}, None)
-    return table
 
 
 _IGNORED = "rotary_emb.inv_freq"  # in old checkpoints; it follows from the config
@@ -554,6 +598,25 @@ def save(
         (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     _save_tokenizer(tokenizer, folder)
     _write_safetensors(model, folder, dtype, writer or ShardWriter())
+    return folder
+
+
+def save_adapter(
+    model: Decoder, tokenizer: Any, folder: str | Path, base: str, writer: ShardWriter | None = None
+) -> Path:
+    """Writes the model's adapter as a PEFT folder, in its own dtype, and the tokenizer with its template.
+
+    Args:
+        base: where the model without its adapter is; PEFT looks there.
+        folder, writer: as for `save`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(lora.peft_config(model, base), indent=2, sort_keys=True)
+    (folder / lora.CONFIG).write_text(content + "\n", encoding="utf-8")
+    _save_tokenizer(tokenizer, folder)
+    tensors, stem = lora.peft_tensors(model), lora.TENSORS.removesuffix(".safetensors")
+    (writer or ShardWriter()).write(tensors, folder, stem, metadata={"format": "pt"}, sharded=False)
     return folder
 
 

@@ -190,7 +190,7 @@ def damage(folder, kind):
         (
             "adapter without weights",
             FileNotFoundError,
-            "it is an adapter .LoRA. of owner/base. Pass owner/ba",
+            "is an adapter .LoRA. whose base is missing: owner/ba",
         ),
         ("shard absent", FileNotFoundError, "model-00001-of-00002.safetensors: no weights"),
         ("tensor missing", ValueError, r"missing model.layers.1.self_attn.k_proj.weight, unexpected none"),
