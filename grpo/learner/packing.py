@@ -20,7 +20,9 @@ several of which may share a pair. Left out: sequences split over micro-batches.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
+from os.path import commonprefix  # of any lists
 
 import torch
 from torch import Tensor
@@ -118,13 +120,27 @@ def _pack(groups: Iterable[_Group], max_tokens: int) -> list[Batch]:
             raise ValueError("prompt_ids must hold at least one token, got none")
         prompts.append(prompt)
         # A sequence without trained tokens adds nothing to the loss; it only counts in the denominators.
-        singles = [(prompt, [branch]) for branch in branches if branch.completion_ids]
-        for part in _first_fit(singles, max_tokens):
-            planted.append((prompt, [branch for _, (branch,) in part]))
+        trained = [branch for branch in branches if branch.completion_ids]
+        trained.sort(key=lambda branch: len(branch.completion_ids), reverse=True)  # stable
+        if _size((prompt, trained)) <= max_tokens:  # nearly always: then nothing needs to be tried out
+            parts = [trained] if trained else []
+        else:
+            rows = _first_fit([(prompt, [branch]) for branch in trained], max_tokens)
+            parts = [[branch for _, (branch,) in row.groups] for row in rows]
+        planted += [(prompt, part) for part in parts]
     if not planted and prompts:
         # Nothing is trained. The shortest prompt makes a micro-batch for the caller's forward and backward.
         planted = [(min(prompts, key=len), [])]
-    return [_build(forest) for forest in _first_fit(planted, max_tokens)]
+    return [_build(row) for row in _first_fit(planted, max_tokens)]
+
+
+def _size(group: _Group) -> int:
+    """The nodes of a group's trie, counted without building it."""
+    prompt, branches = group
+    paths = sorted(list(branch.completion_ids[:-1]) for branch in branches)
+    # In sorted order, what a path shares with any path before it, it shares with its neighbour.
+    shared = sum(len(commonprefix(neighbours)) for neighbours in pairwise(paths))
+    return len(prompt) + sum(map(len, paths)) - shared
 
 
 class _Trie:
@@ -136,11 +152,12 @@ class _Trie:
 
     def add(self, ids: Sequence[int], parent: int = -1) -> list[int]:
         """The places of `ids`, which follow `parent`; missing nodes are appended."""
-        places = []
-        for token in ids:
-            place = self.nodes.setdefault((parent, token), len(self.nodes))
-            if place == len(self.positions):
-                self.positions.append(self.positions[parent] + 1 if parent >= 0 else 0)
+        nodes, positions, places = self.nodes, self.positions, []
+        first = positions[parent] + 1 if parent >= 0 else 0
+        for position, token in enumerate(ids, first):
+            place = nodes.setdefault((parent, token), len(nodes))
+            if place == len(positions):
+                positions.append(position)
             places.append(place)
             parent = place
         return places
@@ -160,46 +177,48 @@ class _Trie:
         return len(ids)
 
 
-def _first_fit(groups: list[_Group], max_tokens: int) -> list[list[_Group]]:
+@dataclass
+class _Row:
+    """What goes into a micro-batch: groups, and the places of each in the trie (`_Trie.plant`)."""
+
+    trie: _Trie = field(default_factory=_Trie)
+    groups: list[_Group] = field(default_factory=list)
+    places: list[tuple[list[int], list[list[int]]]] = field(default_factory=list)
+
+
+def _first_fit(groups: list[_Group], max_tokens: int) -> list[_Row]:
     """Distributes groups over rows, the largest first, each to the first row with room for its new nodes."""
 
-    def size(group: _Group) -> int:
-        trie = _Trie()
-        trie.plant(group)
-        return len(trie.nodes)
-
-    bins: list[tuple[_Trie, list[_Group]]] = []
-    sized = [(size(group), group) for group in groups]
+    rows: list[_Row] = []
+    sized = [(_size(group), group) for group in groups]
     for needed, group in sorted(sized, key=lambda pair: pair[0], reverse=True):  # stable, hence reproducible
         prompt, branches = group
         # The ids that a row may contain already. If the row has another part of the same split group, it may
         # contain more; then the room is underestimated.
         common = [*prompt, *(branches[0].completion_ids[:-1] if len(branches) == 1 else ())]
         room = max_tokens - needed
-        fitting = (row for row in bins if len(row[0].nodes) - row[0].match(common) <= room)
-        trie, members = next(fitting, (_Trie(), []))
-        if not members:
-            bins.append((trie, members))
-        trie.plant(group)
-        members.append(group)
-    return [members for _, members in bins]
+        fitting = (row for row in rows if len(row.trie.nodes) - row.trie.match(common) <= room)
+        if (row := next(fitting, None)) is None:
+            rows.append(row := _Row())
+        row.groups.append(group)
+        row.places.append(row.trie.plant(group))
+    return rows
 
 
-def _build(forest: list[_Group]) -> Batch:
-    trie = _Trie()
+def _build(row: _Row) -> Batch:
+    trie = row.trie
     trees: list[Tree] = []
     pairs: dict[tuple[int, int], int] = {}  # (place, token to predict there) -> index in [0, U)
     trained: list[tuple[int, float, int]] = []  # pair, log-prob, sequence
-    for group in forest:
-        prompt, branches = trie.plant(group)
+    for group, (prompt, branches) in zip(row.groups, row.places, strict=True):
         inner = {place for branch in branches for place in branch[:-1]}
         leaves = {tuple(branch): None for branch in branches if branch and branch[-1] not in inner}
         trees.append(Tree(tuple(prompt), tuple(sorted(leaves, key=len, reverse=True))))
         for branch, places in zip(group[1], branches, strict=True):
-            rows = zip(
+            tokens = zip(
                 [prompt[-1], *places], branch.completion_ids, branch.loss_mask, branch.logprobs, strict=True
             )
-            for place, token, is_trained, logprob in rows:
+            for place, token, is_trained, logprob in tokens:
                 if is_trained:
                     pair = pairs.setdefault((place, token), len(pairs))
                     trained.append((pair, logprob, branch.sequence_id))

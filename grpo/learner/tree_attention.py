@@ -77,9 +77,10 @@ def runs(trees: Sequence[Tree]) -> tuple[list[int], list[tuple[int, ...]]]:
     """
     where: dict[int, tuple[tuple[int, ...], int]] = {}  # place -> a path through it, and its index there
     for tree in trees:
-        for branch in tree.branches or ((),):
+        where.update((place, (tree.prompt, index)) for index, place in enumerate(tree.prompt))
+        for branch in tree.branches:
             path = tree.prompt + branch
-            where.update((place, (path, index)) for index, place in enumerate(path))
+            where.update((place, (path, index)) for index, place in enumerate(branch, len(tree.prompt)))
     bounds = []
     for place in range(len(where)):
         path, index = where[place]

@@ -187,15 +187,14 @@ def _code_sum() -> str:
     ours = [path for path in package.rglob("*.py") if path.relative_to(package).parts[0] not in OTHER_CODE]
     if kernels is not None and kernels.origin is not None:
         ours += Path(kernels.origin).parent.rglob("*.py")
-    installed = [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")]
+    # Prefixes of names: to compare the parents of paths took a second, for thousands of modules.
+    not_theirs = [package, *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))]
+    folders = tuple(f"{folder}{os.sep}" for folder in not_theirs)
     loaded = {getattr(module, "__file__", None) or "" for module in list(sys.modules.values())}
     theirs = [
-        path
-        for path in map(Path, loaded)
-        if path.suffix == ".py"
-        and path.is_file()
-        and package not in path.parents
-        and not any(folder in path.parents for folder in installed)
+        Path(name)
+        for name in loaded
+        if name.endswith(".py") and not name.startswith(folders) and os.path.isfile(name)
     ]
     digest = hashlib.sha256()
     for path in [*sorted(ours), *sorted(theirs)]:

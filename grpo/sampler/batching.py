@@ -217,9 +217,7 @@ class Batcher:
         for slot, (ids, values) in enumerate(zip(tokens, logprobs, strict=True)):
             row = self.rows[slot]
             assert row is not None
-            for token, logprob in zip(ids, values, strict=True):
-                if ended := row.take(token, logprob):
-                    break  # drops tokens sampled after the end of the turn
+            ended = row.take(ids, values)  # drops tokens sampled after the end of the turn
             row.cached = len(row.ids) - 1  # the last token has not been through the model
             if ended:
                 self.stats["sampled_tokens"] += len(row.turns[-1].ids)

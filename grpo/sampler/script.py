@@ -151,16 +151,20 @@ class RowState:
         first = len(self.turn.ids)
         return self._noise[first : first + count]
 
-    def take(self, token: int, logprob: float) -> bool:
-        """Adds a sampled token; True when it ends the turn."""
+    def take(self, tokens: list[int], logprobs: list[float]) -> bool:
+        """Adds sampled tokens, at most `left`, up to one that ends the turn; True if one does."""
         assert self.turn is not None
-        turn = self.turn
-        self.ids.append(token)
-        turn.ids.append(token)
-        turn.logprobs.append(logprob)
-        if token in self.stop_token_ids:
-            turn.finish_reason = "stop"
-        elif len(turn.ids) < self._limit:
+        turn, stop_token_ids, count = self.turn, self.stop_token_ids, 0
+        for token in tokens:
+            count += 1
+            if token in stop_token_ids:
+                turn.finish_reason = "stop"
+                break
+        taken = tokens[:count]
+        self.ids += taken
+        turn.ids += taken
+        turn.logprobs += logprobs[:count]
+        if turn.finish_reason != "stop" and len(turn.ids) < self._limit:
             return False
         self.turns.append(turn)
         self.turn = None
