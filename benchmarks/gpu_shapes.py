@@ -18,9 +18,18 @@ what it would launch on CUDA (lib/launches.py).
     GB             read and written by the sampler's kernels, and copied between slots of the caches
     plans          new shapes of attention in the learner: one plan each, where cuDNN computes attention
 
+The table of seconds has the mean step of each model:
+
+    rows           rows of the sampler that fit into `cache_gb`, at most `max_rows`
+    replays, eager, recordings, host
+                   parts of the rollout: replayed graphs; forward passes without a graph; recording; Python between
+                   windows, while the GPU waits. A window is what runs between two looks at which rows have stopped
+    step           rollout and update
+    with plans     the step if cuDNN computed attention; commands turn that off
+
 Seconds are computed from these counts, not measured. A kernel takes the longest of its FLOPs, its bytes and
 the smallest kernel's time; what Python launches takes at least the time of its launches. The constants below
-say where they come from. Left out: verifiers, writing files, what an adapter adds.
+say where they come from. Left out: verifiers, packing, writing files, what an adapter adds.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Episode:
         """
         record = {name: value for name, value in vars(self).items() if name != "scores" or value}
         record["roles"] = [[role, len(list(run))] for role, run in groupby(self.roles)]
-        record["logprobs"] = [float(f"{logprob:.6g}") for logprob in self.logprobs]
+        record["logprobs"] = [logprob and float(f"{logprob:.6g}") for logprob in self.logprobs]
         return record
 
     @classmethod

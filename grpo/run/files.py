@@ -29,6 +29,7 @@ from typing import Any
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
 LOCK = ".lock"
 GZIP_MEMBER = b"\x1f\x8b\x08"  # how it begins
+LOG_COMPRESSION = 4  # zlib's level: half the time of its default, 6, for 7% more bytes (docs/LOG.md)
 DAMAGED_GZIP = (gzip.BadGzipFile, zlib.error)  # what reading damage raises
 
 
@@ -158,7 +159,8 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
     """
     content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
     if path.suffix == ".gz":
-        compressor = zlib.compressobj(wbits=16 + zlib.MAX_WBITS)  # 16: with gzip's header and checksum
+        # 16: with gzip's header and checksum.
+        compressor = zlib.compressobj(LOG_COMPRESSION, wbits=16 + zlib.MAX_WBITS)
         content = compressor.compress(content) + compressor.flush()
     with open(path, "ab") as file:
         file.write(content)
