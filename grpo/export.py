@@ -1,8 +1,9 @@
 """`python -m grpo.export RUN --to FOLDER`: the weights of a run as a model that others can use.
 
-Writes a Hugging Face folder with a model card, or, if the name ends in .gguf, a file for llama.cpp. The card
-says only what the run directory proves: settings, data, results with their intervals, versions. It shows no
-paths of this machine.
+Writes a Hugging Face folder with a model card, or, if the name ends in .gguf, a file for llama.cpp. The
+adapter of a LoRA run is merged into the weights; alone, as a PEFT folder, it is the run's checkpoint. The
+card says only what the run directory proves: settings, data, results with their intervals, versions. It shows
+no paths of this machine.
 
 Left out: uploading. The command prints the line that does it.
 """
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     command = argparse.ArgumentParser(
         prog="python -m grpo.export",
         description="Writes the weights of a run as a Hugging Face folder with a model card, or as a GGUF "
-        "file. Uploads nothing.",
+        "file. A LoRA run's adapter is merged into the weights. Uploads nothing.",
         epilog="Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted.",
         allow_abbrev=False,
     )

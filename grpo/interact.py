@@ -60,7 +60,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     command.add_argument(
-        "run", metavar="RUN", help="run directory; or HF folder, file.gguf, package:NAME/file.gguf or Hub id"
+        "run",
+        metavar="RUN",
+        help="run directory; or HF folder, PEFT folder (LoRA), file.gguf, package:NAME/file.gguf or Hub id",
     )
     add = command.add_argument
     add(

@@ -29,7 +29,7 @@ from grpo.config import Config
 from grpo.evaluate.comparison import CONTROLS, ModelResult, report
 from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
-from grpo.model.weights import HUB_ID
+from grpo.model.weights import HUB_ID, is_model
 from grpo.run import build, checkpoint, files
 from grpo.run.progress import Bar
 from grpo.tasks import TaskError
@@ -57,7 +57,8 @@ def parser() -> argparse.ArgumentParser:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="HF folder, file.gguf, package:NAME/file.gguf or Hub id. A run directory means three models: "
+        help="HF folder, PEFT folder (LoRA), file.gguf, package:NAME/file.gguf or Hub id. A run directory "
+        "means three models: "
         "untouched (the source), before_rl (start/, right before RL) and trained (the last checkpoint)",
     )
     add = command.add_argument
@@ -171,12 +172,13 @@ def models_of(arguments: Sequence[str], name: str = "CHECKPOINT") -> list[Measur
 
 def _models_of_one(argument: str, name: str) -> list[MeasuredModel]:
     path = Path(argument)
-    if (path / "config.json").is_file():
+    if is_model(path):
         return [MeasuredModel(path.resolve().name, str(path), _run_of(path))]
     if (path / "config.yaml").is_file():
         return _models_of_run(path)
     if path.is_dir():
-        usable = [*path.glob("*/config.yaml"), *path.glob("*/config.json")]
+        names = ("config.yaml", "config.json", "adapter_config.json")
+        usable = [file for name in names for file in path.glob(f"*/{name}")]
         inside = sorted(str(file.parent) for file in usable)
         hint = f"; did you mean {' or '.join(inside[:3])}?" if inside else ""
         raise ValueError(

@@ -38,6 +38,7 @@ from grpo.logprob import linear_logprob
 from grpo.loss import grpo_loss
 from grpo.model.attention import Attend
 from grpo.model.decoder import Decoder
+from grpo.model.lora import switched_off
 
 ADVICE = "try a lower learning_rate, dtype float32, or a larger beta"
 SUPERVISED_ADVICE = "try a lower warm_start_learning_rate, or dtype float32"
@@ -79,7 +80,8 @@ class Learner:
         model: the policy; its parameters are changed in place (see optimizer.py for bfloat16).
         config: any object with the fields of `grpo.config.Config` that are read here.
         total_steps: calls of `step` in the whole run; the schedule ends there.
-        reference: the frozen starting policy, on the same device; required when config.beta > 0.
+        reference: the frozen starting policy, on the same device; required when config.beta > 0. It may be
+            `model` itself, if it has an adapter (LoRA), which is then switched off for the reference.
         kernels: replacements for the three functions below; None: plain PyTorch.
     Attributes:
         num_steps: calls of `step` so far, the clock of the learning-rate schedule.
@@ -168,7 +170,8 @@ class Learner:
             old = [self._frozen(self.model, *pair) for pair in zip(batches, attends, strict=True)]
         ref: list[Tensor | None] = [None] * len(batches)
         if config.beta > 0 and self.reference is not None:
-            ref = [self._frozen(self.reference, *pair) for pair in zip(batches, attends, strict=True)]
+            with switched_off(self.reference):  # with LoRA it is the policy's model
+                ref = [self._frozen(self.reference, *pair) for pair in zip(batches, attends, strict=True)]
 
         learning_rate = self.learning_rate()
         updates: list[dict[str, float]] = []

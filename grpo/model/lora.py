@@ -93,11 +93,10 @@ class Adapter(nn.Module):
         return out
 
     def low_ranks(self) -> Iterator[tuple[Part, LowRank]]:
-        """Each part with its matrices, which are views of the parameters."""
-        for part, a, lora_b in zip(
-            self.parts, self.lora_A.weight.split(self.ranks), self.lora_B, strict=True
-        ):
-            yield part, LowRank(a, lora_b.get_parameter("weight"), part.alpha)
+        """Each part with its matrices, which are views of the parameters without gradients."""
+        rows = self.lora_A.weight.detach().split(self.ranks)
+        for part, a, lora_b in zip(self.parts, rows, self.lora_B, strict=True):
+            yield part, LowRank(a, lora_b.get_parameter("weight").detach(), part.alpha)
 
 
 def linear_layers(config: ModelConfig) -> dict[str, Rows]:
@@ -177,6 +176,11 @@ def adapter_of(model: Decoder) -> dict[str, LowRank]:
     return {part.module: low for _, adapter in _adapters(model) for part, low in adapter.low_ranks()}
 
 
+def shapes(model: Decoder) -> dict[str, tuple[int, float]]:
+    """The rank and alpha of each adapted linear layer: what two adapters must share to be exchanged."""
+    return {module: (len(low.a), low.alpha) for module, low in adapter_of(model).items()}
+
+
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """A context in which the model computes as if it had no adapter."""
@@ -195,6 +199,8 @@ def merge(model: Decoder) -> None:
     """Adds the adapter to the weights, in float32 and rounded once; B is zero afterwards."""
     for layer, adapter in _adapters(model):
         for part, low in adapter.low_ranks():
+            if not low.b.any():
+                continue  # nothing to add; -0.0 + 0.0 would even change bytes
             rows = layer.weight[part.start : part.stop]
             rows.copy_(rows + low.product())
             low.b.zero_()
@@ -248,7 +254,7 @@ def peft_config(model: Decoder, base: str) -> dict[str, Any]:
 def peft_tensors(model: Decoder) -> dict[str, Tensor]:
     """The content of adapter_model.safetensors: views of the parameters."""
     return {
-        f"base_model.model.{module}.lora_{letter}.weight": matrix.detach()
+        f"base_model.model.{module}.lora_{letter}.weight": matrix
         for module, low in adapter_of(model).items()
         for letter, matrix in (("A", low.a), ("B", low.b))
     }

@@ -40,7 +40,7 @@ from grpo.model.shards import DTYPES, ShardWriter
 # Left out: revisions of the Hub, and its mirrors, which huggingface_hub takes from environment variables.
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "model*.safetensors"]
+HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*model*.safetensors"]
 
 
 def resolve(name_or_path: str | Path) -> Path:

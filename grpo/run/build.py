@@ -26,7 +26,7 @@ import torch
 from grpo import warmstart
 from grpo.chat import Chat
 from grpo.config import Config
-from grpo.model import weights
+from grpo.model import lora, weights
 from grpo.model.attention import check_varlen
 from grpo.model.decoder import Decoder
 from grpo.rollout import Rollout
@@ -71,8 +71,12 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
     source = model_source or config.model_name_or_path
-    model, tokenizer = weights.load(source, dtype=dtype, device=config.device)
+    # A run begins on merged weights. A model that is only measured computes its adapter as it was trained.
+    merge = model_source is None
+    model, tokenizer = weights.load(source, dtype=dtype, device=config.device, merge=merge)
     _check_finite(model, source)
+    if config.lora_r and model_source is None:
+        lora.add(model, fresh_adapter(config, model))
     config.attn_implementation = choose_attention(
         config.attn_implementation, config.device, dtype, model.config.head_dim
     )
@@ -89,6 +93,17 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     )
     rollout = build_rollout(config, sampler, task, chat)
     return Parts(config, config.device, dtype, model, tokenizer, chat, task, sampler, rollout)
+
+
+def fresh_adapter(config: Config, model: Decoder) -> dict[str, lora.LowRank]:
+    """A new adapter with the settings of the run."""
+    return lora.fresh(
+        model.config,
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        target_modules=config.lora_target_modules.split(","),
+        seed=config.seed,
+    )
 
 
 def _check_finite(model: Decoder, source: str) -> None:
@@ -143,8 +158,17 @@ def build_chat(config: Config, model: Decoder, tokenizer: Any) -> Chat:
 
 
 def load_into(parts: Parts, name_or_path: str) -> None:
-    """Replaces the weights of `parts.model` by other weights of the same architecture."""
-    other, _ = weights.load(name_or_path, dtype=parts.dtype, device=parts.device)
+    """Replaces the weights of `parts.model` by other weights of the same architecture.
+
+    If the model has an adapter, so have the weights: that of a run's checkpoint, else a fresh one, which adds
+    nothing.
+    """
+    mine = lora.shapes(parts.model)
+    other, _ = weights.load(name_or_path, dtype=parts.dtype, device=parts.device, merge=not mine)
+    if mine and (theirs := lora.shapes(other)) != mine:
+        if theirs:  # an adapter of another shape
+            other, _ = weights.load(name_or_path, dtype=parts.dtype, device=parts.device)
+        lora.add(other, fresh_adapter(parts.config, other))
     parts.sampler.load_weights(other.state_dict())
 
 

@@ -25,7 +25,10 @@ from grpo.tasks import Example, opening
 INPUTS = "inputs.json"
 BEFORE_RL = ("chat_template", "tokenizer", "examples", "model")  # read before RL begins
 HEAD = 2**20  # bytes of a file of weights that are hashed: its table of tensors, and the first of them
-MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", "*.safetensors")
+MODEL_FILES = (
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("model.safetensors.index.json", "*.safetensors"),
+)
 
 
 def sums(parts: Parts, examples: Sequence[Example]) -> dict[str, Any]:
@@ -126,7 +129,16 @@ def _sum_of_examples(parts: Parts, examples: Sequence[Example], message: str = "
 
 
 def _sums_of_model(path: Path) -> dict[str, Any]:
-    """Per file: its size and the sum of its beginning. Of small files, such as config.json, this is all."""
+    """Per file: its size and the sum of its beginning. Of small files, such as config.json, this is all.
+
+    The files of an adapter follow those of its base.
+    """
+    if weights.is_adapter(path):
+        return _sums_of_files(weights.base_of(path)) | _sums_of_files(path)
+    return _sums_of_files(path)
+
+
+def _sums_of_files(path: Path) -> dict[str, Any]:
     found = [path] if path.is_file() else [file for name in MODEL_FILES for file in sorted(path.glob(name))]
     result = {}
     for file in found:

@@ -169,7 +169,10 @@ def _record_of(run: Path, now: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: Config) -> dict[str, Any]:
-    names = [name for name in TYPES if name not in configuration.AFTER_START]
+    left_out = set(configuration.AFTER_START)
+    if not (config.lora_r and config.warm_start_steps):  # before RL, a fresh adapter changes nothing
+        left_out |= {name for name in TYPES if name.startswith("lora_")}
+    names = [name for name in TYPES if name not in left_out]
     return json.loads(json.dumps({name: getattr(config, name) for name in names}))
 
 

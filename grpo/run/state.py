@@ -24,7 +24,7 @@ from grpo import config as configuration
 from grpo.config import TYPES, Config
 from grpo.learner.learner import Kernels, Learner
 from grpo.learner.optimizer import scheduled_learning_rate
-from grpo.model import weights
+from grpo.model import lora, weights
 from grpo.model.shards import ShardWriter
 from grpo.run import build, checkpoint, files, metrics
 from grpo.run.build import Parts
@@ -84,9 +84,12 @@ class RunState:
         files.append_jsonl(self.folder / "stages.jsonl", line)
 
     def learner(self, config: Config) -> Learner:
-        """A new learner, with the reference model if `config` asks for a KL penalty."""
-        reference = None
-        if config.beta > 0:
+        """A new learner, with the reference model if `config` asks for a KL penalty.
+
+        With LoRA, the weights without the adapter are those of `start/`: no second copy is needed.
+        """
+        reference = self.parts.model if config.lora_r else None
+        if config.beta > 0 and reference is None:
             reference, _ = weights.load(str(self.start), dtype=self.parts.dtype, device=self.parts.device)
         return Learner(
             self.parts.model,
@@ -107,6 +110,8 @@ class RunState:
         return True
 
     def save_start(self) -> None:
+        """Writes `start/`, whole weights also with LoRA: the adapter of a warm start is merged into them."""
+        lora.merge(self.parts.model)
         with files.written_whole(self.start) as folder:
             self._write_model(self.parts.tokenizer, folder, writer := ShardWriter())
             checkpoint.seal(folder, writer.sums)
@@ -114,6 +119,9 @@ class RunState:
     def _write_model(self, tokenizer: Any, folder: Path, writer: ShardWriter) -> None:
         model, stop_ids = self.parts.model, self.parts.chat.stop_token_ids
         weights.save(model, tokenizer, folder, stop_ids=stop_ids, writer=writer)
+
+    def _write_adapter(self, base: str, tokenizer: Any, folder: Path, writer: ShardWriter) -> None:
+        weights.save_adapter(self.parts.model, tokenizer, folder, base, writer)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -133,12 +141,16 @@ class RunState:
         learner.check_weights()
         of_run = folder == self.folder
         tensors, counters = learner.state()
-        size = model_bytes(self.parts) + sum(tensor.nbytes for tensor in tensors.values())
+        size = checkpoint_bytes(self.parts) + sum(tensor.nbytes for tensor in tensors.values())
+        write = self._write_model
+        if self.config.lora_r:
+            base = str(self.start.resolve()) if of_run else self.config.model_name_or_path
+            write = partial(self._write_adapter, base)
         files.require_space(checkpoint.path_of(folder, step), size)
         self.saver.save(
             folder,
             step,
-            write_model=partial(self._write_model, self._tokenizer),
+            write_model=partial(write, self._tokenizer),
             tensors=tensors,
             state={"counters": counters, "logs": files.log_sizes(self.folder, [*LOGS, WARM_START_LOG])},
             keep=self.config.save_total_limit if of_run else 1,
@@ -327,29 +339,33 @@ def set_aside(folder: Path, pattern: str) -> None:
 
 # --- disk space ------------------------------------------------------------------------------------------
 #
-# A checkpoint has the weights and, in `trainer/`, float32 masters and two moments. Logs, which take some 3 kB
-# per episode, are left out.
+# A checkpoint has the weights and, in `trainer/`, float32 masters and two moments. With LoRA these are the
+# adapter's; only `start/` has the whole model. Logs, which take some 3 kB per episode, are left out.
 
 
-def model_bytes(parts: Parts) -> int:
-    """Bytes of the stored weights."""
-    return _parameters(parts) * (parts.model.source.dtype.itemsize if parts.model.source else 4)
+def start_bytes(parts: Parts) -> int:
+    """Bytes of the stored weights of the whole model."""
+    count = sum(tensor.numel() for tensor in weights.hf_tensors(parts.model).values())
+    return count * (parts.model.source.dtype.itemsize if parts.model.source else 4)
+
+
+def checkpoint_bytes(parts: Parts) -> int:
+    """Bytes of the weights in a checkpoint: the whole model or, with LoRA, the adapter."""
+    if not parts.config.lora_r:
+        return start_bytes(parts)
+    return sum(tensor.nbytes for tensor in lora.peft_tensors(parts.model).values())
 
 
 def _trainer_bytes(parts: Parts) -> int:
-    return _parameters(parts) * 12
-
-
-def _parameters(parts: Parts) -> int:
-    return sum(parameter.numel() for parameter in parts.model.parameters())
+    return 12 * sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
 
 
 def check_disk(config: Config, parts: Parts, folder: Path) -> None:
     """Raises RunDirError if the next checkpoint and, in a new run, `start/` do not fit."""
-    done, model = max(checkpoint.steps(folder), default=0), model_bytes(parts)
-    needed = 0 if (folder / "start").is_dir() else model
+    done = max(checkpoint.steps(folder), default=0)
+    needed = 0 if (folder / "start").is_dir() else start_bytes(parts)
     if done < config.max_steps:
-        needed += model + _trainer_bytes(parts)
+        needed += checkpoint_bytes(parts) + _trainer_bytes(parts)
     if (free := files.free_bytes(folder)) < needed:
         raise files.RunDirError(
             f"the disk is too small: {folder} needs {needed / 1e9:.3g} GB to save its "
@@ -360,12 +376,13 @@ def check_disk(config: Config, parts: Parts, folder: Path) -> None:
 
 def disk_use(config: Config, parts: Parts, folder: Path) -> str:
     """What a new run will take on disk, in one line, and whether that is too much."""
-    model, trainer = model_bytes(parts) / 1e9, _trainer_bytes(parts) / 1e9
+    start, model = start_bytes(parts) / 1e9, checkpoint_bytes(parts) / 1e9
+    trainer = _trainer_bytes(parts) / 1e9
     every = 1 if config.eval_steps else config.save_steps or config.max_steps  # each best step is saved
     saves = -(-config.max_steps // every)
     kept = min(config.save_total_limit + bool(config.eval_steps), saves)
-    most = model + min(kept + 1, saves) * (model + trainer)  # the oldest goes once the newest is complete
-    left = model + kept * model + trainer
+    most = start + min(kept + 1, saves) * (model + trainer)  # the oldest goes once the newest is complete
+    left = start + kept * model + trainer
     free = files.free_bytes(folder) / 1e9
     too_little = (
         "; that is too little: lower save_total_limit, raise save_steps or choose another output_dir"
@@ -373,9 +390,9 @@ def disk_use(config: Config, parts: Parts, folder: Path) -> str:
         else ""
     )
     return (
-        f"disk: {2 * model + trainer:.3g} GB for start/ and the first checkpoint, up to {most:.3g} GB during "
-        f"the run (one checkpoint more than it keeps), {left:.3g} GB after it; {free:.3g} GB are free"
-        f"{too_little}"
+        f"disk: {start + model + trainer:.3g} GB for start/ and the first checkpoint, up to {most:.3g} GB "
+        f"during the run (one checkpoint more than it keeps), {left:.3g} GB after it; {free:.3g} GB are "
+        f"free{too_little}"
     )
 
 

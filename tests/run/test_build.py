@@ -200,9 +200,9 @@ def test_the_parts_are_built_on_the_device_that_was_set_up(folder, monkeypatch):
         events.append((name, deterministic))
         return "cpu"
 
-    def watched_load(source, dtype, device):
+    def watched_load(source, dtype, device, **options):
         events.append(device)
-        return load(source, dtype=dtype, device=device)
+        return load(source, dtype=dtype, device=device, **options)
 
     monkeypatch.setattr(build, "set_up_device", set_up)
     monkeypatch.setattr(build.weights, "load", watched_load)

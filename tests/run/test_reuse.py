@@ -101,7 +101,12 @@ def test_any_other_setting_or_input_prevents_reuse(first):
     named = replace(config, start_from=str(first))
     later = first.parent / "later"
     assert reuse.find(config, later, record) is not None and reuse.check_named(named, record) == first
-    assert set(record["settings"]) == set(configuration.TYPES) - configuration.AFTER_START
+    read = set(configuration.TYPES) - configuration.AFTER_START
+    lora = {"lora_r", "lora_alpha", "lora_target_modules"}  # read before RL if a warm start trains an adapter
+    assert set(record["settings"]) == read - lora
+    assert set(reuse.record(replace(config, lora_r=2), content)["settings"]) == read
+    plain = replace(config, lora_r=2, warm_start_steps=0)
+    assert set(reuse.record(plain, content)["settings"]) == read - lora
     assert set(record["inputs"]) == set(inputs.BEFORE_RL)
     for part, name in [("settings", name) for name in record["settings"]] + [("inputs", "examples")]:
         other = {**record, part: {**record[part], name: "another"}}
