@@ -6,6 +6,7 @@
     python train.py --resume [RUN_DIR]               continues a stopped run where it stopped
     python train.py --resume RUN_DIR --max_steps N   continues a finished run
     python train.py --resume auto --KEY VALUE ...    continues the unfinished run of this name, else starts it
+    torchrun --nproc_per_node 8 train.py ...         the same on 8 GPUs, or on 8 CPU processes
 
 A run has four stages, each a function of this file, in this order:
 
@@ -15,7 +16,9 @@ Each stage leaves its result in the run directory and is skipped if the result i
 needs nothing else. `train` is the RL loop: sample episodes, update the policy, log, validate, save. The run's
 page, report.html, is refreshed meanwhile.
 
-Left out: several processes (one device trains), and early stopping.
+With torchrun, all ranks run this program; rank 0 alone writes files and the console (grpo/distributed.py).
+
+Left out: early stopping.
 """
 
 from __future__ import annotations
@@ -27,9 +30,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupted, Interrupts, set_up_process
 
@@ -39,7 +43,7 @@ if __name__ == "__main__" or Path(sys.argv[0]).name == "reflect-grpo":  # the co
 import grpo_kernels
 
 from grpo import config as configuration
-from grpo import failures, warmstart
+from grpo import distributed, failures, warmstart
 from grpo.config import Config, current_file
 from grpo.episode import Episode
 from grpo.evaluate.comparison import CONTROLS, report
@@ -59,6 +63,7 @@ from grpo.tasks import TaskError
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 COMMAND = "reflect-grpo" if Path(sys.argv[0]).name == "reflect-grpo" else "python train.py"
+ENDINGS = (Exception, Interrupted, distributed.RankStopped, SystemExit)  # a task may call sys.exit
 WARM_START_BLOCK = 50  # supervised steps between checkpoints of the warm start
 MEMORY_BLOCK = 8  # supervised steps between returns of unused memory; about as long as one RL step
 
@@ -72,16 +77,20 @@ def warm_start(run: RunState) -> None:
     `start_from` may take both, and the failures, from an earlier run.
     """
     unfinished = run.folder / "warm_start"
-    if not run.has_start():
-        earlier = None if unfinished.exists() else reuse.find(run.config, run.folder, run.start_record)
-        if earlier is not None:
-            print(reuse.take(earlier, run.folder, run.start_record))
-        else:
-            if run.config.warm_start_steps:
-                supervised_steps(run, unfinished)
-            run.save_start()
+    if not run.has_start() and not distributed.on_main(lambda: take_start(run, unfinished)):
+        if run.config.warm_start_steps:
+            supervised_steps(run, unfinished)
+        run.save_start()
     files.delete(unfinished)
     build.load_into(run.parts, str(run.start))  # the stored weights, rounding included
+
+
+def take_start(run: RunState, unfinished: Path) -> bool:
+    """Takes the start of an earlier run, if there is one to take; False if not."""
+    earlier = None if unfinished.exists() else reuse.find(run.config, run.folder, run.start_record)
+    if earlier is not None:
+        print(reuse.take(earlier, run.folder, run.start_record))
+    return earlier is not None
 
 
 def supervised_steps(run: RunState, folder: Path) -> None:
@@ -100,10 +109,12 @@ def supervised_steps(run: RunState, folder: Path) -> None:
     try:
         with Bar("warm start", config.warm_start_steps, "step", done) as bar:
             while done < config.warm_start_steps:
-                run.interrupts.check()
+                run.check()
                 run.finish_saving()
                 metrics = learner.supervised_step(transcripts(step=done), rate(done))
-                files.append_jsonl(run.folder / WARM_START_LOG, {"step": done + 1, **metrics})
+                learner.write_weights(parts.model)
+                with distributed.agreement():
+                    files.append_jsonl(run.folder / WARM_START_LOG, {"step": done + 1, **metrics})
                 done += 1
                 bar.update(done, f"loss {metrics['loss']:.3f}")
                 if done % MEMORY_BLOCK == 0:
@@ -112,7 +123,7 @@ def supervised_steps(run: RunState, folder: Path) -> None:
                     saved = done  # set first, so that a failed save is not retried below
                     run.save(learner, folder, done)
         run.finish_saving()
-    except (Exception, Interrupted, SystemExit):
+    except ENDINGS:
         unsaved = done > saved and learner.optimizer.num_updates == done
         save_before_leaving(run, learner if unsaved else None, folder, done)
         raise
@@ -148,7 +159,7 @@ def sample_episodes(run: RunState, groups: Sequence[Attempt], step: int) -> list
 
     With `train_on: attempt` they are as many new attempts at its example instead.
     """
-    config, rollout, check = run.config, run.parts.rollout, run.interrupts.check
+    config, rollout, check = run.config, run.parts.rollout, run.check
     if config.train_on == "attempt":
         examples = [failure.example for failure in groups]
         attempts = rollout.attempts(
@@ -185,7 +196,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     try:
         validate(run, done, metrics)
         for step in range(done + 1, config.max_steps + 1):
-            run.interrupts.check()
+            run.check()
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
             groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
             episodes = sample(run, groups, step)
@@ -203,12 +214,16 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
             update_metrics = learner.step(episodes)
             # Copies the new weights to the sampler; free if both share the same tensors.
+            learner.write_weights(parts.model)
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
-            files.append_jsonl(
-                current_file(run.folder, "episodes.jsonl.gz"),  # a run that began with a plain file keeps it
-                *({"step": step, **episode.to_json()} for episode in episodes),
-            )
+            with distributed.agreement():
+                files.append_jsonl(
+                    current_file(
+                        run.folder, "episodes.jsonl.gz"
+                    ),  # a run that began with a plain file keeps it
+                    *({"step": step, **episode.to_json()} for episode in episodes),
+                )
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
@@ -217,9 +232,10 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
-            metrics.log(step, sampled_metrics | update_metrics, seconds["step_time"])
-            metrics.timings(step, seconds)
-            metrics.completions(step, episodes, groups)
+            with distributed.agreement():
+                metrics.log(step, sampled_metrics | update_metrics, seconds["step_time"])
+                metrics.timings(step, seconds)
+                metrics.completions(step, episodes, groups)
             done = step
             bar.update(done)
             build.return_unused_memory()
@@ -236,10 +252,10 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             if due or step in (run.best_step(), config.max_steps):
                 saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
-            if config.report and (problem := live.refresh()):
+            if config.report and distributed.is_main() and (problem := live.refresh()):
                 print(problem, file=sys.stderr)
         run.finish_saving()
-    except (Exception, Interrupted, SystemExit):  # SystemExit: a task may call sys.exit
+    except ENDINGS:
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         unsaved = done > saved and learner.num_steps == done and learner.between_steps
         save_before_leaving(run, learner if unsaved else None, run.folder, done)
@@ -261,7 +277,7 @@ def validate(run: RunState, step: int, metrics: Metrics) -> None:
             examples,
             controls=["blind"],
             stage="validation",
-            progress=run.interrupts.check,
+            progress=run.check,
         )
     shares = result.validation_metrics()
     metrics.log(step, shares)
@@ -278,9 +294,9 @@ def save_before_leaving(run: RunState, learner: Learner | None, folder: Path, st
         if learner is not None:
             run.save(learner, folder, step)
         run.finish_saving()
-    except NonFiniteError:
+    except (NonFiniteError, distributed.LostRankError):
         pass  # the propagating exception reports the same problem, or follows from it
-    except files.RunDirError as error:
+    except (files.RunDirError, distributed.RankError) as error:
         print(f"step {step} was not saved: {error}", file=sys.stderr)
 
 
@@ -289,7 +305,7 @@ def save_before_leaving(run: RunState, learner: Learner | None, folder: Path, st
 
 def compared_models(run: RunState) -> dict[str, str]:
     """The models of the final table: label -> where the weights are."""
-    models = {"before_rl": str(run.start), "trained": str(checkpoint.latest(run.folder))}
+    models = {"before_rl": str(run.start), "trained": str(state.latest_checkpoint(run.folder))}
     if run.config.warm_start_steps:  # without a warm start, before_rl is the untouched model
         models = {"untouched": run.config.model_name_or_path, **models}
     return models
@@ -318,9 +334,13 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
                 progress=run.progress(bar),
             )
     comparison = report(results)
+    distributed.on_main(lambda: write_comparison(run, comparison))
+    print(table(comparison))
+
+
+def write_comparison(run: RunState, comparison: Mapping[str, Any]) -> None:
     with files.written_whole(run.folder / "evaluation.json") as path:
         path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
-    print(table(comparison))
 
 
 # --- the command --------------------------------------------------------------------------------------------
@@ -337,17 +357,17 @@ def all_stages(run: RunState) -> None:
             train(run, pool)
         with run.timed("evaluation"):
             evaluate(run)
-        checkpoint.drop_optimizer(run.folder)
-    except (Exception, Interrupted, SystemExit):
+        distributed.on_main(lambda: checkpoint.drop_optimizer(run.folder))
+    except ENDINGS:
         write_report(run)
         raise
     write_report(run)
-    print(f"checkpoint: {checkpoint.latest(run.folder)}")
+    print(f"checkpoint: {state.latest_checkpoint(run.folder)}")
 
 
 def write_report(run: RunState) -> None:
     """Writes report.html into the run directory and prints where it is."""
-    if run.config.report:
+    if run.config.report and distributed.is_main():
         problem = page.LiveReport(run.folder).write()
         print(problem or f"report: {run.folder / page.FILE}", file=sys.stderr if problem else sys.stdout)
 
@@ -363,8 +383,35 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     kernels = grpo_kernels.backend(config.device, config.kernels)
     parts = build.parts(config)
     content = inputs.sums(parts, build.check_run(config, parts))
-    state.check_disk(config, parts, folder)
     start_record = reuse.record(config, content)
+    distributed.check_equal("settings", asdict(config))
+    distributed.check_equal("inputs", content)
+    distributed.check_equal("versions", {**start_record["environment"], "code of grpo": start_record["code"]})
+    distributed.on_main(lambda: open_folder(parts, folder, content, start_record))
+    where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
+    if distributed.size() > 1:
+        where += f", {distributed.size()} ranks"
+    if config.preset == configuration.MODEL_PRESET and config.resume is None:
+        print(configuration.preset_line(config))
+    print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
+    if config.resume is None:
+        print(state.disk_use(config, parts, folder))
+    # Before the warm start, so that a login that fails shows at once.
+    with distributed.agreement():
+        trackers = Trackers(
+            folder,
+            config if distributed.is_main() else Config(),
+            first_step=max(checkpoint.steps(folder), default=-1) + 1,
+        )
+    return RunState(config, folder, interrupts, parts, kernels, start_record, trackers)  # type: ignore[arg-type]  # kernels is a module
+
+
+def open_folder(
+    parts: build.Parts, folder: Path, content: dict[str, Any], start_record: dict[str, Any]
+) -> None:
+    """Checks that a run's directory has room and, if it is resumed, the same inputs; fills a new one."""
+    config = parts.config
+    state.check_disk(config, parts, folder)
     if config.resume is not None:
         inputs.check(folder, content)
         state.record_changes(config, folder)
@@ -375,15 +422,6 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
         reuse.save(folder, start_record)
         with files.written_whole(folder / "config.yaml") as path:
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
-    where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
-    if config.preset == configuration.MODEL_PRESET and config.resume is None:
-        print(configuration.preset_line(config))
-    print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")
-    if config.resume is None:
-        print(state.disk_use(config, parts, folder))
-    # Before the warm start, so that a login that fails shows at once.
-    trackers = Trackers(folder, config, first_step=max(checkpoint.steps(folder), default=-1) + 1)
-    return RunState(config, folder, interrupts, parts, kernels, start_record, trackers)  # type: ignore[arg-type]  # kernels is a module
 
 
 def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:
@@ -396,23 +434,28 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     """
     folder, running = None, False
     try:
+        distributed.start()
+        distributed.quieten()
         config = configuration.parse(sys.argv[1:] if argv is None else argv)
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, contextlib.ExitStack() as stack:
             folder = state.directory(config)
-            with files.lock(folder):
-                run = open_run(config, folder, interrupts)
-                interrupts.defer()
-                running = True
-                with contextlib.closing(run.trackers), run.saver:
-                    stages(run)
+            distributed.on_main(lambda: stack.enter_context(files.lock(folder)))
+            run = open_run(config, folder, interrupts)
+            interrupts.defer()
+            running = True
+            with contextlib.closing(run.trackers), run.saver:
+                stages(run)
         return EXIT_OK
-    except (Exception, Interrupted, KeyboardInterrupt) as error:
+    except (Exception, Interrupted, distributed.RankStopped, KeyboardInterrupt) as error:
         status, message = explain(error, folder, running)
         print(message, file=sys.stderr)
+        if isinstance(error, distributed.LostRankError):
+            distributed.let_torchrun_see()
         return status
     finally:
-        if folder is not None:
+        if folder is not None and distributed.is_main():
             files.remove_if_empty(folder)
+        distributed.stop()
 
 
 def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[int, str]:
@@ -423,10 +466,12 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
     """
     begun = folder is not None and (folder / "config.yaml").exists()
     resume = f"`{COMMAND} --resume {folder}` continues"
-    if isinstance(error, (Interrupted, KeyboardInterrupt)):
+    if isinstance(error, (Interrupted, distributed.RankStopped, KeyboardInterrupt)):
         return EXIT_INTERRUPTED, "stopped" + (f"; {resume}" if begun else "")
     if isinstance(error, (NonFiniteError, DivergedError)):
         return EXIT_FAILED, f"error: {error}. {state.saved_weights(folder)}"
+    if isinstance(error, (distributed.RankError, distributed.LostRankError)):
+        return EXIT_FAILED, f"error: {error}" + (f"; {resume}" if begun else "")
     if isinstance(error, files.MismatchError):
         return EXIT_USAGE, f"error: {error}"
     if isinstance(error, TaskError):
@@ -442,7 +487,7 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_USAGE, f"error: {error}"
     if not running and isinstance(error, OSError):
         return EXIT_FAILED, f"error: {error}"
-    traceback.print_exception(error)  # a bug, ours or in the user's task
+    traceback.print_exception(error, file=distributed.errors())  # a bug, ours or in the user's task
     message = f"error: the exception above ended the run. {state.saved_weights(folder)}"
     if _is_out_of_memory(error):
         less = "--max_tokens_per_micro_batch, --max_rows, --cache_gb or --gradient_checkpointing true"

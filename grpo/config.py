@@ -216,6 +216,9 @@ class Config:
     attn_implementation: Literal["auto", "sdpa", "varlen"] = field(
         "auto", "sdpa, or varlen: fewer launches on CUDA, only in bfloat16, untried on a GPU; auto: sdpa"
     )
+    parallel: Literal["auto", "replicate", "fsdp"] = field(
+        "auto", "with torchrun: each rank has all weights, or a share (FSDP2); auto: replicate if it fits"
+    )
     threads: Annotated[int, ("at least", 0), ("at most", 1024)] = field(
         0, "CPU threads; 0: PyTorch's default"
     )
@@ -333,7 +336,7 @@ FREE_ON_RESUME = (
 ).split()
 # May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
 MEMORY_ON_RESUME = (
-    "max_tokens_per_micro_batch gradient_checkpointing max_rows cache_gb num_eval threads".split()
+    "max_tokens_per_micro_batch gradient_checkpointing max_rows cache_gb num_eval parallel threads".split()
 )
 # Read only after the warm start and the collection of failures: these two do not depend on them.
 AFTER_START = frozenset(
@@ -351,7 +354,7 @@ AFTER_START = frozenset(
 ADDED_SETTINGS = frozenset(
     (
         "attn_implementation chat_template_kwargs deterministic lora_alpha lora_r lora_target_modules "
-        "max_wrong_episodes report reward start_from success_threshold verifier_workers"
+        "max_wrong_episodes parallel report reward start_from success_threshold verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
@@ -405,9 +408,9 @@ TRL_HINTS = {
     "use_cpu": "use device cpu",
     "no_cuda": "use device cpu",
     "full_determinism": "use deterministic",
-    "deepspeed": "not here: one device trains (device)",
-    "fsdp": "not here: one device trains (device)",
-    "ddp_timeout": "not here: one device trains (device)",
+    "deepspeed": "use torchrun with parallel fsdp",
+    "fsdp": "use torchrun with parallel fsdp",
+    "ddp_timeout": "not here: an exchange between ranks may take 12 hours",
     "warmup_ratio": "use warmup_steps; below 1 it is a share of max_steps",
     "optim": "not here: the optimiser is AdamW",
     "adam_epsilon": "not here: it is fixed at 1e-8",

@@ -22,8 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
+from grpo import distributed
 from grpo.chat import Chat
 from grpo.episode import Episode
 from grpo.sampler.engine import Feed, Finished, Row, Sample, Sampler, Turn
@@ -121,6 +123,9 @@ class Tag:
     group: int = 0  # index of the failure that the row reflects on
 
 
+Answered = tuple[Finished, str, Verdict]  # a row, the text of its last turn, and the verdict on it
+
+
 class Rollout:
     """Runs the turns of a task on a sampler.
 
@@ -204,7 +209,7 @@ class Rollout:
         }
 
     def portions(self, done: int, total: int, *, block: int, rows_each: int = 1) -> Iterator[tuple[int, int]]:
-        """Which problems to sample together: whole blocks of them, enough to fill the sampler's batch.
+        """Which problems to sample together: whole blocks of them, enough to fill the samplers' batches.
 
         Portions end at the same places wherever an earlier run stopped.
 
@@ -215,14 +220,30 @@ class Rollout:
         Yields:
             (first, end): problems first, ..., end - 1.
         """
-        size = block * math.ceil(self.sampler.max_rows / (block * rows_each))
+        size = block * math.ceil(self.sampler.max_rows * distributed.size() / (block * rows_each))
         while done < total:
             end = min(total, size * (done // size + 1))
             yield done, end
             done = end
 
     def _run(self, rows: Sequence[Row], progress: Progress | None) -> list[tuple[Finished, Attempt]]:
-        """Runs the rows. The last turn of each is verified as an answer while others are being sampled."""
+        """Runs the rows and verifies the last turn of each as an answer.
+
+        With several ranks, each runs its share; then all have all. Rows with the same prefix share its cache,
+        so one rank runs them. What a row samples does not depend on who runs it.
+        """
+        prompts = [list(neighbours) for _, neighbours in groupby(range(len(rows)), lambda i: rows[i].prefix)]
+        hand = distributed.deal([_cost([rows[index] for index in prompt]) for prompt in prompts])
+        mine = [index for prompt in hand[distributed.rank()] for index in prompts[prompt]]
+        with distributed.agreement():
+            answered = self._answer([rows[index] for index in mine], progress)
+        if distributed.size() > 1:
+            answered = _exchanged(rows, mine, answered)
+        self.sampled_tokens += sum(len(turn.ids) for done, _, _ in answered for turn in done.turns)
+        return [(done, _attempt(done, text, judged)) for done, text, judged in answered]
+
+    def _answer(self, rows: Sequence[Row], progress: Progress | None) -> list[Answered]:
+        """Runs the rows on this rank; verifies those that have ended while others are being sampled."""
         texts: dict[int, str] = {}
         verdicts: dict[int, Callable[[], Verdict]] = {}
         with self._judge() as judge:
@@ -233,10 +254,7 @@ class Rollout:
                 verdicts[index] = judge(done.row.tag.example, texts[index])
 
             finished = self.sampler.run(rows, finished=verify, progress=progress)
-            self.sampled_tokens += sum(len(turn.ids) for done in finished for turn in done.turns)
-            return [
-                (done, _attempt(done, texts[index], verdicts[index]())) for index, done in enumerate(finished)
-            ]
+            return [(done, texts[index], verdicts[index]()) for index, done in enumerate(finished)]
 
     @contextmanager
     def _judge(self) -> Iterator[Callable[[Example, str], Callable[[], Verdict]]]:
@@ -412,6 +430,30 @@ class Rollout:
                 "retry": "\n---\n".join(attempt.text for attempt in tries),
             },
         )
+
+
+def _cost(rows: Sequence[Row]) -> int:
+    """Tokens that rows with one prefix may need, at most: what their group costs a rank."""
+    return len(rows[0].prefix) + sum(
+        item.limit for row in rows for item in row.script if isinstance(item, Sample)
+    )
+
+
+def _exchanged(rows: Sequence[Row], mine: Sequence[int], answered: Sequence[Answered]) -> list[Answered]:
+    """The answers of all ranks, in the order of `rows`.
+
+    Args:
+        mine, answered: indices of the rows that this rank ran, and what came of them.
+    """
+    sent = [
+        [index, [vars(turn) for turn in done.turns], done.fed, text, judged.to_json()]
+        for index, (done, text, judged) in zip(mine, answered, strict=True)
+    ]
+    received: dict[int, Answered] = {}
+    for index, turns, fed, text, judged in chain.from_iterable(distributed.gather(sent)):
+        done = Finished(rows[index], [Turn(**turn) for turn in turns], fed)
+        received[index] = done, text, Verdict(**judged)
+    return [received[index] for index in range(len(rows))]
 
 
 def _attempt(done: Finished, text: str, judged: Verdict) -> Attempt:

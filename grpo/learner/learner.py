@@ -9,9 +9,11 @@ rows, in plain PyTorch.
                -> for each micro-batch: log-probs, loss, backward -> clip, AdamW
 
 The denominators are counted over the whole step before the first backward, so neither the gradient nor a
-metric depends on how the step is cut into micro-batches.
+metric depends on how the step is cut into micro-batches, or on how many ranks share it. With several ranks,
+each has all episodes, and computes the gradients of its share of the groups; then gradients and metrics are
+summed (sharded.py).
 
-Left out: gradient scaling for float16, more than one device, replay of older episodes.
+Left out: gradient scaling for float16, replay of older episodes.
 
 B completions of the step. In a micro-batch: T tokens, H hidden size, M trained tokens, U pairs of a place and
 the token to predict there (packing.py).
@@ -29,9 +31,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grpo import distributed
 from grpo.advantage import group_advantage
 from grpo.episode import ROLES_TRAINED, Episode
-from grpo.learner.optimizer import MasterAdamW, scheduled_learning_rate
+from grpo.learner import sharded
+from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.learner.packing import Batch, pack_episodes, pack_sequences
 from grpo.learner.tree_attention import tree_attend
 from grpo.logprob import linear_logprob
@@ -112,7 +116,7 @@ class Learner:
             self.linear_logprob, self.grpo_loss = kernels.linear_logprob, kernels.grpo_loss
         self.total_steps = total_steps
         self.num_steps = self.num_tokens = 0
-        self.optimizer = MasterAdamW(
+        self.optimizer = sharded.adamw(
             model, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay
         )
         self.device = next(iter(self.optimizer.parameters.values())).device
@@ -157,12 +161,15 @@ class Learner:
 
         # Packing: only the completions that can move the weights. The denominators count all completions.
         kept, num_loss_tokens = with_gradient(episodes, config)
+        trained = ROLES_TRAINED[config.train_on]
+        num_trained = Counter(role for e in kept for role in e.roles if role in trained)
+        kept = dealt(kept)  # this rank's
         packed = pack_episodes(kept, train_on=config.train_on, max_tokens=config.max_tokens_per_micro_batch)
-        batches = [batch.to(device) for batch in packed]
+        idle = self._idle_passes(len(packed), episodes[0].prompt_ids[0])
+        batches = [batch.to(device) for batch in (*packed, *idle)]
         attends = [self._attend(batch) for batch in batches]
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
         roles = [trained_roles(batch, kept, config.train_on) for batch in packed]
-        num_trained = Counter(chain.from_iterable(roles))
 
         # Old log-probs: with a single update, the policy is still the one that sampled, which None means.
         old: list[Tensor | None] = [None] * len(batches)
@@ -179,7 +186,8 @@ class Learner:
             self.optimizer.zero_grad()
             backwards: list[tuple[Tensor, Tensor]] = []
             totals: dict[str, Tensor] = {}
-            rows = zip(batches, attends, roles, old, ref, strict=True)
+            # Without the idle passes, which come last.
+            rows = zip(batches, attends, roles, old, ref, strict=False)
             for batch, attend, batch_roles, old_logprobs, ref_logprobs in rows:
                 first = iteration == 0  # after one update, the policy is no longer the one that sampled
                 logprobs, entropy = self._logprobs(
@@ -200,10 +208,11 @@ class Learner:
                 if first:
                     metrics |= sampling_metrics(batch, logprobs, entropy, batch_roles, num_trained)
                 add_up(totals, metrics)
+            self._run_idle(batches[len(packed) :], attends[len(packed) :])
             update = self.apply_gradients(
                 backwards, learning_rate, where=f"step {self.num_steps + 1}", advice=ADVICE
             )
-            updates.append(update | {name: value.item() for name, value in totals.items()})
+            updates.append(update | over_ranks({name: value.item() for name, value in totals.items()}))
 
         self.num_steps += 1
         self.num_tokens += sum(len(e.prompt_ids) + len(e.completion_ids) for e in episodes)
@@ -230,10 +239,13 @@ class Learner:
             raise ValueError("sequences must hold at least one token with loss_mask True, got none")
         self.optimizer.zero_grad()
         backwards = []
-        for packed in pack_sequences(list(sequences), max_tokens=self.config.max_tokens_per_micro_batch):
-            batch = packed.to(self.device)
+        mine = [sequences[index] for index in hand([sequence_length(*sequence) for sequence in sequences])]
+        packed = pack_sequences(mine, max_tokens=self.config.max_tokens_per_micro_batch)
+        idle = self._idle_passes(len(packed), sequences[0][0][0])
+        for batch in (batch.to(self.device) for batch in packed):
             logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
             backwards.append(self._backward(-logprobs.sum() / count))
+        self._run_idle(idle, [self._attend(batch) for batch in idle])
         where = f"supervised step {self.optimizer.num_updates + 1}"
         update = self.apply_gradients(backwards, learning_rate, where=where, advice=SUPERVISED_ADVICE)
         return {**update, "learning_rate": learning_rate, "num_loss_tokens": float(count)}
@@ -247,22 +259,33 @@ class Learner:
             backwards: for each micro-batch, its loss and the gradient norm after its backward.
             where, advice: for the error message: the step, and what to try.
         Returns:
-            loss (the sum over micro-batches) and grad_norm (before clipping).
+            loss (the sum over micro-batches and ranks) and grad_norm (of the sum, before clipping).
         Raises:
-            NonFiniteError: a loss or gradient is NaN or infinite; the update was not taken.
+            NonFiniteError: a loss or gradient is NaN or infinite, on any rank; the update was not taken.
         """
         losses, norms = [loss.item() for loss, _ in backwards], [norm.item() for _, norm in backwards]
-        if (problem := self._non_finite(losses, norms)) is not None:
-            raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
         grad_norm = norms[-1] if norms else 0.0
+        problem = self._non_finite(losses, norms)
+        if distributed.size() > 1:
+            problems = enumerate(distributed.gather(problem))
+            problem = next((f"rank {rank}, {text}" for rank, text in problems if text is not None), None)
+            if problem is None and not math.isfinite(grad_norm := self.optimizer.reduce().item()):
+                problem = f"the norm of the gradients' sum over all ranks is {grad_norm}"
+            losses = list(chain.from_iterable(distributed.gather(losses)))
+        if problem is not None:
+            raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
         limit = self.config.max_grad_norm
         # The step is taken even if no episode had a signal: the moments decay as in any other step.
         self.optimizer.step(learning_rate, scale=limit / (grad_norm + 1e-6) if grad_norm > limit else 1.0)
         return {"loss": sum(losses), "grad_norm": grad_norm}
 
-    def check_weights(self) -> None:
-        """Raises NonFiniteError if an update has made NaN or infinite weights, which must not be saved."""
-        if (name := self.model.first_non_finite_weight()) is not None:
+    def check_weights(self, model: Decoder | None = None) -> None:
+        """Raises NonFiniteError if an update has made NaN or infinite weights, which must not be saved.
+
+        Args:
+            model: has the weights (`write_weights`); default: the learner's own.
+        """
+        if (name := (model or self.model).first_non_finite_weight()) is not None:
             raise NonFiniteError(
                 f"the last update made NaN or infinite weights, the first of them in {name}. They were not "
                 f"saved; {ADVICE}"
@@ -281,6 +304,24 @@ class Learner:
         """Restores `state()` and the model's weights. ValueError: a tensor is missing or does not fit."""
         self.optimizer.load_state(tensors, counters["num_updates"])
         self.num_steps, self.num_tokens = counters["num_steps"], counters["num_tokens"]
+
+    def write_weights(self, model: Decoder) -> None:
+        """Copies the weights into `model`, unless it is the learner's own."""
+        if model is not self.model:
+            sharded.copy_weights(self.model, into=model)
+
+    def _idle_passes(self, count: int, token: int) -> list[Batch]:
+        """What this rank runs besides its `count` micro-batches, if all ranks must run equally many."""
+        if not self.optimizer.equal_micro_batches:
+            return []
+        missing = max(distributed.gather(count)) - count
+        (batch,) = pack_sequences([([token], [([token], [True])])], max_tokens=1)
+        return [batch.to(self.device)] * missing
+
+    def _run_idle(self, batches: Sequence[Batch], attends: Sequence[Attend]) -> None:
+        """Passes with a loss of 0: the exchanges of a pass need all ranks."""
+        for batch, attend in zip(batches, attends, strict=True):
+            self._backward(0.0 * self._logprobs(self.model, batch, attend, temperature=1.0)[0].sum())
 
     def _attend(self, batch: Batch) -> Attend:
         varlen = self.config.attn_implementation == "varlen"
@@ -341,6 +382,39 @@ def with_gradient(episodes: Sequence[Episode], config: Any) -> tuple[list[Episod
         if length and (config.beta > 0 or episode.advantage != 0):
             kept.append(episode)
     return kept, num_loss_tokens
+
+
+def dealt(episodes: Sequence[Episode]) -> list[Episode]:
+    """This rank's episodes, in their order: whole groups, because a group shares its prompt."""
+    costs: dict[int, int] = {}
+    for e in episodes:
+        costs.setdefault(e.group_id, len(e.prompt_ids))
+        costs[e.group_id] += len(e.completion_ids)
+    groups = list(costs)
+    mine = {groups[index] for index in hand(list(costs.values()))}
+    return [episode for episode in episodes if episode.group_id in mine]
+
+
+def hand(costs: Sequence[float]) -> list[int]:
+    """Which of the items with these costs this rank has (`distributed.deal`)."""
+    return distributed.deal(costs)[distributed.rank()]
+
+
+def sequence_length(prompt: Sequence[int], completions: Sequence[tuple[Sequence[int], Any]]) -> int:
+    """Tokens of a supervised sequence."""
+    return len(prompt) + sum(len(ids) for ids, _ in completions)
+
+
+def over_ranks(totals: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of all ranks together: sums, and for `.../max` the largest."""
+    if distributed.size() == 1:
+        return dict(totals)
+    gathered = distributed.gather(dict(totals))
+    names = dict.fromkeys(chain.from_iterable(gathered))
+    return {
+        name: (max if name.endswith("/max") else sum)(its[name] for its in gathered if name in its)
+        for name in names
+    }
 
 
 def trained_roles(batch: Batch, episodes: Sequence[Episode], train_on: str) -> list[str]:

@@ -5,7 +5,8 @@ has it). A learning rate of 5e-7 is far below the spacing of bfloat16 numbers, s
 stepped: each has a float32 master and a float32 gradient buffer, and is overwritten with the rounded master
 after every update. Parameters that are float32 already are their own masters.
 
-Left out: loss scaling (float16 compute), 8-bit moments, parameter groups with their own learning rates.
+sharded.py has the variants for several ranks. Left out: loss scaling (float16 compute), 8-bit moments,
+parameter groups with their own learning rates.
 """
 
 from __future__ import annotations
@@ -54,23 +55,35 @@ class MasterAdamW:
     """The trainable parameters of a model, their float32 masters and gradients, and AdamW's moments.
 
     The gradient buffers live as long as this object, so a step allocates nothing of the model's size.
+
+    Attributes:
+        masters: what AdamW steps, by name. With several ranks, the pieces that this rank owns.
+        equal_micro_batches: all ranks must run equally many micro-batches.
     """
+
+    equal_micro_batches = False
 
     def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {name: _master(p) for name, p in self.parameters.items()}
-        for master in self.masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
+        self.masters = self._make_masters()
         # Gains and biases are not decayed, as in transformers.
-        decayed = [m for m in self.masters.values() if m.ndim >= 2]
-        others = [m for m in self.masters.values() if m.ndim < 2]
+        owned = {name: master for name, master in self.masters.items() if master.numel()}
+        decayed = [master for name, master in owned.items() if self.parameters[name].ndim >= 2]
+        others = [master for name, master in owned.items() if self.parameters[name].ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.fused = all(m.device.type in ("cpu", "cuda") for m in self.masters.values())
         self.adamw = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=self.fused
         )
         self.num_updates = 0
+
+    def _make_masters(self) -> dict[str, Tensor]:
+        """The masters with their gradient buffers."""
+        masters = {name: _master(parameter) for name, parameter in self.parameters.items()}
+        for master in masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return masters
 
     @property
     def gradients(self) -> dict[str, Tensor]:
@@ -90,9 +103,9 @@ class MasterAdamW:
         optimiser of the model would never see a gradient.
         """
         handles = [
-            parameter.register_post_accumulate_grad_hook(_move_gradient_to(self.masters[name]))
-            for name, parameter in self.parameters.items()
-            if self.masters[name] is not parameter
+            self.parameters[name].register_post_accumulate_grad_hook(_move_gradient_to(gradient))
+            for name, gradient in self.gradients.items()
+            if gradient.dtype != self.parameters[name].dtype
         ]
         try:
             yield
@@ -106,6 +119,10 @@ class MasterAdamW:
         norm = torch.linalg.vector_norm
         return norm(torch.stack([norm(norm(g, dim=-1)) for g in self.gradients.values()]))
 
+    def reduce(self) -> Tensor:
+        """Sums the gradients over the ranks; () the norm of the sum. Comes before `step`."""
+        return self.grad_norm()
+
     def first_non_finite(self) -> str | None:
         """Name of the first parameter, in the model's order, whose gradient holds a NaN or an infinity."""
         return next((name for name, g in self.gradients.items() if not torch.isfinite(g).all()), None)
@@ -114,8 +131,9 @@ class MasterAdamW:
     def step(self, learning_rate: float, *, scale: float = 1.0) -> None:
         """One AdamW update with the accumulated gradient times `scale` (the clipping factor)."""
         if scale != 1.0:
-            for gradient in self.gradients.values():
-                gradient.mul_(scale)
+            for master in self.masters.values():
+                if master.grad is not None:
+                    master.grad.mul_(scale)
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate
         self.num_updates += 1  # first: an update that fails half-way must not look like none
@@ -128,18 +146,24 @@ class MasterAdamW:
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
+    def pieces(self) -> dict[str, tuple[int, int]]:
+        """Which elements of each flattened parameter this rank's master has: first, end. One rank: empty."""
+        return {}
+
     def state(self) -> dict[str, Tensor]:
         """Masters and moments by name, float32: the live tensors, to be written before the next step."""
         tensors = {f"master.{name}": m.detach() for name, m in self.masters.items()}
         for name, master in self.masters.items():
             for moment in MOMENTS if self.num_updates else ():
-                tensors[f"{moment}.{name}"] = self.adamw.state[master][moment]
+                tensors[f"{moment}.{name}"] = self.adamw.state[master][moment] if master.numel() else master
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Restores what `state()` returned, bit for bit.
 
+        Args:
+            tensors: of the masters' shapes, or flattened.
         Raises:
             ValueError: a tensor is missing, unknown or has another shape. Nothing is changed in that case.
         """
@@ -150,16 +174,18 @@ class MasterAdamW:
             what = "lacks the" if wrong[0] in expected else "has the unknown"
             raise ValueError(f"the optimiser state {what} tensor {wrong[0]} ({len(wrong)} names differ)")
         for key, like in expected.items():
-            if tensors[key].shape != like.shape:
+            if tensors[key].shape not in (like.shape, (like.numel(),)):
                 shapes = f"{tuple(like.shape)}, got {tuple(tensors[key].shape)}"
                 raise ValueError(f"{key} must have shape {shapes}")
         self.adamw.state.clear()
         for name, master in self.masters.items():
-            master.copy_(tensors[f"master.{name}"])
+            if not master.numel():
+                continue
+            master.copy_(tensors[f"master.{name}"].view_as(master))
             if num_updates:
                 state = {moment: torch.empty_like(master) for moment in MOMENTS}
                 for moment, tensor in state.items():
-                    tensor.copy_(tensors[f"{moment}.{name}"])
+                    tensor.copy_(tensors[f"{moment}.{name}"].view_as(master))
                 # AdamW keeps its step count in a float32 tensor, which is on the device if fused.
                 state["step"] = torch.tensor(
                     float(num_updates), device=master.device if self.fused else "cpu"
@@ -176,10 +202,10 @@ def _master(parameter: nn.Parameter) -> Tensor:
     return parameter
 
 
-def _move_gradient_to(master: Tensor) -> Callable[[Tensor], None]:
+def _move_gradient_to(buffer: Tensor) -> Callable[[Tensor], None]:
     def hook(parameter: Tensor) -> None:
-        if master.grad is not None and parameter.grad is not None:
-            add(master.grad, parameter.grad)
+        if parameter.grad is not None:
+            add(buffer, parameter.grad)
         parameter.grad = None
 
     return hook

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import torch
 
-from grpo import warmstart
+from grpo import distributed, warmstart
 from grpo.chat import Chat
 from grpo.config import Config
 from grpo.model import lora, weights
@@ -67,7 +67,8 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     config.device = set_up_device(config.device, deterministic=config.deterministic)
-    config.dtype = choose_dtype(config.dtype, config.device)
+    if config.dtype == "auto":  # ranks must not measure different ones
+        config.dtype = distributed.on_main(lambda: choose_dtype("auto", config.device))
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
     source = model_source or config.model_name_or_path
@@ -190,14 +191,30 @@ def set_up_device(name: str, *, deterministic: bool = False) -> str:
     These settings hold for the whole process, so commands make them, and importing a module changes none.
     Comes before anything else that uses a GPU; calling it again changes nothing.
 
+    With several ranks, each has the GPU of its number on its machine.
+
     Args:
         deterministic: the setting: see `use_deterministic_algorithms`.
     Returns:
         the resolved name (`choose_device`).
+    Raises:
+        ValueError: this machine lacks the device; or, with several ranks, a GPU is named.
     """
     if deterministic:
         use_deterministic_algorithms()
+    if distributed.size() > 1 and name not in ("auto", "cpu", "cuda"):
+        raise ValueError(
+            f"device must be auto, cpu or cuda with torchrun, which gives each rank its own GPU, got {name!r}"
+        )
     name = choose_device(name)
+    if distributed.size() > 1 and name != "cpu":
+        number, count = distributed.local_rank(), torch.cuda.device_count()
+        if number >= count:
+            raise ValueError(
+                f"nproc_per_node must be at most {count}, the number of GPUs on this machine, got at least "
+                f"{number + 1}; or train with --device cpu"
+            )
+        torch.cuda.set_device(number)
     device = torch.device(name)
     if device.type == "cuda":
         if device.index is not None:

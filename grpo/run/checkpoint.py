@@ -4,7 +4,8 @@ A checkpoint is a folder `RUN/checkpoints/step-000050/`: a Hugging Face folder (
 function), and in it `trainer/` with what only this trainer needs:
 
     trainer/state.safetensors   float32 master weights and moments; above 5 GB in shards
-                                (state-00001-of-00004.safetensors and so on)
+                                (state-00001-of-00004.safetensors and so on). With several ranks, each
+                                writes its share: rank-0000.safetensors and so on
     trainer/state.json          counters, versions of the environment, sha256 of all other files and of itself
 
 A finished run keeps `trainer/` in its newest checkpoint only (`drop_optimizer`).
@@ -12,32 +13,39 @@ A finished run keeps `trainer/` in its newest checkpoint only (`drop_optimizer`)
 A folder of that name is always complete (files.py). A thread writes it (`Saver`), with one block of a tensor
 in host memory at a time, and hashes what it writes (grpo/model/shards.py). Nothing is pickled.
 
-Left out: writing several shards at a time, and checkpoints of several processes.
+Each rank's share of a tensor is a stretch of its elements, and the shares follow each other in the order of
+the ranks. So a run continues with any number of ranks.
+
+Left out: writing several shards of one rank at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import platform
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grpo import distributed
 from grpo.model.shards import ShardWriter
 from grpo.run.files import MismatchError, RunDirError, read_json, remove, written_whole
 
 STATE = "trainer/state.json"
-TENSORS = re.compile(r"trainer/state(-\d{5}-of-\d{5})?\.safetensors")
+TENSORS = re.compile(r"trainer/(state|rank-\d{4,})(-\d{5}-of-\d{5})?\.safetensors")
 SEAL = "sha256.json"
 # Shape of STATE (files.misfit)
 PAYLOAD = {
@@ -67,6 +75,8 @@ def save(
 ) -> Path:
     """Writes `checkpoints/step-NNNNNN` atomically, then prunes the older ones.
 
+    All ranks write their tensors at once. Rank 0 writes all else, and gives the folder its name.
+
     Args:
         write_model: writes the Hugging Face files into the folder, and the tensors with the writer.
         tensors: floats, on any devices; the live tensors are only read.
@@ -76,14 +86,28 @@ def save(
     Raises:
         RunDirError: the disk is full or not writable. The new checkpoint is removed, older ones are kept.
     """
-    writer = ShardWriter(check)
-    with written_whole(final := path_of(run_dir, step)) as partial:
-        (partial / "trainer").mkdir(parents=True)
-        write_model(partial, writer)
-        writer.write(tensors, partial / "trainer", "state")
-        _write_state(partial, step, state, writer.sums)
-        check()
-    prune(run_dir, keep, best_step)
+    writer, final = ShardWriter(check), path_of(run_dir, step)
+    group = distributed.side_group()  # this may be a thread
+    with contextlib.ExitStack() as stack:
+        partial = Path(distributed.on_main(lambda: str(stack.enter_context(written_whole(final))), group))
+        with distributed.agreement(group):
+            (partial / "trainer").mkdir(parents=True, exist_ok=True)
+            if distributed.is_main():
+                write_model(partial, writer)
+            several = distributed.size() > 1
+            writer.write(
+                tensors, partial / "trainer", f"rank-{distributed.rank():04d}" if several else "state"
+            )
+            check()
+        sums = {str(path): digest for path, digest in writer.sums.items()}
+        gathered = chain.from_iterable(part.items() for part in distributed.gather(sums, group))
+        with distributed.agreement(group):
+            if distributed.is_main():
+                _write_state(partial, step, state, {Path(path): digest for path, digest in gathered})
+                check()
+                stack.close()  # the folder is complete, and gets its name
+    if distributed.is_main():
+        prune(run_dir, keep, best_step)
     return final
 
 
@@ -148,17 +172,50 @@ class _Stopped(Exception):
     """The run ends at once and does not wait for its checkpoint."""
 
 
-def load(path: str | Path, *, check: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged."""
+Pieces = Callable[[str], tuple[int, int] | None]
+
+
+def load(
+    path: str | Path, *, check: bool = True, pieces: Pieces = lambda name: None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged.
+
+    Args:
+        pieces: which elements of the named tensor, flattened, this rank wants: first, end. None: all.
+    """
     path = Path(path)
     payload = verify(path) if check else _read_state(path)
-    tensors: dict[str, Tensor] = {}
-    for name in filter(TENSORS.fullmatch, sorted(payload["sha256"])):
+    files = [path / name for name in filter(TENSORS.fullmatch, sorted(payload["sha256"]))]
+    tensors: dict[str, list[Tensor]] = {}
+    begins: Counter[str] = Counter()  # of a tensor's share in the next file that has one
+    for file in files:
         try:
-            tensors |= load_file(path / name)
+            with safe_open(file, "pt") as stored:
+                for name in stored.keys():  # noqa: SIM118  # not a dict
+                    share, begin = stored.get_slice(name), begins[name]
+                    begins[name] = end = begin + math.prod(share.get_shape())
+                    first, last = pieces(name) or (0, end)
+                    wanted = max(first, begin) - begin, min(last, end) - begin
+                    if wanted == (0, end - begin):
+                        tensors.setdefault(name, []).append(stored.get_tensor(name))
+                    else:
+                        tensors.setdefault(name, []).append(_stretch(share, *wanted))
         except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path / name} is damaged: {error}") from error
-    return tensors, payload["state"]
+            raise CheckpointError(f"{file} is damaged: {error}") from error
+    whole = {
+        name: parts[0] if len(parts) == 1 else torch.cat([part.view(-1) for part in parts])
+        for name, parts in tensors.items()
+    }
+    return whole, payload["state"]
+
+
+def _stretch(share: Any, first: int, end: int) -> Tensor:
+    """Elements first, ..., end - 1 of a flattened safetensors slice; reads the rows that have them."""
+    rows, *rest = share.get_shape()
+    row = math.prod(rest)
+    begin = first // row
+    read = share[begin : max(begin, min(rows, -(-end // row)))].reshape(-1)
+    return read[first - begin * row : max(first, end) - begin * row]
 
 
 def latest(run_dir: str | Path) -> Path | None:
@@ -266,8 +323,10 @@ def prune(run_dir: str | Path, keep: int, best_step: int | None = None) -> list[
 def environment() -> dict[str, str]:
     """What exact resume depends on: versions, machine, thread count."""
     versions = {name: metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    ranks = {"ranks": str(distributed.size())} if distributed.size() > 1 else {}
     return {
         **versions,
+        **ranks,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "processor": processor_model(),
@@ -280,12 +339,12 @@ def environment() -> dict[str, str]:
 def environment_differences(path: str | Path) -> list[str]:
     """How this environment differs from the checkpoint's: a phrase for each cause of an inexact resume."""
     then, now = _read_state(Path(path))["environment"], environment()
-    keys = sorted(then.keys() | now.keys())
-    return [
-        f"{key} was {then.get(key, 'not recorded')}, is {now.get(key, 'not recorded')}"
-        for key in keys
-        if then.get(key) != now.get(key)
-    ]
+    absent = {"ranks": "1"}  # with one rank, no number is recorded
+    pairs = {
+        key: [its.get(key, absent.get(key, "not recorded")) for its in (then, now)]
+        for key in sorted(then.keys() | now.keys())
+    }
+    return [f"{key} was {before}, is {after}" for key, (before, after) in pairs.items() if before != after]
 
 
 # --- helpers ---------------------------------------------------------------------------------------------

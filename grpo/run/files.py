@@ -5,6 +5,9 @@ renamed (`written_whole`). Logs grow by appending. On resume they are cut back t
 checkpoint, so that steps which are redone appear once. A log whose name ends in `.gz` is compressed: each
 append is a gzip member of its own, so the file is valid wherever it is cut between two appends.
 
+With several ranks (grpo/distributed.py), only rank 0 writes and cuts logs: `append_jsonl`, `append_blocks`,
+`keep_whole_blocks`, `cut_logs`, `cut_after_step` and `delete` change nothing on the others.
+
 Left out: remote file systems, which may lack locks and atomic renames.
 """
 
@@ -25,6 +28,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
+
+from grpo import distributed
 
 PARTIAL = ".tmp-"  # in the name of everything half-written or half-deleted
 LOCK = ".lock"
@@ -157,6 +162,8 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
     Raises:
         ValueError: a record contains NaN or infinity, which JSON cannot represent.
     """
+    if not distributed.is_main():
+        return
     content = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
     if path.suffix == ".gz":
         # 16: with gzip's header and checksum.
@@ -180,25 +187,27 @@ def append_jsonl(path: Path, *records: Mapping[str, Any], sync: bool = False) ->
 
 def keep_whole_blocks(path: Path) -> int:
     """Cuts the file after its last end line. Returns the number of blocks kept; 0 if there is no file."""
-    if not path.exists():
-        return 0
     blocks, end, position = 0, 0, 0
-    with open(path, "rb") as file:
-        for text in file:
-            position += len(text)
-            if text.startswith(b'{"block"') and text.endswith(b"\n"):
-                blocks, end = blocks + 1, position
-    if end < position:
+    if path.exists():
+        with open(path, "rb") as file:
+            for text in file:
+                position += len(text)
+                if text.startswith(b'{"block"') and text.endswith(b"\n"):
+                    blocks, end = blocks + 1, position
+    if end < position and distributed.is_main():
         with open(path, "r+b") as file:
             file.truncate(end)
+    distributed.barrier()
     return blocks
 
 
 def append_blocks(path: Path, blocks: Sequence[tuple[Sequence[dict[str, Any]], dict[str, Any]]]) -> None:
     """Appends blocks, (lines, end line) each. End lines have the key `block`, and no other line has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = [record for lines, end in blocks for record in (*lines, {"block": end["block"], **end})]
-    append_jsonl(path, *records, sync=True)
+    with distributed.agreement():  # afterwards, all ranks can read them
+        if distributed.is_main():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        append_jsonl(path, *records, sync=True)
 
 
 def records(path: Path, shape: Any = dict) -> Iterator[dict[str, Any]]:
@@ -311,6 +320,8 @@ def remove(folder: Path) -> None:
 
 def delete(path: Path) -> None:
     """Deletes a file or a folder, if it exists."""
+    if not distributed.is_main():
+        return
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -385,6 +396,8 @@ def cut_logs(run_dir: Path, sizes: Mapping[str, int]) -> None:
     Raises:
         RunDirError: a log is shorter than it was, or a compressed one has other members.
     """
+    if not distributed.is_main():
+        return
     for name, size in sizes.items():
         path = run_dir / name
         present = path.stat().st_size if path.exists() else size
@@ -406,6 +419,8 @@ def cut_after_step(path: Path, step: int) -> None:
     Raises:
         MismatchError: a line has no step.
     """
+    if not distributed.is_main():
+        return
     kept = 0
     with open(path, "rb") as file:
         for number, content in enumerate(file, 1):

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from grpo import config as configuration
+from grpo import distributed
 from grpo.config import TYPES, Config
+from grpo.learner import sharded
 from grpo.learner.learner import Kernels, Learner
 from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.model import lora, weights
@@ -65,12 +67,17 @@ class RunState:
         """The weights that RL starts from, and the reference of the KL penalty."""
         return self.folder / "start"
 
+    def check(self, *_: object) -> None:
+        """Raises Interrupted after a signal, on all ranks at the same place (`distributed.agreement`)."""
+        with distributed.agreement():
+            self.interrupts.check()
+
     def progress(self, bar: Bar) -> Callable[[int, int], None]:
         """A callback for long stages: moves the bar, and raises Interrupted after a signal."""
 
         def update(done: int, _: int) -> None:
             bar.update(done)
-            self.interrupts.check()
+            self.check()
 
         return update
 
@@ -88,11 +95,18 @@ class RunState:
 
         With LoRA, the weights without the adapter are those of `start/`: no second copy is needed.
         """
-        reference = self.parts.model if config.lora_r else None
-        if config.beta > 0 and reference is None:
-            reference, _ = weights.load(str(self.start), dtype=self.parts.dtype, device=self.parts.device)
+        parts, model, reference = self.parts, self.parts.model, None
+        sharding = distributed.size() > 1 and config.parallel == "fsdp"
+        if sharding:
+            model = sharded.shard(model, dtype=parts.dtype)
+        if config.beta > 0 and config.lora_r:
+            reference = model
+        elif config.beta > 0:
+            reference, _ = weights.load(str(self.start), dtype=parts.dtype, device=parts.device)
+            if sharding:
+                reference = sharded.shard(reference, dtype=parts.dtype, trained=False)
         return Learner(
-            self.parts.model,
+            model,
             config,
             total_steps=config.max_steps,
             reference=reference,
@@ -101,6 +115,9 @@ class RunState:
 
     def has_start(self) -> bool:
         """Whether the weights before RL are saved. Raises CheckpointError if they are damaged."""
+        return bool(distributed.on_main(self._has_start))
+
+    def _has_start(self) -> bool:
         if not self.start.is_dir():
             return False
         try:
@@ -112,6 +129,9 @@ class RunState:
     def save_start(self) -> None:
         """Writes `start/`, whole weights also with LoRA: the adapter of a warm start is merged into them."""
         lora.merge(self.parts.model)
+        distributed.on_main(self._save_start)
+
+    def _save_start(self) -> None:
         with files.written_whole(self.start) as folder:
             self._write_model(self.parts.tokenizer, folder, writer := ShardWriter())
             checkpoint.seal(folder, writer.sums)
@@ -138,15 +158,16 @@ class RunState:
             RunDirError: the disk has too little space left. Earlier checkpoints stay.
         """
         self.finish_saving()
-        learner.check_weights()
+        learner.check_weights(self.parts.model)
         of_run = folder == self.folder
         tensors, counters = learner.state()
-        size = checkpoint_bytes(self.parts) + sum(tensor.nbytes for tensor in tensors.values())
+        size = checkpoint_bytes(self.parts)
+        size += sum(distributed.gather(sum(tensor.nbytes for tensor in tensors.values())))
         write = self._write_model
         if self.config.lora_r:
             base = str(self.start.resolve()) if of_run else self.config.model_name_or_path
             write = partial(self._write_adapter, base)
-        files.require_space(checkpoint.path_of(folder, step), size)
+        distributed.on_main(lambda: files.require_space(checkpoint.path_of(folder, step), size))
         self.saver.save(
             folder,
             step,
@@ -171,10 +192,13 @@ class RunState:
             CheckpointError: it is damaged, or of another run.
         """
         step, sizes = 0, dict.fromkeys(logs, 0)
-        if (path := checkpoint.latest(folder)) is not None:
+        if (path := latest_checkpoint(folder)) is not None:
             for difference in checkpoint.environment_differences(path):
                 print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
-            tensors, state = checkpoint.load(path, check=False)
+            pieces = learner.optimizer.pieces()
+            tensors, state = checkpoint.load(
+                path, check=False, pieces=lambda name: pieces.get(name.partition(".")[2])
+            )
             try:
                 learner.load_state(tensors, state["counters"])
                 sizes = {log: int(size) for log, size in state["logs"].items() if log in logs}
@@ -186,11 +210,18 @@ class RunState:
         for log in logs:
             if log not in sizes and log.endswith(".jsonl") and (self.folder / log).exists():
                 files.cut_after_step(self.folder / log, step)
+        distributed.barrier()  # all ranks read the logs
         return step
 
     def best_step(self) -> int | None:
         """The validated step with the most right second tries (the first such step); None without one."""
         return best_step(self.second_tries)
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """`checkpoint.latest`, which rank 0 alone verifies: it reads all files."""
+    path = distributed.on_main(lambda: str(checkpoint.latest(folder) or ""))
+    return Path(path) if path else None
 
 
 # --- what a run directory contains ----------------------------------------------------------------------
@@ -238,9 +269,20 @@ def validated(folder: Path) -> dict[int, float]:
 def directory(config: Config) -> Path:
     """The run's directory: a new one, or the one to resume. Sets `config.resume` to it, or to None.
 
+    Rank 0 makes or chooses it.
+
     Raises:
         ValueError: the run to resume is finished, or had other settings, or its config.yaml was edited.
     """
+    changed = ("resume", "device", "dtype", "attn_implementation")
+    folder, values = distributed.on_main(
+        lambda: (str(_directory(config)), {name: getattr(config, name) for name in changed})
+    )
+    vars(config).update(values)
+    return Path(folder)
+
+
+def _directory(config: Config) -> Path:
     if config.resume == configuration.AUTO:
         config.resume = _newest_unfinished(config)
     if config.resume is None:
