@@ -130,17 +130,14 @@ def shard(model: Decoder, *, dtype: torch.dtype, trained: bool = True) -> Decode
         for p in model.parameters()
     }
     sharded = copy.deepcopy(model, empty)  # takes the parameters from the dict: nothing large is copied
-    options = {
-        "mesh": init_device_mesh(device.type, (distributed.size(),)),
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32)
-        ),
-    }
+    mesh = init_device_mesh(device.type, (distributed.size(),))
+    exact = torch.promote_types(dtype, torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=exact)
     for layer in sharded.layers:
-        fully_shard(layer, **options)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
     # The root group has the embeddings. The loss multiplies with the output embedding after the forward pass,
     # so they stay gathered until the backward pass has ended.
-    fully_shard(sharded, reshard_after_forward=False, **options)
+    fully_shard(sharded, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in sharded.modules():
         if isinstance(module, FSDPModule):  # gloo's average has returned the sum (pytorch #162338)
             module.set_gradient_divide_factor(1.0)
@@ -149,13 +146,18 @@ def shard(model: Decoder, *, dtype: torch.dtype, trained: bool = True) -> Decode
     whole = dict(model.named_parameters())
     with torch.no_grad():
         for name, parameter in sharded.named_parameters():
-            local = parameter.to_local()
-            first = _first_row(parameter)
+            local, first = _rows(parameter), _first_row(parameter)
             local.copy_(whole[name][first : first + len(local)])
     return sharded
 
 
-def _first_row(parameter: DTensor) -> int:
+def _rows(sharded: Tensor) -> Tensor:
+    """This rank's rows of a parameter or gradient, not a copy."""
+    assert isinstance(sharded, DTensor)
+    return sharded.to_local()
+
+
+def _first_row(parameter: Tensor) -> int:
     """Where this rank's rows of a parameter begin: ranks have equally many, but for the last ones."""
     rows = len(parameter)
     return min(distributed.rank() * -(-rows // distributed.size()), rows)
@@ -167,7 +169,7 @@ class FullyShardedAdamW(MasterAdamW):
     equal_micro_batches = True
 
     def _make_masters(self) -> dict[str, Tensor]:
-        return {name: parameter.to_local().detach() for name, parameter in self.parameters.items()}
+        return {name: _rows(parameter).detach() for name, parameter in self.parameters.items()}
 
     def pieces(self) -> dict[str, tuple[int, int]]:
         pieces = {}
@@ -181,7 +183,7 @@ class FullyShardedAdamW(MasterAdamW):
     def gradients(self) -> dict[str, Tensor]:
         """This rank's rows of the sums over all ranks, by name."""
         return {
-            name: parameter.grad.to_local()
+            name: _rows(parameter.grad)
             for name, parameter in self.parameters.items()
             if parameter.grad is not None
         }
@@ -215,4 +217,5 @@ def copy_weights(model: Decoder, into: Decoder) -> None:
     whole = dict(into.named_parameters())
     with distributed.exchange():
         for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
             whole[name].copy_(parameter.detach().to(whole[name].dtype).full_tensor())
