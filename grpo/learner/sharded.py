@@ -217,5 +217,6 @@ def copy_weights(model: Decoder, into: Decoder) -> None:
     whole = dict(into.named_parameters())
     with distributed.exchange():
         for name, parameter in model.named_parameters():
-            assert isinstance(parameter, DTensor)
-            whole[name].copy_(parameter.detach().to(whole[name].dtype).full_tensor())
+            rounded = parameter.detach().to(whole[name].dtype)
+            assert isinstance(rounded, DTensor)
+            whole[name].copy_(rounded.full_tensor())

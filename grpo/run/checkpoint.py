@@ -94,11 +94,8 @@ def save(
             (partial / "trainer").mkdir(parents=True, exist_ok=True)
             if distributed.is_main():
                 write_model(partial, writer)
-            several = distributed.size() > 1
-            writer.write(
-                tensors, partial / "trainer", f"rank-{distributed.rank():04d}" if several else "state"
-            )
-            check()
+            name = f"rank-{distributed.rank():04d}" if distributed.size() > 1 else "state"
+            writer.write(tensors, partial / "trainer", name)
         sums = {str(path): digest for path, digest in writer.sums.items()}
         gathered = chain.from_iterable(part.items() for part in distributed.gather(sums, group))
         with distributed.agreement(group):
