@@ -117,18 +117,16 @@ def shard(model: Decoder, *, dtype: torch.dtype, trained: bool = True) -> Decode
     Args:
         model: stays as it is.
         dtype: of the computation.
-        trained: the shares are float32, the masters of the optimiser; otherwise they have `model`'s dtype.
+        trained: the shares of what requires a gradient are float32, the masters of the optimiser.
     """
     device = model.output_weight.device
-    empty = {
-        id(p): nn.Parameter(
-            torch.empty_like(
-                p, device="meta", dtype=torch.promote_types(p.dtype, torch.float32) if trained else p.dtype
-            ),
-            requires_grad=p.requires_grad,
-        )
-        for p in model.parameters()
-    }
+    empty = {}
+    for parameter in model.parameters():
+        kept = parameter.dtype
+        if trained and parameter.requires_grad:
+            kept = torch.promote_types(kept, torch.float32)
+        meta = torch.empty_like(parameter, device="meta", dtype=kept)
+        empty[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     sharded = copy.deepcopy(model, empty)  # takes the parameters from the dict: nothing large is copied
     mesh = init_device_mesh(device.type, (distributed.size(),))
     exact = torch.promote_types(dtype, torch.float32)
@@ -213,10 +211,11 @@ class FullyShardedAdamW(MasterAdamW):
 
 @torch.no_grad()
 def copy_weights(model: Decoder, into: Decoder) -> None:
-    """Copies the weights of a sharded model into a whole one, tensor by tensor, rounded to its dtype."""
+    """Copies what a sharded model trains into a whole one, tensor by tensor, rounded to its dtype."""
     whole = dict(into.named_parameters())
+    trained = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     with distributed.exchange():
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained:
             rounded = parameter.detach().to(whole[name].dtype)
             assert isinstance(rounded, DTensor)
             whole[name].copy_(rounded.full_tensor())
