@@ -22,8 +22,8 @@ The table of seconds has the mean step of each model:
 
     rows           rows of the sampler that fit into `cache_gb`, at most `max_rows`
     replays, eager, recordings, host
-                   parts of the rollout: replayed graphs; forward passes without a graph; recording; Python between
-                   windows, while the GPU waits. A window is what runs between two looks at which rows have stopped
+                   parts of the rollout: replayed graphs; forward passes without a graph; recording; Python
+                   that the GPU waits for, whenever it looks for rows that have stopped
     step           rollout and update
     with plans     the step if cuDNN computed attention; commands turn that off
 
