@@ -19,10 +19,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, NamedTuple
 
 from grpo import distributed
@@ -267,11 +269,36 @@ class Rollout:
 
             yield judge
             return
-        threads = ThreadPoolExecutor(self.verifier_workers)
+        jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+
+        def submit(example: Example, text: str) -> Callable[[], Verdict]:
+            future: Future[Verdict] = Future()
+
+            def job() -> None:
+                try:
+                    future.set_result(verdict(self.task, example, text))
+                except BaseException as error:
+                    future.set_exception(error)
+
+            jobs.put(job)
+            return future.result
+
+        def work() -> None:
+            while (job := jobs.get()) is not None:
+                job()
+
+        # Daemons, which an executor's threads are not: a verifier that hangs must not keep the process from
+        # ending.
+        for _ in range(self.verifier_workers):
+            Thread(target=work, daemon=True).start()
         try:
-            yield lambda example, text: threads.submit(verdict, self.task, example, text).result
-        finally:  # after an exception, some verdicts are still due
-            threads.shutdown(wait=False, cancel_futures=True)
+            yield submit
+        finally:
+            with suppress(Empty):  # after an exception, some verdicts are still due
+                while True:
+                    jobs.get_nowait()
+            for _ in range(self.verifier_workers):
+                jobs.put(None)
 
     # --- ids of the contexts --------------------------------------------------------------------------------
 

@@ -402,3 +402,28 @@ def test_an_error_in_a_verifier_thread_ends_the_rollout(parts, pool, monkeypatch
     monkeypatch.setattr(parts.task, "verify", verify)
     with pytest.raises(TaskError, match="no verdict"):
         tiny.episodes(parts, pool)
+
+
+def test_a_verifier_that_hangs_does_not_keep_the_process_from_ending(parts, pool, monkeypatch):
+    """The threads of an executor would be waited for when the process ends, even after a second Ctrl-C."""
+    verifying, release, threads = threading.Event(), threading.Event(), []
+
+    def verify(example, text):
+        threads.append(threading.current_thread())
+        verifying.set()
+        release.wait(60)
+        return Verdict("ok")
+
+    def stop(done, total):
+        assert verifying.wait(60)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parts.rollout, "verifier_workers", 2)
+    monkeypatch.setattr(parts.task, "verify", verify)
+    with pytest.raises(KeyboardInterrupt):
+        parts.rollout.reflect_and_retry(pool, num_generations=3, progress=stop)
+    assert all(thread.daemon and thread.is_alive() for thread in threads)
+    release.set()
+    for thread in threads:  # they end once they can
+        thread.join(60)
+        assert not thread.is_alive()

@@ -115,26 +115,27 @@ def test_two_seeds_are_pooled(model, tmp_path):
     assert row["figures"]["second_try"]["of"] == 16
 
 
-@pytest.mark.parametrize("stopped_at", [1, 2, 4])
-def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monkeypatch, stopped_at, capsys):
+def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monkeypatch, capsys):
     assert command.main(arguments("length", model, tmp_path / "whole")) == 0
     runs = list(inside)
-    inside.clear()
     call = study.wait_for
+    for stopped_at in (1, 2, 4):
+        inside.clear()
 
-    def interrupted(argv):
-        if len(inside) == stopped_at - 1:
-            raise KeyboardInterrupt
-        return call(argv)
+        def interrupted(argv, stopped_at=stopped_at):
+            if len(inside) == stopped_at - 1:
+                raise KeyboardInterrupt
+            return call(argv)
 
-    monkeypatch.setattr(study, "wait_for", interrupted)
-    assert command.main(arguments("length", model, tmp_path / "stopped")) == 130
-    assert "the same command continues" in capsys.readouterr().err
-    monkeypatch.setattr(study, "wait_for", call)
-    assert command.main(arguments("length", model, tmp_path / "stopped")) == 0
-    assert inside == runs, "an arm was run twice, or not at all"
-    whole, stopped = (result(tmp_path / name)["rows"] for name in ("whole", "stopped"))
-    assert [{**row, "seconds": 0} for row in whole] == [{**row, "seconds": 0} for row in stopped]
+        monkeypatch.setattr(study, "wait_for", interrupted)
+        name = f"stopped at {stopped_at}"
+        assert command.main(arguments("length", model, tmp_path / name)) == 130
+        assert "the same command continues" in capsys.readouterr().err
+        monkeypatch.setattr(study, "wait_for", call)
+        assert command.main(arguments("length", model, tmp_path / name)) == 0
+        assert inside == runs, "an arm was run twice, or not at all"
+        whole, stopped = (result(tmp_path / folder)["rows"] for folder in ("whole", name))
+        assert [{**row, "seconds": 0} for row in whole] == [{**row, "seconds": 0} for row in stopped]
 
 
 def test_a_pilot_goes_on_after_several_blocks(model, tmp_path):
