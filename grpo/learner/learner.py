@@ -267,8 +267,14 @@ class Learner:
         grad_norm = norms[-1] if norms else 0.0
         problem = self._non_finite(losses, norms)
         if distributed.size() > 1:
-            problems = enumerate(distributed.gather(problem))
-            problem = next((f"rank {rank}, {text}" for rank, text in problems if text is not None), None)
+            # A loss explains more than gradients, which with FSDP have the NaN of every rank.
+            explains = not all(map(math.isfinite, losses))
+            found = [
+                (not explains, f"rank {rank}, {text}")
+                for rank, (text, explains) in enumerate(distributed.gather([problem, explains]))
+                if text is not None
+            ]
+            problem = min(found)[1] if found else None
             if problem is None and not math.isfinite(grad_norm := self.optimizer.reduce().item()):
                 problem = f"the norm of the gradients' sum over all ranks is {grad_norm}"
             losses = list(chain.from_iterable(distributed.gather(losses)))

@@ -30,6 +30,10 @@ from grpo import distributed
 from grpo.learner.optimizer import MasterAdamW
 from grpo.model.decoder import Decoder
 
+# torch 2.13 has renamed them.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 def adamw(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> MasterAdamW:
     """The optimiser that fits the model: on one rank, replicated, or sharded by `shard`."""
@@ -93,14 +97,14 @@ class ReplicatedAdamW(MasterAdamW):
 
     def reduce(self) -> Tensor:
         with distributed.exchange():
-            dist.reduce_scatter_tensor(self._reduced, self._sums)
+            reduce_scatter(self._reduced, self._sums)
         return _norm(self._reduced)
 
     def _publish(self) -> None:
         if self._master is not self._own:
             self._own.copy_(self._master)
         with distributed.exchange():
-            dist.all_gather_into_tensor(self._weights, self._own.clone())
+            all_gather(self._weights, self._own.clone())
 
 
 def _norm(share: Tensor) -> Tensor:

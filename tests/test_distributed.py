@@ -1,0 +1,253 @@
+"""Several ranks: exchanges, agreement, and results that do not depend on how many there are.
+
+Each rank is a process of its own, with gloo on the loopback interface (tests/ranks.py).
+"""
+
+import copy
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from ranks import together
+
+from grpo import distributed
+from grpo.learner import sharded
+from grpo.learner.learner import Learner, NonFiniteError
+from grpo.run.interrupts import Interrupted
+
+SIZES = (1, 2, 3)
+MODES = ("replicate", "fsdp")
+
+# --- exchanges and agreement ------------------------------------------------------------------------------
+
+
+def exchanged():
+    rank = distributed.rank()
+    return {
+        "gathered": distributed.gather({"rank": rank, "text": "ü" * rank, "number": 0.1 + rank}),
+        "odd numbers": distributed.gather([math.inf, -0.0]),
+        "from rank 0": distributed.on_main(lambda: ["made by", distributed.rank()]),
+        "sum": distributed.add_up(torch.tensor([1.0 + rank, 2.0])).tolist(),
+        "dealt": distributed.deal([3, 1, 2, 2, 5]),
+    }
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_all_ranks_get_the_same(size):
+    first, *others = together(size, exchanged)
+    assert all(repr(other) == repr(first) for other in others)
+    expected = [{"rank": rank, "text": "ü" * rank, "number": 0.1 + rank} for rank in range(size)]
+    assert first["gathered"] == expected and first["from rank 0"] == ["made by", 0]
+    assert repr(first["odd numbers"]) == repr([[math.inf, -0.0]] * size)
+    assert first["sum"] == [sum(1.0 + rank for rank in range(size)), 2.0 * size]
+    assert sorted(index for hand in first["dealt"] for index in hand) == [0, 1, 2, 3, 4]
+
+
+def test_each_rank_is_dealt_about_the_same_cost(monkeypatch):
+    monkeypatch.setattr(distributed, "_size", 3)
+    draw = random.Random(0)
+    for _ in range(50):
+        costs = [draw.randrange(1, 100) for _ in range(draw.randrange(1, 30))]
+        hands = distributed.deal(costs)
+        sums = [sum(costs[index] for index in hand) for hand in hands]
+        assert sorted(index for hand in hands for index in hand) == list(range(len(costs)))
+        assert max(sums) - min(sums) <= max(costs)  # moving one item more would not make them closer
+    assert distributed.deal([]) == [[], [], []]
+
+
+ERRORS = {
+    "failed": lambda: ValueError("no such answer"),
+    "interrupted": Interrupted,
+    "nothing": lambda: None,
+}
+
+
+def ended(kind, place):
+    """What the ranks raise where the rank `place` raises the error `kind`, and that they can go on."""
+    raised = None
+    try:
+        with distributed.agreement():
+            with distributed.agreement():  # an inner one changes nothing
+                if distributed.rank() == place and (error := ERRORS[kind]()) is not None:
+                    raise error
+    except BaseException as caught:
+        raised = f"{type(caught).__name__}: {caught}"
+    return raised, distributed.gather(distributed.rank())
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "others"),
+    [
+        ("failed", "ValueError: no such answer", "RankError: rank 1: ValueError: no such answer"),
+        ("interrupted", "Interrupted: ", "RankStopped: rank 1: Interrupted: "),
+        ("nothing", None, None),
+    ],
+)
+def test_all_ranks_leave_an_agreement_in_the_same_way(kind, own, others):
+    results = together(3, ended, kind, 1)
+    assert [raised for raised, _ in results] == [others, own, others]
+    assert all(gathered == [0, 1, 2] for _, gathered in results)
+
+
+def unequal(values):
+    try:
+        distributed.check_equal("settings", values[distributed.rank()])
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_with_other_settings_are_refused_on_every_rank():
+    settings = [{"max_steps": 3, "seed": 1}, {"max_steps": 3, "seed": 1}, {"max_steps": 4, "seed": 1}]
+    expected = "all ranks must have the same settings, but max_steps is 3 on rank 0 and 4 on rank 2"
+    assert together(3, unequal, settings) == [expected] * 3
+    assert together(3, unequal, settings[:1] * 3) == [None] * 3
+
+
+# --- gradients --------------------------------------------------------------------------------------------
+
+CASES = {
+    "plain": {},
+    "small micro-batches": {"max_tokens_per_micro_batch": 60},
+    "a KL penalty": {"beta": 0.1},
+    "two updates": {"num_iterations": 2, "learning_rate": 1e-3},
+    "all roles": {"train_on": "all", "max_tokens_per_micro_batch": 150},
+    "sequence level": {"importance_sampling_level": "sequence"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "truncated ones masked": {"mask_truncated_completions": True},
+    "scaled by the batch": {"scale_rewards": "batch"},
+    "recomputed layers": {"gradient_checkpointing": True},
+    "an untied output": {},
+    # The cases below change the episodes.
+    "groups in any order": {},
+    "one group with a signal": {},
+    "no signal at all": {},
+    "one group": {},
+}
+
+
+def step_episodes(case, parts):
+    episodes = tiny.episodes(parts)
+    if case == "groups in any order":
+        random.Random(1).shuffle(episodes)
+    if case in ("one group with a signal", "no signal at all"):
+        for episode in episodes:
+            episode.reward = float(case[0] == "o" and episode.group_id == 1 and episode.generation == 0)
+    return [e for e in episodes if e.group_id == 0] if case == "one group" else episodes
+
+
+def stepped(mode):
+    """Metrics and gradients of one step in float64, for each case."""
+    results = {}
+    for case, settings in CASES.items():
+        model = None
+        if case == "an untied output":
+            tokenizer = tiny.byte_tokenizer(template=tiny.CHATML)
+            model = tiny.decoder(len(tokenizer), tie_word_embeddings=False)
+        parts = tiny.build(model=model, **settings)
+        episodes = step_episodes(case, parts)
+        model = copy.deepcopy(parts.model).double()
+        reference = tiny.other_model(parts, torch.float64) if parts.config.beta else None
+        if mode == "fsdp" and distributed.size() > 1:
+            model = sharded.shard(model, dtype=torch.float64)
+            reference = reference and sharded.shard(reference, dtype=torch.float64, trained=False)
+        subject = tiny.learner(replace(parts, model=model), reference=reference)
+        metrics = subject.step(episodes)
+        results[case] = metrics, whole_gradients(subject.optimizer)
+    return results
+
+
+def whole_gradients(optimizer):
+    """The gradients that the last step used, put together from the pieces of all ranks."""
+    if distributed.size() == 1:
+        return {name: gradient.flatten().tolist() for name, gradient in optimizer.gradients.items()}
+    pieces = {name: master.grad.flatten().tolist() for name, master in optimizer.masters.items()}
+    gathered = distributed.gather(pieces)
+    return {name: [number for its in gathered for number in its[name]] for name in pieces}
+
+
+@pytest.fixture(scope="module")
+def one_rank():
+    return together(1, stepped, "replicate")[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("size", SIZES[1:])
+def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(one_rank, size, mode):
+    """More ranks than groups, and ranks without a signal, are among the cases."""
+    first, *others = together(size, stepped, mode)
+    assert all(other == first for other in others)
+    for case, (metrics, gradients) in first.items():
+        expected_metrics, expected = one_rank[case]
+        for name, value in expected_metrics.items():
+            rounding = 1e-5 if name.startswith("sampling/") else 1e-7  # the sampler computes in float32
+            assert metrics[name] == pytest.approx(value, rel=1e-5, abs=rounding), (case, name)
+        assert metrics.keys() == expected_metrics.keys() and gradients.keys() == expected.keys(), case
+        flat = [torch.tensor([x for name in expected for x in its[name]]) for its in (gradients, expected)]
+        difference, norm = (flat[0] - flat[1]).norm().item(), flat[1].norm().item()
+        assert difference <= 1e-9 * norm, (case, difference, norm)
+        assert (norm > 0) == (case != "no signal at all"), case
+
+
+# --- supervised steps, weights, bfloat16 ------------------------------------------------------------------
+
+
+def trained(mode, dtype):
+    """Weights after a supervised and two RL steps, as the sampler gets them; and the learner's own state."""
+    sampled = tiny.build().model.to(dtype)
+    parts = tiny.build(model=sampled, learning_rate=1e-3)
+    model = sampled
+    if mode == "fsdp" and distributed.size() > 1:
+        model = sharded.shard(sampled, dtype=dtype)
+    subject: Learner = tiny.learner(replace(parts, model=model))
+    sequences = [([1 + i, 2, 3], [([4 + i, 5, 6], [True] * 3)]) for i in range(4)]
+    episodes = tiny.episodes(parts)  # before the updates, whose rounding may change what is sampled
+    losses = [subject.supervised_step(sequences, 1e-3)["loss"]]
+    losses += [subject.step(episodes)["loss"] for _ in range(2)]
+    subject.write_weights(sampled)
+    return losses, {name: p.detach().double().flatten().tolist() for name, p in sampled.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mode", MODES)
+def test_every_rank_samples_from_the_same_updated_weights(mode, dtype):
+    ((alone, expected),) = together(1, trained, mode, dtype)
+    first, *others = together(2, trained, mode, dtype)
+    assert all(other == first for other in others)
+    losses, weights = first
+    assert losses == pytest.approx(alone, rel=1e-4 if dtype == torch.float32 else 0.1, abs=1e-4)
+    apart = [abs(a - b) for name in expected for a, b in zip(weights[name], expected[name], strict=True)]
+    # Three updates of at most 1e-3 each; AdamW's first ones take the sign of the gradient.
+    assert sum(apart) / len(apart) < 1e-5 and max(apart) < (1e-3 if dtype == torch.float32 else 1e-2)
+
+
+def poisoned(mode, place):
+    """The error of a step whose loss is NaN on one rank, and whether the weights are still the same."""
+    parts = tiny.build()
+    model = parts.model
+    if mode == "fsdp":
+        model = sharded.shard(parts.model, dtype=torch.float32)
+    loss = tiny.grpo_loss
+
+    def nan_loss(*args, **options):
+        value, metrics = loss(*args, **options)
+        return value * (math.nan if distributed.rank() == place else 1.0), metrics
+
+    subject = tiny.learner(replace(parts, model=model), grpo_loss=nan_loss)
+    episodes = tiny.episodes(parts)
+    masters = {name: master.clone() for name, master in subject.optimizer.masters.items()}
+    try:
+        subject.step(episodes)
+    except NonFiniteError as error:
+        same = all(torch.equal(masters[name], m) for name, m in subject.optimizer.masters.items())
+        return str(error), same
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loss_that_is_nan_on_one_rank_stops_all_before_the_update(mode):
+    for text, same in together(2, poisoned, mode, 1):
+        assert same and "micro-batch 1 of" in text and "loss is nan" in text
+        if mode == "replicate":  # with FSDP the NaN has reached the other rank's gradients
+            assert "rank 1" in text
