@@ -424,6 +424,7 @@ def open_folder(
             configuration.to_yaml(config, path)  # device and dtype are resolved by now
 
 
+@distributed.joined()
 def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all_stages) -> int:
     """Runs the command. A wrong argument ends in one line on stderr, a bug in its traceback.
 
@@ -434,8 +435,6 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     """
     folder, running = None, False
     try:
-        distributed.start()
-        distributed.quieten()
         config = configuration.parse(sys.argv[1:] if argv is None else argv)
         with Interrupts() as interrupts, contextlib.ExitStack() as stack:
             folder = state.directory(config)
@@ -449,13 +448,10 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     except (Exception, Interrupted, distributed.RankStopped, KeyboardInterrupt) as error:
         status, message = explain(error, folder, running)
         print(message, file=sys.stderr)
-        if isinstance(error, distributed.LostRankError):
-            distributed.let_torchrun_see()
         return status
     finally:
         if folder is not None and distributed.is_main():
             files.remove_if_empty(folder)
-        distributed.stop()
 
 
 def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[int, str]:
@@ -470,7 +466,7 @@ def explain(error: BaseException, folder: Path | None, running: bool) -> tuple[i
         return EXIT_INTERRUPTED, "stopped" + (f"; {resume}" if begun else "")
     if isinstance(error, (NonFiniteError, DivergedError)):
         return EXIT_FAILED, f"error: {error}. {state.saved_weights(folder)}"
-    if isinstance(error, (distributed.RankError, distributed.LostRankError)):
+    if isinstance(error, distributed.RankError):
         return EXIT_FAILED, f"error: {error}" + (f"; {resume}" if begun else "")
     if isinstance(error, files.MismatchError):
         return EXIT_USAGE, f"error: {error}"

@@ -45,7 +45,7 @@ class RankStopped(BaseException):
     """Another rank was told to stop, by a signal: save the finished steps and leave, as that rank does."""
 
 
-class LostRankError(RuntimeError):
+class LostRankError(RankError):
     """An exchange failed: another rank has ended, or the network has."""
 
 
@@ -53,10 +53,31 @@ class LostRankError(RuntimeError):
 
 
 _rank, _size = 0, 1
+_lost = False  # an exchange has failed
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Joins the processes that torchrun started; at the end leaves them. Also a decorator for commands.
+
+    Meanwhile rank 0 alone speaks, for all: the others write nothing to standard output and standard error.
+    Without torchrun, or with one process, changes nothing.
+    """
+    start()
+    if _rank > 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
+    try:
+        yield
+    finally:
+        if _lost:
+            # torchrun ends this process once it has seen that another one has ended. If this one ended
+            # first, torchrun would name it as the cause.
+            time.sleep(10)
+        stop()
 
 
 def start() -> None:
-    """Joins the processes that torchrun started. Without torchrun, or with one process, changes nothing."""
+    """Joins the processes that torchrun started."""
     global _rank, _size
     if _size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
@@ -71,9 +92,9 @@ def start() -> None:
 
 
 def stop() -> None:
-    """Leaves the other processes. Does not wait for them."""
+    """Leaves the other processes, without waiting for them."""
     global _rank, _size
-    if _size > 1:
+    if _size > 1 and not _lost:
         import torch.distributed as dist
 
         side_group.cache_clear()
@@ -100,23 +121,9 @@ def is_main() -> bool:
     return _rank == 0
 
 
-def quieten() -> None:
-    """Silences standard output and standard error on all ranks but rank 0, which speaks for all."""
-    if _rank > 0:
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
-
-
 def errors() -> TextIO:
     """Where the traceback of a bug goes, on any rank."""
     return sys.stderr if is_main() else sys.__stderr__ or sys.stderr
-
-
-def let_torchrun_see() -> None:
-    """Waits for the signal with which torchrun ends this process once it has seen that another one ended.
-
-    If this process ended first, torchrun would name it as the cause.
-    """
-    time.sleep(10)
 
 
 @functools.cache
@@ -226,9 +233,11 @@ def add_up(tensor: Tensor) -> Tensor:
 @contextmanager
 def exchange() -> Iterator[None]:
     """Turns the errors of a broken connection into LostRankError."""
+    global _lost
     try:
         yield
     except RuntimeError as error:  # torch.distributed.DistBackendError and gloo's own
+        _lost = True
         raise LostRankError(f"rank {_rank} lost contact with another rank ({_in_words(error)})") from error
 
 

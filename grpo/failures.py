@@ -28,6 +28,7 @@ from grpo.run.interrupts import EXIT_INTERRUPTED, Interrupts, set_up_process
 if __name__ == "__main__":
     set_up_process()  # before the imports below, which take seconds
 
+from grpo import distributed
 from grpo.chat import Chat
 from grpo.rollout import Attempt, Progress, Rollout
 from grpo.run import files
@@ -266,8 +267,12 @@ def _check_same(path: Path, examples: Sequence[Example], settings: dict[str, Any
                 )
 
 
+@distributed.joined()
 def main(argv: list[str] | None = None) -> int:
-    """`python -m grpo.failures --output FILE [--KEY VALUE ...]`: the first stage of train.py on its own."""
+    """`python -m grpo.failures --output FILE [--KEY VALUE ...]`: the first stage of train.py on its own.
+
+    With torchrun, all ranks sample.
+    """
     import argparse
 
     from grpo import config as configuration
@@ -315,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     except files.MismatchError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError, TaskError) as error:
+    except (OSError, FloatingPointError, TaskError, distributed.RankError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
     set_up_process()  # before the imports below, which take seconds
 
 from grpo import config as configuration
+from grpo import distributed
 from grpo.config import Config
 from grpo.evaluate.comparison import CONTROLS, ModelResult, report
 from grpo.evaluate.measure import measure, records_file
@@ -233,8 +234,9 @@ def _with_distinct_labels(models: Sequence[MeasuredModel]) -> list[MeasuredModel
 # --- the command --------------------------------------------------------------------------------------------
 
 
+@distributed.joined()
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command. Returns the exit status."""
+    """Runs the command. Returns the exit status. With torchrun, all ranks measure."""
     options, rest = parser().parse_known_args(argv)
     try:
         with Interrupts():
@@ -243,13 +245,20 @@ def main(argv: list[str] | None = None) -> int:
             if options.output and Path(options.output).is_dir():
                 raise ValueError(f"output must be a file, got the folder {options.output}")
             comparison = report({model.label: _measure(model, config, options) for model in models})
-        if options.output:
+        if options.output and distributed.is_main():
             with files.written_whole(Path(options.output)) as path:
                 path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (checkpoint.CheckpointError, files.RunDirError, TaskError, FloatingPointError, OSError) as error:
+    except (
+        checkpoint.CheckpointError,
+        files.RunDirError,
+        TaskError,
+        FloatingPointError,
+        OSError,
+        distributed.RankError,
+    ) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
