@@ -389,8 +389,14 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     distributed.check_equal("versions", {**start_record["environment"], "code of grpo": start_record["code"]})
     distributed.on_main(lambda: open_folder(parts, folder, content, start_record))
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
-    if distributed.size() > 1:
-        where += f", {distributed.size()} ranks"
+    if (ranks := distributed.size()) > 1:
+        where += f", {ranks} ranks"
+        if ranks > config.groups_per_step:
+            print(
+                f"warning: {ranks - config.groups_per_step} of the {ranks} ranks have no group in a step: raise "
+                f"groups_per_step, now {config.groups_per_step}, or use fewer ranks",
+                file=sys.stderr,
+            )
     if config.preset == configuration.MODEL_PRESET and config.resume is None:
         print(configuration.preset_line(config))
     print(f"{folder}: {config.task} with {config.model_name_or_path}, {where}")

@@ -1,4 +1,4 @@
-"""Runs a function in several processes at once, each a rank as torchrun would start it; returns the results."""
+"""Runs a function in several processes at once, each a rank as if torchrun had started it."""
 
 import multiprocessing
 import os

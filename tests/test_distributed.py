@@ -16,6 +16,7 @@ from ranks import together
 from grpo import distributed
 from grpo.learner import sharded
 from grpo.learner.learner import Learner, NonFiniteError
+from grpo.model import lora
 from grpo.run.interrupts import Interrupted
 
 SIZES = (1, 2, 3)
@@ -120,6 +121,8 @@ CASES = {
     "scaled by the batch": {"scale_rewards": "batch"},
     "recomputed layers": {"gradient_checkpointing": True},
     "an untied output": {},
+    "an adapter": {},
+    "an adapter and a KL penalty": {"beta": 0.1},
     # The cases below change the episodes.
     "groups in any order": {},
     "one group with a signal": {},
@@ -147,16 +150,31 @@ def stepped(mode):
             tokenizer = tiny.byte_tokenizer(template=tiny.CHATML)
             model = tiny.decoder(len(tokenizer), tie_word_embeddings=False)
         parts = tiny.build(model=model, **settings)
+        if "adapter" in case:
+            add_adapter(parts.model)
         episodes = step_episodes(case, parts)
         model = copy.deepcopy(parts.model).double()
-        reference = tiny.other_model(parts, torch.float64) if parts.config.beta else None
-        if mode == "fsdp" and distributed.size() > 1:
-            model = sharded.shard(model, dtype=torch.float64)
-            reference = reference and sharded.shard(reference, dtype=torch.float64, trained=False)
+        sharding = mode == "fsdp" and distributed.size() > 1
+        model = sharded.shard(model, dtype=torch.float64) if sharding else model
+        reference = None
+        if parts.config.beta and "adapter" in case:
+            reference = model  # without its adapter
+        elif parts.config.beta:
+            reference = tiny.other_model(parts, torch.float64)
+            if sharding:
+                reference = sharded.shard(reference, dtype=torch.float64, trained=False)
         subject = tiny.learner(replace(parts, model=model), reference=reference)
         metrics = subject.step(episodes)
         results[case] = metrics, whole_gradients(subject.optimizer)
     return results
+
+
+def add_adapter(model):
+    """An adapter that changes what the model computes."""
+    adapter = lora.fresh(model.config, r=3, lora_alpha=6.0, seed=1)
+    generator = torch.Generator().manual_seed(2)
+    random_b = {name: torch.randn(low.b.shape, generator=generator) * 0.05 for name, low in adapter.items()}
+    lora.add(model, {name: low._replace(b=random_b[name]) for name, low in adapter.items()})
 
 
 def whole_gradients(optimizer):
