@@ -144,8 +144,13 @@ def test_the_sampler_adds_the_adapter_as_the_learner_does(parts, dtype):
     with torch.no_grad():
         for low in lora.adapter_of(other).values():
             low.b.neg_()
-    sampler.load_weights(other.state_dict())
-    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+    changed = {name: tensor for name, tensor in other.state_dict().items() if "lora_" in name}
+    for state in (changed, parts.model.state_dict(), other.state_dict()):  # the adapter's tensors are enough
+        sampler.load_weights(state)
+        now = model.state_dict()
+        assert all(torch.equal(now[name], tensor.to(dtype)) for name, tensor in state.items())
+    with pytest.raises(ValueError, match="state_dict must have the model's names"):
+        sampler.load_weights(dict(list(changed.items())[1:]))
 
 
 # --- a whole run ------------------------------------------------------------------------------------------

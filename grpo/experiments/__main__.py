@@ -25,7 +25,7 @@ from grpo import config as configuration
 from grpo.experiments.study import ExperimentError, Study
 from grpo.run import build, files
 
-NAMES = "verifier pilot ablation length transfer threshold first_try robustness retention".split()
+NAMES = "verifier pilot ablation length lora transfer threshold first_try robustness retention".split()
 # Small defaults of all experiments. Those of one experiment, then the command line, override them.
 DEFAULTS = {"eval_steps": 0, "save_steps": 0}
 COMMAND_FILE = "experiment.json"  # the options that the directory was begun with

@@ -31,6 +31,7 @@ SMALL = {
     "verifier": ["--problems", "5"],
     "pilot": ["--failures", "20"],
     "length": ["--limits", "6", "8", "--costs", "0", "0.5"],
+    "lora": ["--ranks", "1", "2"],
     "transfer": ["--variants", "as trained", "four numbers"],
     "threshold": ["--warm_starts", "0", "2"],
     "robustness": ["--rates", "0.2"],
