@@ -393,7 +393,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
         where += f", {ranks} ranks"
         if ranks > config.groups_per_step:
             print(
-                f"warning: {ranks - config.groups_per_step} of the {ranks} ranks have no group in a step: raise "
+                f"warning: {ranks - config.groups_per_step} of {ranks} ranks have no group in a step: raise "
                 f"groups_per_step, now {config.groups_per_step}, or use fewer ranks",
                 file=sys.stderr,
             )

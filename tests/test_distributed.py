@@ -131,8 +131,9 @@ CASES = {
 }
 
 
-def step_episodes(case, parts):
-    episodes = tiny.episodes(parts)
+def changed(case, episodes):
+    """The episodes of a case; the same ones serve all cases, whatever the policy."""
+    episodes = copy.deepcopy(episodes)
     if case == "groups in any order":
         random.Random(1).shuffle(episodes)
     if case in ("one group with a signal", "no signal at all"):
@@ -144,27 +145,24 @@ def step_episodes(case, parts):
 def stepped(mode):
     """Metrics and gradients of one step in float64, for each case."""
     results = {}
+    sharding = mode == "fsdp" and distributed.size() > 1
+    plain = tiny.build()
+    episodes = tiny.episodes(plain)
+    untied = tiny.decoder(plain.model.config.vocab_size, tie_word_embeddings=False)
     for case, settings in CASES.items():
-        model = None
-        if case == "an untied output":
-            tokenizer = tiny.byte_tokenizer(template=tiny.CHATML)
-            model = tiny.decoder(len(tokenizer), tie_word_embeddings=False)
-        parts = tiny.build(model=model, **settings)
+        model = copy.deepcopy(untied if case == "an untied output" else plain.model).double()
         if "adapter" in case:
-            add_adapter(parts.model)
-        episodes = step_episodes(case, parts)
-        model = copy.deepcopy(parts.model).double()
-        sharding = mode == "fsdp" and distributed.size() > 1
+            add_adapter(model)
         model = sharded.shard(model, dtype=torch.float64) if sharding else model
-        reference = None
-        if parts.config.beta and "adapter" in case:
+        config, reference = replace(plain.config, **settings), None
+        if config.beta and "adapter" in case:
             reference = model  # without its adapter
-        elif parts.config.beta:
-            reference = tiny.other_model(parts, torch.float64)
+        elif config.beta:
+            reference = tiny.other_model(plain, torch.float64)
             if sharding:
                 reference = sharded.shard(reference, dtype=torch.float64, trained=False)
-        subject = tiny.learner(replace(parts, model=model), reference=reference)
-        metrics = subject.step(episodes)
+        subject = tiny.learner(replace(plain, model=model, config=config), reference=reference)
+        metrics = subject.step(changed(case, episodes))
         results[case] = metrics, whole_gradients(subject.optimizer)
     return results
 
