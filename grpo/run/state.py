@@ -205,6 +205,7 @@ class RunState:
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 reason = f"{type(error).__name__}: {error}"
                 raise checkpoint.CheckpointError(f"{path} does not fit this run ({reason})") from error
+            learner.write_weights(self.parts.model)
             step = checkpoint.step_of(path)
         files.cut_logs(self.folder, sizes)
         for log in logs:

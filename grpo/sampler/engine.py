@@ -158,15 +158,10 @@ class Sampler:
     def load_weights(self, state_dict: Mapping[str, Tensor]) -> None:
         """Copies the learner's weights into the model. Tensors that both share cost nothing.
 
-        Args:
-            state_dict: of the model; or only its trainable tensors, which are all that changes with LoRA.
         Raises:
             ValueError: names or shapes differ from the model's. Nothing is copied in that case.
         """
         current = self.model.state_dict()
-        trainable = {name for name, tensor in self.model.named_parameters() if tensor.requires_grad}
-        if state_dict.keys() == trainable:
-            current = {name: current[name] for name in trainable}
         if current.keys() != state_dict.keys():
             raise ValueError(
                 "state_dict must have the model's names; "
