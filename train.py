@@ -3,6 +3,7 @@
     python train.py                                  the demo: a 135M model on two CPU cores
     python train.py --preset paper_countdown         the paper's settings, for GPUs
     python train.py --task my_package.tasks:MyTask --model_name_or_path FOLDER --KEY VALUE ...
+    python train.py --estimate [RANKS[xGB]] ...      the memory that a run would take, such as 8x80GB
     python train.py --resume [RUN_DIR]               continues a stopped run where it stopped
     python train.py --resume RUN_DIR --max_steps N   continues a finished run
     python train.py --resume auto --KEY VALUE ...    continues the unfinished run of this name, else starts it
@@ -381,6 +382,7 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
     """
     config.device = build.set_up_device(config.device, deterministic=config.deterministic)
     kernels = grpo_kernels.backend(config.device, config.kernels)
+    build.check_memory(config)
     parts = build.parts(config)
     content = inputs.sums(parts, build.check_run(config, parts))
     start_record = reuse.record(config, content)
@@ -442,6 +444,9 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     folder, running = None, False
     try:
         config = configuration.parse(sys.argv[1:] if argv is None else argv)
+        if config.estimate is not None:
+            print(build.estimated(config))
+            return EXIT_OK
         with Interrupts() as interrupts, contextlib.ExitStack() as stack:
             folder = state.directory(config)
             distributed.on_main(lambda: stack.enter_context(files.lock(folder)))

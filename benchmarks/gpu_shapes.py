@@ -50,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 import torch  # noqa: E402
 from lib.launches import Launches, Rates, launches  # noqa: E402
 from lib.measure import command_line, markdown  # noqa: E402
+from lib.paper_models import PAPER_MODELS  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
@@ -147,29 +148,10 @@ LENGTHS = {
 # --- models -------------------------------------------------------------------------------------------------
 
 
-def _sizes(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any
-) -> dict[str, Any]:
-    return {
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": 151936,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True,
-        "max_position_embeddings": 32768,
-        **more,
-    }
-
-
-# Qwen2.5-1.5B, Qwen2.5-3B and Llama-3.1-8B, by their published config.json
 MODELS = {
-    "1.5B": _sizes(1536, 8960, 28, 12, 2),
-    "3B": _sizes(2048, 11008, 36, 16, 2),
-    "8B": _sizes(4096, 14336, 32, 32, 8, model_type="llama", vocab_size=128256, tie_word_embeddings=False),
+    "1.5B": PAPER_MODELS["Qwen/Qwen2.5-1.5B-Instruct"],
+    "3B": PAPER_MODELS["Qwen/Qwen2.5-3B-Instruct"],
+    "8B": PAPER_MODELS["meta-llama/Llama-3.1-8B-Instruct"],
 }
 WITH_LORA = ("8B",)  # all weights of the others are trained
 
@@ -193,7 +175,15 @@ class Model:
 # --- the sampler without its model --------------------------------------------------------------------------
 
 STOP, OTHER = 0, 1  # the stand-in's vocabulary
-STAND_IN = {**_sizes(8, 8, 1, 1, 1), "vocab_size": 2}
+STAND_IN = {
+    **MODELS["1.5B"],
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "vocab_size": 2,
+}
 
 
 class _Cache(SlotCache):

@@ -165,6 +165,7 @@ MODEL_PRESET = "model"  # instead of the demo's recipe, if the model is not the 
 NEWEST = "newest"  # the meaning of `--resume` without a directory
 ALL_LINEAR = "all-linear"  # value of lora_target_modules: PEFT's word for every linear layer
 LORA_MODULES = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj qkv_proj gate_up_proj".split()
+HERE = "here"  # the meaning of `--estimate` without a value
 AUTO = "auto"  # `--resume auto`: the newest unfinished run of this name, else a new one
 
 
@@ -196,6 +197,13 @@ class Config:
         "run_name, else a new one",
         nargs="?",
         const=NEWEST,
+    )
+    estimate: str | None = field(
+        None,
+        "print the memory per rank, the tokens and FLOPs of a step, and whether it fits; then exit. On this "
+        "machine, or for RANKS or RANKSxGB: 8x80GB is 8 GPUs of 80 GB. Nothing is loaded but config.json",
+        nargs="?",
+        const=HERE,
     )
     start_from: str = field(
         "none",
@@ -329,9 +337,10 @@ PATHS = (  # ~ at their beginning is the home directory
 )
 _UNSET = object()
 TYPES = get_type_hints(Config)
+COMMAND_LINE_ONLY = frozenset(("config", "estimate", "resume"))  # no part of a run's config.yaml
 # May differ between a run and its continuation: nothing that is computed depends on them.
 FREE_ON_RESUME = (
-    "config max_wrong_episodes output_dir preset report report_to resume run_name save_steps "
+    "config estimate max_wrong_episodes output_dir preset report report_to resume run_name save_steps "
     "save_total_limit start_from verifier_workers"
 ).split()
 # May change too, with a warning: memory, and what is measured at the end. Training changes by rounding only.
@@ -518,7 +527,7 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
                 raise ValueError(f"unknown key {shown}{_hint(key)}")
             if name in settings:
                 raise ValueError(f"{key} is the old name of {name}: give one of the two")
-            if name in ("config", "resume") and value is not None:
+            if name in COMMAND_LINE_ONLY and value is not None:
                 raise ValueError(f"{name} belongs on the command line")
             if key in RETIRED_VALUES:
                 value = RETIRED_VALUES[key][coerce(key, value, bool)]
@@ -530,7 +539,7 @@ def from_yaml(path: str | Path) -> dict[str, Any]:
 
 def is_complete(settings: Mapping[str, Any]) -> bool:
     """Whether the settings of a file leave nothing to a preset: those that `to_yaml` writes."""
-    return set(TYPES) - {"config", "resume"} - ADDED_SETTINGS <= set(settings)
+    return set(TYPES) - COMMAND_LINE_ONLY - ADDED_SETTINGS <= set(settings)
 
 
 SUM = "# sha256 of the settings above, which --resume compares: "
@@ -538,7 +547,7 @@ SUM = "# sha256 of the settings above, which --resume compares: "
 
 def to_yaml(config: Config, path: str | Path) -> None:
     """Writes every setting, so that the file alone gives the run again (`is_complete`), and their sum."""
-    settings = {name: getattr(config, name) for name in TYPES if name not in ("config", "resume")}
+    settings = {name: getattr(config, name) for name in TYPES if name not in COMMAND_LINE_ONLY}
     text = "".join(f"{name}: {plain_yaml.write(value)}\n" for name, value in settings.items())
     Path(path).write_text(f"{text}{SUM}{_sum(settings)}\n", encoding="utf-8")
 

@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 from grpo import config as configuration
 from grpo.chat import Chat
-from grpo.config import Config
+from grpo.config import COMMAND_LINE_ONLY, Config
 from grpo.evaluate.comparison import STAGES, read_report
 from grpo.model import gguf, weights
 from grpo.run import build, checkpoint, files
@@ -37,7 +37,7 @@ from grpo.tasks import get_task, opening
 TAG = "reflect-grpo"  # in the card of every export, or the metadata of its GGUF file
 EXPORTED = re.compile(r"README\.md|chat_template\.jinja|tokenizer\.model|.*\.json|model.*\.safetensors")
 UNKNOWN_LICENCE = "unknown: check the base model's licence"
-OF_THIS_MACHINE = ("config", "resume", "output_dir", "run_name", "device", "threads", "report_to")
+OF_THIS_MACHINE = (*COMMAND_LINE_ONLY, "output_dir", "run_name", "device", "threads", "report_to")
 
 # --- the command --------------------------------------------------------------------------------------------
 

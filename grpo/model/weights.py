@@ -41,10 +41,15 @@ from grpo.model.shards import DTYPES, ShardWriter
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_FILES = ["*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*model*.safetensors"]
+HUB_CONFIGS = ["config.json", lora.CONFIG]  # what `architecture` needs
 
 
-def resolve(name_or_path: str | Path) -> Path:
-    """The local folder or GGUF file behind a name; a Hub id is downloaded (or found in the cache)."""
+def resolve(name_or_path: str | Path, hub_files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder or GGUF file behind a name; a Hub id is downloaded (or found in the cache).
+
+    Args:
+        hub_files: patterns of the files to download.
+    """
     name = str(name_or_path)
     if name.startswith("package:"):
         return _in_package(name.removeprefix("package:"))
@@ -57,7 +62,7 @@ def resolve(name_or_path: str | Path) -> Path:
     if path.is_file():
         raise ValueError(f"{path} must be a folder or a .gguf file; pass the folder that holds it")
     if HUB_ID.fullmatch(name) and path.suffix != ".gguf":
-        return _from_hub(name)
+        return _from_hub(name, hub_files)
     where = "" if path.is_absolute() else f" in {os.getcwd()}"
     raise FileNotFoundError(f"{name}: no such folder or file{where}, and not a Hub id of the form OWNER/NAME")
 
@@ -81,11 +86,11 @@ def _in_package(name: str) -> Path:
     return path
 
 
-def _from_hub(repo_id: str) -> Path:
+def _from_hub(repo_id: str, hub_files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=HUB_FILES))
+        return Path(snapshot_download(repo_id, allow_patterns=list(hub_files)))
     except Exception as error:  # network, authorisation and cache errors have no common base class
         reason = (str(error).strip().splitlines() or [""])[0]
         raise FileNotFoundError(
@@ -201,6 +206,26 @@ def load_model(
     return build(source, shapes, _read_safetensors(files), dtype, device, folder, change)
 
 
+MOST_LAYERS = 10_000  # of a config without its weights; transformers needs memory for each layer
+
+
+def architecture(name_or_path: str | Path) -> ModelConfig:
+    """The sizes of a model, from its config.json or the header of its GGUF file; of an adapter, its base's.
+
+    Reads no weights: those of a Hub id are not downloaded. Arguments and errors as `load`.
+    """
+    path = resolve(name_or_path, HUB_CONFIGS)
+    if (path / lora.CONFIG).is_file() and not (path / "config.json").exists():
+        path = base_of(path, HUB_CONFIGS)
+    if path.suffix == ".gguf":
+        from grpo.model.gguf import GGUFFile
+
+        return model_config(GGUFFile(path).config, path, num_tensors=MOST_LAYERS)
+    if not (path / "config.json").exists() and (hint := _instead_of(path)):
+        raise FileNotFoundError(f"{path} is not a model folder: {hint}")
+    return model_config(read_json(path / "config.json"), path, num_tensors=MOST_LAYERS)
+
+
 def _is_whole(folder: Path) -> bool:
     return (folder / "config.json").exists() and any(folder.glob("model*.safetensors"))
 
@@ -231,7 +256,7 @@ def is_adapter(path: Path) -> bool:
     return (path / lora.CONFIG).is_file() and not _is_whole(path)
 
 
-def base_of(folder: Path) -> Path:
+def base_of(folder: Path, hub_files: Sequence[str] = HUB_FILES) -> Path:
     """The model that an adapter belongs to: `start/` of the run that the folder is in, else the one it names.
 
     So a run directory can be moved, though its adapters name `start/` by an absolute path, for PEFT.
@@ -249,7 +274,7 @@ def base_of(folder: Path) -> Path:
             f"{folder / lora.CONFIG}: base_model_name_or_path must name the adapter's base, got {name!r}"
         )
     try:
-        base = resolve(name)
+        base = resolve(name, hub_files)
     except (FileNotFoundError, ValueError) as error:
         raise FileNotFoundError(f"{folder} is an adapter (LoRA) whose base is missing: {error}") from error
     if is_adapter(base):
@@ -407,7 +432,7 @@ def model_config(hf_config: dict[str, Any], path: Path, num_tensors: int) -> Mod
         layers = given.get("num_hidden_layers")
         if isinstance(layers, int) and layers > num_tensors:
             raise ValueError(
-                f"num_hidden_layers is {layers}, but the files hold {num_tensors} tensors in all"
+                f"num_hidden_layers is {layers}, but the files have at most {num_tensors} tensors"
             )
         complete = AutoConfig.for_model(hf_config["model_type"], **given).to_dict()
         return ModelConfig.from_hf(complete)

@@ -30,7 +30,7 @@ from grpo.model import lora, weights
 from grpo.model.attention import check_varlen
 from grpo.model.decoder import Decoder
 from grpo.rollout import Rollout
-from grpo.run import files, trackers
+from grpo.run import estimate, files, trackers
 from grpo.run.checkpoint import processor_model
 from grpo.sampler.engine import Sampler
 from grpo.sampler.kv_cache import SlotCache
@@ -63,12 +63,8 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     Raises:
         ValueError, FileNotFoundError: a setting, a file, or weights that are NaN or infinite.
     """
-    if config.threads:
-        torch.set_num_threads(config.threads)
     keep_freed_memory()
-    config.device = set_up_device(config.device, deterministic=config.deterministic)
-    if config.dtype == "auto":  # ranks must not measure different ones
-        config.dtype = distributed.on_main(lambda: choose_dtype("auto", config.device))
+    resolve(config)
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
     source = model_source or config.model_name_or_path
@@ -105,6 +101,15 @@ def fresh_adapter(config: Config, model: Decoder) -> dict[str, lora.LowRank]:
         target_modules=config.lora_target_modules.split(","),
         seed=config.seed,
     )
+
+
+def resolve(config: Config) -> None:
+    """Sets up threads and device; resolves device and dtype of `config` in place."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    config.device = set_up_device(config.device, deterministic=config.deterministic)
+    if config.dtype == "auto":  # ranks must not measure different ones
+        config.dtype = distributed.on_main(lambda: choose_dtype("auto", config.device))
 
 
 def _check_finite(model: Decoder, source: str) -> None:
@@ -376,6 +381,57 @@ def peak_memory_gb(device: str) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def device_memory(device: str, processes: int = 1) -> float:
+    """Bytes that a process can have on the device; a machine's memory is divided among its processes."""
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:  # of a container
+        total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or "max": no bound
+        pass
+    return total / processes
+
+
+# --- estimates -------------------------------------------------------------------------------------------
+
+
+def estimated(config: Config) -> str:
+    """What `--estimate` prints. Only the model's config.json is read; no GPU is needed if a size is named."""
+    ranks, capacity = estimate.target(str(config.estimate))
+    ranks = ranks or distributed.size()
+    if capacity is not None and config.device == "auto":
+        config.device = "cuda"
+    if capacity is None or config.dtype == "auto" and config.device == "cpu":
+        resolve(config)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"
+    model = weights.architecture(config.model_name_or_path)
+    return estimate.report(config, model, ranks=ranks, capacity=capacity or device_memory(config.device, ranks))
+
+
+def check_memory(config: Config) -> None:
+    """Resolves `parallel` of a run with several ranks in place, before anything is loaded.
+
+    Raises:
+        ValueError: the run cannot fit; the message names settings that would.
+    """
+    resolve(config)
+
+    def choose() -> list[Any]:
+        model, ranks = weights.architecture(config.model_name_or_path), distributed.size()
+        capacity = device_memory(config.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        parallel = estimate.choose_parallel(config, model, ranks=ranks, capacity=capacity)
+        estimate.check(config, model, ranks=ranks, parallel=parallel, capacity=capacity)
+        return [parallel, estimate.per_rank(config, model, ranks=ranks).total / 1e9, capacity / 1e9]
+
+    parallel, replicated, capacity = distributed.on_main(choose)
+    if distributed.size() > 1 and config.parallel == "auto":
+        print(f"parallel: {parallel}; replicate would need {replicated:.3g} of {capacity:.3g} GB per rank")
+        config.parallel = parallel
 
 
 # --- checks before a run ---------------------------------------------------------------------------------

@@ -336,7 +336,7 @@ def record_changes(config: Config, folder: Path) -> None:
     between, the run is one with its old settings that lacks these files.
     """
     old = configuration.load(folder / "config.yaml")
-    if not configuration.differences(old, config, free=("config", "resume")):
+    if not configuration.differences(old, config, free=configuration.COMMAND_LINE_ONLY):
         return
     if memory := configuration.differences(old, config, set(TYPES) - set(configuration.MEMORY_ON_RESUME)):
         print(

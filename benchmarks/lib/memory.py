@@ -1,0 +1,131 @@
+"""What a run's parts take on a CPU, counted: the oracle of grpo/run/estimate.py.
+
+A model with random weights, its reference, a learner and a sampler are built; then the sampler runs and the
+learner takes steps. Lengths are exact, prompts share nothing, and no turn ends early.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lib.measure import DTYPES, peak_bytes
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from grpo.config import Config
+from grpo.episode import Episode
+from grpo.learner.learner import Learner
+from grpo.model.decoder import Decoder, ModelConfig
+from grpo.run import estimate
+from grpo.sampler.engine import Feed, Row, Sample, Sampler
+
+
+class Tensors(MemTracker):
+    """Bytes of all tensors, without a record per module, which allows only one call of each."""
+
+    def _pre_fw_hook(self, *_: Any) -> None: ...
+
+    _post_fw_hook = _pre_bw_hook = _post_bw_hook = _pre_fw_hook
+
+    @property
+    def peak(self) -> int:
+        return self.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+class Case:
+    """Settings, a model's sizes and lengths; the parts are built inside what is measured."""
+
+    def __init__(self, config: Config, sizes: dict[str, Any], lengths: estimate.Lengths) -> None:
+        self.config, self.lengths = config, lengths
+        self.model = ModelConfig.from_hf(sizes)
+        rng = random.Random(0)
+        vocabulary = range(self.model.vocab_size)
+        self.prompts = [tuple(rng.choices(vocabulary, k=lengths.prompt)) for _ in range(config.max_rows)]
+        self.episodes = [
+            Episode(
+                str(group),
+                group,
+                member,
+                list(self.prompts[group]),
+                rng.choices(vocabulary, k=lengths.completion),
+                ["reflection"] * lengths.completion,
+                [-1.0] * lengths.completion,
+                "stop",
+                float(member % 2),
+            )
+            for group in range(config.groups_per_step)
+            for member in range(config.num_generations)
+        ]
+
+    def decoder(self) -> Decoder:
+        with torch.device("meta"):
+            model = Decoder(self.model)
+        model = model.to(DTYPES[self.config.dtype]).to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.02, generator=generator)
+        return model
+
+    def run(self, work: str) -> Any:
+        """Builds the parts, then does what each letter says: u, an update; r, a rollout."""
+        model, config = self.decoder(), self.config
+        reference = self.decoder() if config.beta > 0 else None
+        learner = Learner(model, config, total_steps=10, reference=reference)
+        never = self.model.vocab_size
+        sampler = Sampler(
+            model, stop_token_ids=[never], max_rows=config.max_rows, cache_gb=config.cache_gb
+        )
+        for letter in work:
+            if letter == "u":
+                learner.step(self.episodes)
+            else:
+                sampler.run([Row(prompt, self.script(i)) for i, prompt in enumerate(self.prompts)])
+        return model, learner, sampler
+
+    def script(self, index: int) -> list[Sample | Feed]:
+        """The completion, then half of `after` fed and half sampled."""
+        fed = self.lengths.after // 2
+        script: list[Sample | Feed] = [Sample(self.lengths.completion, key=(index,))]
+        if self.lengths.after:
+            script += [Feed([0] * fed), Sample(self.lengths.after - fed, key=(index, 1))]
+        return script
+
+    def estimates(self) -> dict[str, int]:
+        """Bytes of what `WORK` does."""
+        memory = estimate.per_rank(self.config, self.model, lengths=self.lengths)
+        # The buffers of the sampler's logits stay, but come only with the first rollout.
+        buffers = estimate.sampler_logits(self.config, self.model)
+        return {
+            "rollout": memory.kept - memory.moments + memory.rollout.total,  # moments come with a first update
+            "update": memory.kept - memory.caches + memory.update.total - buffers,
+            "both": memory.total,
+        }
+
+
+WORK = {"rollout": "r", "update": "uu", "both": "urur"}  # two updates: the first one makes the moments
+
+
+def allocated(case: Case) -> dict[str, int]:
+    """Peaks of what PyTorch's allocator gave out, by profiler."""
+    return {name: peak_bytes(lambda work=work: case.run(work), "cpu") for name, work in WORK.items()}
+
+
+def tracked(case: Case) -> int:
+    """Peak of all tensors in an update. (In a rollout the tracker does not see the packed weights.)"""
+    gc.collect()
+    with Tensors() as tensors:
+        kept = case.run(WORK["update"])
+    del kept
+    return tensors.peak
+
+
+def resident(work: Callable[[], Any]) -> int:
+    """How much the peak of resident memory grows, in bytes. Once per process: the peak never falls."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
