@@ -73,9 +73,7 @@ def compare(name: str) -> list[dict[str, Any]]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         row = {"settings": name, "work": work, "estimate": estimated / 1e9, "allocated": counted[work] / 1e9}
         row |= {"tensors": tensors / 1e9} if work == "update" else {}
-        rows.append(
-            {**row, "resident": json.loads(done.stdout) / 1e9, "ratio": estimated / counted[work]}
-        )
+        rows.append({**row, "resident": json.loads(done.stdout) / 1e9, "ratio": estimated / counted[work]})
     return rows
 
 

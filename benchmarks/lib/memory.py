@@ -77,9 +77,7 @@ class Case:
         reference = self.decoder() if config.beta > 0 else None
         learner = Learner(model, config, total_steps=10, reference=reference)
         never = self.model.vocab_size
-        sampler = Sampler(
-            model, stop_token_ids=[never], max_rows=config.max_rows, cache_gb=config.cache_gb
-        )
+        sampler = Sampler(model, stop_token_ids=[never], max_rows=config.max_rows, cache_gb=config.cache_gb)
         for letter in work:
             if letter == "u":
                 learner.step(self.episodes)
@@ -101,7 +99,9 @@ class Case:
         # The buffers of the sampler's logits stay, but come only with the first rollout.
         buffers = estimate.sampler_logits(self.config, self.model)
         return {
-            "rollout": memory.kept - memory.moments + memory.rollout.total,  # moments come with a first update
+            "rollout": memory.kept
+            - memory.moments
+            + memory.rollout.total,  # moments come with a first update
             "update": memory.kept - memory.caches + memory.update.total - buffers,
             "both": memory.total,
         }

@@ -410,7 +410,9 @@ def estimated(config: Config) -> str:
     if config.dtype == "auto":
         config.dtype = "bfloat16"
     model = weights.architecture(config.model_name_or_path)
-    return estimate.report(config, model, ranks=ranks, capacity=capacity or device_memory(config.device, ranks))
+    return estimate.report(
+        config, model, ranks=ranks, capacity=capacity or device_memory(config.device, ranks)
+    )
 
 
 def check_memory(config: Config) -> None:

@@ -1,17 +1,18 @@
-"""Where the memory of a run goes: bytes per rank, tokens and FLOPs of a step, from config.json and the settings.
+"""Where the memory of a run goes: bytes per rank, and the tokens and FLOPs of a step.
 
     python train.py --preset paper_countdown --estimate 8x80GB
 
-Nothing is loaded. With P parameters, N ranks, and w bytes per number of the compute dtype (bfloat16: 2), a
-rank keeps for the whole run, in bytes:
+Computed from config.json and the settings; nothing is loaded. With P parameters, N ranks, and w bytes per
+number of the compute dtype (bfloat16: 2), a rank keeps for the whole run, in bytes:
 
     parallel    weights  masters                 moments  gradients                          reference
     replicate   w P      4 P / N, or 0 if w = 4  8 P / N  4 P, and 4 P / N more if N > 1     w P
     fsdp        w P      4 P / N                 8 P / N  4 P / N                            w P / N
 
-`weights` are the sampler's; with `replicate` the learner computes with the same tensors. Masters and gradients
-are float32. With beta 0 there is no reference. With LoRA, masters, moments and gradients are those of the
-adapter's parameters, and the reference is the base with the adapter off.
+`weights` are the sampler's; with `replicate` the learner computes with the same tensors. Masters, moments and
+gradients are float32. With beta 0 there is no reference. With LoRA, masters, moments and gradients are those
+of the adapter's parameters, the reference is the base with the adapter off, and `fsdp` has w P / N more
+weights: the learner's share of the base.
 
 The sampler's caches stay too. What the rollout and the update need on top is freed in between, so a rank
 takes the larger of the two (`Memory`). Each formula below names the tensors that it counts. Those that grow
@@ -92,7 +93,8 @@ class Lengths:
     """Tokens of the longest conversation of a run.
 
     prompt: what a group shares: the question and, for a reflection, a failed attempt and an instruction.
-    completion: what goes through the learner for each member of the group; `trained` of it have a log-prob.
+    completion: what the learner has of each member of the group; `trained` of it have a log-prob. The last
+        token is only predicted: it does not go through the model.
     after: what the sampler feeds and samples after that: the question again, and the retry.
     """
 
@@ -176,15 +178,15 @@ def per_rank(
     lengths = lengths or Lengths.of(config)
     width, count, trained = _width(config), parameters(model), trained_parameters(config, model)
     sharded = parallel == "fsdp"
-    adapter = trained if config.lora_r else 0
+    weights = width * count
+    if config.lora_r:  # besides the adapter, with fsdp, the learner's base in shares
+        weights += width * trained + (width * count // ranks if sharded else 0)
     masters = FLOAT32 * trained // ranks if sharded or width < FLOAT32 else 0
     gradients = FLOAT32 * trained // ranks if sharded or ranks > 1 else 0
     gradients += 0 if sharded else FLOAT32 * trained
     reference = width * count // (ranks if sharded else 1) if config.beta > 0 and not config.lora_r else 0
-    if sharded and config.lora_r:  # the learner's own base, in shares
-        masters += FLOAT32 * count // ranks
     return Memory(
-        weights=width * (count + adapter),
+        weights=weights,
         masters=masters,
         moments=2 * FLOAT32 * trained // ranks,
         gradients=gradients,
@@ -273,9 +275,10 @@ def _update(config: Config, model: ModelConfig, lengths: Lengths, ranks: int, sh
     waiting = width * embedding if model.tie_word_embeddings and not config.lora_r else 0
     copies = 0
     if sharded:
-        # Layers gathered ahead, and one with its gradients; embeddings between forward and backward, likewise.
+        # Two layers gathered ahead; embeddings, between forward and backward; the gradients of a layer and of
+        # the embeddings, before and after their conversion to float32.
         one, root = layer_parameters(model), root_parameters(model)
-        copies = 2 * width * one + (width + FLOAT32) * one + (2 * width + FLOAT32) * root
+        copies = width * (2 * one + root) + (0 if config.lora_r else (width + FLOAT32) * (one + root))
     first = Working(copies, layers + ends, kept + _head(config, model, tokens, trained))
     second = Working(copies, layers + ends + inside, kept + waiting)
     return max(first, second, key=lambda working: working.total)
@@ -284,8 +287,8 @@ def _update(config: Config, model: ModelConfig, lengths: Lengths, ranks: int, sh
 def micro_batch(config: Config, lengths: Lengths, ranks: int) -> tuple[int, int]:
     """Most tokens of a micro-batch, and how many of them are trained."""
     groups = -(-config.groups_per_step // ranks)
-    group = lengths.prompt + config.num_generations * lengths.completion
-    longest = lengths.prompt + lengths.completion  # gets a micro-batch to itself
+    group = lengths.prompt + config.num_generations * (lengths.completion - 1)
+    longest = lengths.prompt + lengths.completion - 1  # gets a micro-batch to itself
     tokens = max(longest, min(config.max_tokens_per_micro_batch, groups * group))
     return tokens, tokens * config.num_generations * lengths.trained // group
 
@@ -314,7 +317,7 @@ def _saved_by_layer(config: Config, model: ModelConfig, lengths: Lengths) -> int
 
 
 def _head(config: Config, model: ModelConfig, tokens: int, trained: int) -> int:
-    """Backward pass of the log-probs (grpo/logprob.py, or grpo_kernels on CUDA), `trained` rows of `tokens`."""
+    """Backward pass of the log-probs (grpo/logprob.py, or grpo_kernels), `trained` rows of `tokens`."""
     width, hidden = _width(config), model.hidden_size
     embedding = 0 if config.lora_r else model.vocab_size * hidden  # its gradient
     rows = width * hidden * (tokens + trained)  # gradients of the hidden states, all and selected
@@ -322,7 +325,9 @@ def _head(config: Config, model: ModelConfig, tokens: int, trained: int) -> int:
         # Also a compacted copy and a float32 sum of the selected rows, and a chunk of d(logits).
         return rows + width * embedding + trained * ((width + FLOAT32) * hidden + width * CHUNK)
     block = min(trained, TILE_ROWS)
-    tiles = min(TILE_ELEMENTS, block * model.vocab_size) * (2 * FLOAT32 + 2 * (width if width < FLOAT32 else 0))
+    tiles = min(TILE_ELEMENTS, block * model.vocab_size) * (
+        2 * FLOAT32 + 2 * (width if width < FLOAT32 else 0)
+    )
     # Several blocks of rows are added up in float32, and rounded at the end.
     summed = FLOAT32 if trained > TILE_ROWS and width < FLOAT32 else 0
     return rows + tiles + FLOAT32 * block * hidden + (width + summed) * embedding
@@ -366,10 +371,10 @@ def step(config: Config, model: ModelConfig, lengths: Lengths | None = None) -> 
     passes = passes * config.num_iterations + frozen
     # The log-probs' backward pass computes the logits again.
     heads = (4 - (config.lora_r > 0)) * config.num_iterations + frozen
-    update = passes * forward(completion) + heads * head * generations * lengths.trained
+    update = passes * forward(completion - 1) + heads * head * generations * lengths.trained
     return Step(
         sampled=groups * generations * per_row,
-        learned=groups * (prompt + generations * completion),
+        learned=groups * (prompt + generations * (completion - 1)),
         rollout_flops=groups * rollout,
         update_flops=groups * update,
     )
@@ -400,8 +405,8 @@ def check(config: Config, model: ModelConfig, *, ranks: int, parallel: Parallel,
         each = f" on each of {ranks} ranks" if ranks > 1 else ""
         raise ValueError(
             f"{config.model_name_or_path} needs {_gb(total)} GB of memory{each} with these settings, and "
-            f"{config.device} has {_gb(capacity)} GB; {advice(config, model, ranks=ranks, capacity=capacity)} "
-            "(--estimate shows what takes the memory)"
+            f"{config.device} has {_gb(capacity)} GB; --estimate shows what takes it; "
+            f"{advice(config, model, ranks=ranks, capacity=capacity)}"
         )
 
 
@@ -467,7 +472,9 @@ def options(change: Change) -> str:
     words = [f"{change['ranks']} ranks"] if "ranks" in change else []
     for name, value in change.items():
         if name != "ranks":
-            words.append(f"--{name} {'true' if value is True else value if isinstance(value, str) else f'{value:g}'}")
+            words.append(
+                f"--{name} {'true' if value is True else value if isinstance(value, str) else f'{value:g}'}"
+            )
     return " ".join(words)
 
 
@@ -496,7 +503,8 @@ def report(config: Config, model: ModelConfig, *, ranks: int, capacity: float) -
     adapter = f", {_millions(trained)} of them trained (LoRA)" if config.lora_r else ""
     how = "1 rank" if ranks == 1 else f"{ranks} ranks, {parallel}"
     lines = [
-        f"{config.model_name_or_path}: {_millions(total)} parameters{adapter}; {config.dtype} on {config.device}, {how}",
+        f"{config.model_name_or_path}: {_millions(total)} parameters{adapter}; {config.dtype} on "
+        f"{config.device}, {how}",
         "",
         f"{'GB per rank':<14}{'rollout':>9}{'update':>9}",
     ]
