@@ -67,13 +67,14 @@ def case(name: str) -> Case:
 def compare(name: str) -> list[dict[str, Any]]:
     """A row of the table for each kind of work; each measurement of resident memory is a process."""
     subject, rows = case(name), []
-    counted, tensors = allocated(subject), tracked(subject)
+    tensors = tracked(subject)
     for work, estimated in subject.estimates().items():
         command = [sys.executable, __file__, "--resident", work, "--case", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = {"settings": name, "work": work, "estimate": estimated / 1e9, "allocated": counted[work] / 1e9}
+        counted = allocated(subject, work)
+        row = {"settings": name, "work": work, "estimate": estimated / 1e9, "allocated": counted / 1e9}
         row |= {"tensors": tensors / 1e9} if work == "update" else {}
-        rows.append({**row, "resident": json.loads(done.stdout) / 1e9, "ratio": estimated / counted[work]})
+        rows.append({**row, "resident": json.loads(done.stdout) / 1e9, "ratio": estimated / counted})
     return rows
 
 

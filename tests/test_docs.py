@@ -26,6 +26,8 @@ OTHER_OPTIONS = {
     "logdir",
     "project",
 }  # argparse's, pip's, ruff's, trackers'
+TORCHRUN_OPTIONS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max-restarts"}
+SLURM_OPTIONS = set("job-name nodes ntasks-per-node gpus-per-node cpus-per-task signal requeue".split())
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
 BENCHMARK_OPTIONS, EXPERIMENT_OPTIONS = (
     {
@@ -102,7 +104,7 @@ def test_options_exist(page):
         for option in action.option_strings
     }
     known = set(TYPES) | commands | OWN_OPTIONS | BENCHMARK_OPTIONS | EXPERIMENT_OPTIONS | OTHER_OPTIONS
-    assert options <= known
+    assert options <= known | TORCHRUN_OPTIONS | SLURM_OPTIONS
 
 
 def test_settings_written_with_a_value_exist(page):

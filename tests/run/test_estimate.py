@@ -85,11 +85,9 @@ def test_trained_parameters_of_an_adapter(modules):
     "settings", [{}, {"dtype": "bfloat16", "beta": 0.0, "gradient_checkpointing": True}]
 )
 def test_estimates_are_within_15_percent_of_what_pytorch_allocates(settings):
+    """The first case takes most in its update, the second one in its rollout."""
     case = small(**settings)
-    counted = allocated(case)
-    assert {name: pytest.approx(count, rel=0.15) for name, count in counted.items()} == case.estimates(), (
-        counted
-    )
+    assert case.estimates()["both"] == pytest.approx(allocated(case, "both"), rel=0.15)
 
 
 def test_the_estimate_of_an_update_is_within_15_percent_of_its_tensors():
@@ -267,6 +265,13 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(folder, capsys, mo
 
 def test_device_memory_of_a_cpu_is_divided_among_its_processes():
     assert build.device_memory("cpu", 2) == build.device_memory("cpu") / 2 > 0
+
+
+def test_the_page_about_scale_has_the_tables_of_the_benchmark():
+    import estimate as benchmark
+
+    page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
+    assert all(benchmark.paper_table(preset) in page for preset in benchmark.PRESETS)
 
 
 # --- where the sizes come from ----------------------------------------------------------------------------
