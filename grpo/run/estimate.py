@@ -435,7 +435,7 @@ def changes_that_fit(
         return per_rank(changed, model, ranks=count, parallel=parallel).total
 
     def fitting(kinds: list[list[Change]], together: Change) -> list[tuple[Change, int]]:
-        found = []
+        found: list[tuple[Change, int]] = []
         for kind in kinds:
             sized = ((together | change, total(together | change)) for change in kind)
             found += islice((pair for pair in sized if pair[1] <= USABLE * capacity), 1)

@@ -81,9 +81,7 @@ def test_trained_parameters_of_an_adapter(modules):
 # --- memory, counted --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"dtype": "bfloat16", "beta": 0.0, "gradient_checkpointing": True}]
-)
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16", "beta": 0.0, "gradient_checkpointing": True}])
 def test_estimates_are_within_15_percent_of_what_pytorch_allocates(settings):
     """The first case takes most in its update, the second one in its rollout."""
     case = small(**settings)
