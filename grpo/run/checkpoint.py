@@ -178,7 +178,8 @@ def load(
     """(tensors on the CPU, state) of one checkpoint folder. CheckpointError: a file is missing or damaged.
 
     Args:
-        pieces: which elements of the named tensor, flattened, this rank wants: first, end. None: all.
+        pieces: which elements of the named tensor, flattened, this rank wants: first, end; they come
+            flattened. None: all.
     """
     path = Path(path)
     payload = verify(path) if check else _read_state(path)
@@ -191,12 +192,11 @@ def load(
                 for name in stored.keys():  # noqa: SIM118  # not a dict
                     share, begin = stored.get_slice(name), begins[name]
                     begins[name] = end = begin + math.prod(share.get_shape())
-                    first, last = pieces(name) or (0, end)
-                    wanted = max(first, begin) - begin, min(last, end) - begin
-                    if wanted == (0, end - begin):
-                        tensors.setdefault(name, []).append(stored.get_tensor(name))
+                    if (piece := pieces(name)) is None:
+                        part = stored.get_tensor(name)
                     else:
-                        tensors.setdefault(name, []).append(_stretch(share, *wanted))
+                        part = _stretch(share, max(piece[0], begin) - begin, min(piece[1], end) - begin)
+                    tensors.setdefault(name, []).append(part)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
     whole = {
