@@ -42,7 +42,7 @@ from torch import Tensor
 
 from grpo import distributed
 from grpo.model.shards import ShardWriter
-from grpo.run.files import MismatchError, RunDirError, read_json, remove, written_whole
+from grpo.run.files import MismatchError, RunDirError, flush, read_json, remove, written_whole
 
 STATE = "trainer/state.json"
 TENSORS = re.compile(r"trainer/(state|rank-\d{4,})(-\d{5}-of-\d{5})?\.safetensors")
@@ -96,6 +96,8 @@ def save(
                 write_model(partial, writer)
             name = f"rank-{distributed.rank():04d}" if distributed.size() > 1 else "state"
             writer.write(tensors, partial / "trainer", name)
+            for path in writer.sums:  # rank 0 cannot flush what another machine still has to write
+                flush(path)
         sums = {str(path): digest for path, digest in writer.sums.items()}
         gathered = chain.from_iterable(part.items() for part in distributed.gather(sums, group))
         with distributed.agreement(group):
@@ -381,8 +383,10 @@ def _digest(payload: Mapping[str, Any]) -> str:
 
 def _sums(folder: Path, known: Mapping[Path, str]) -> dict[str, str]:
     """sha256 of each file by name; those in `known` are not read."""
-    files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
-    return {name: known.get(folder / name) or _sha256(folder / name) for name in files}
+    # A listing may lack for a while what another machine has written to a shared disk.
+    files = {f for f in folder.rglob("*") if f.is_file()} | known.keys()
+    names = sorted(f.relative_to(folder).as_posix() for f in files)
+    return {name: known.get(folder / name) or _sha256(folder / name) for name in names}
 
 
 def _compare(folder: Path, sums: Mapping[str, str], stored_in: str) -> None:

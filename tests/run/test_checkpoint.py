@@ -374,3 +374,10 @@ def test_a_seal_of_another_form_is_damaged(tmp_path, content):
     (tmp_path / checkpoint.SEAL).write_text(content)
     with pytest.raises(CheckpointError, match="sha256.json is damaged"):
         checkpoint.check_seal(tmp_path)
+
+
+def test_a_seal_has_what_another_machine_wrote_and_the_listing_lacks_yet(tmp_path):
+    (tmp_path / "here.txt").write_text("here")
+    checkpoint.seal(tmp_path, {tmp_path / "there.safetensors": "ab12"})
+    sums = json.loads((tmp_path / checkpoint.SEAL).read_text())
+    assert list(sums) == ["here.txt", "there.safetensors"] and sums["there.safetensors"] == "ab12"
