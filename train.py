@@ -31,7 +31,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,9 @@ def supervised_steps(run: RunState, folder: Path) -> None:
                     saved = done  # set first, so that a failed save is not retried below
                     run.save(learner, folder, done)
         run.finish_saving()
-    except ENDINGS:
+    except ENDINGS as error:
         unsaved = done > saved and learner.optimizer.num_updates == done
-        save_before_leaving(run, learner if unsaved else None, folder, done)
+        save_before_leaving(run, learner if unsaved and distributed.agreed(error) else None, folder, done)
         raise
 
 
@@ -201,13 +201,14 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
             groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
             episodes = sample(run, groups, step)
-            sampled_metrics = rollout_metrics(
-                episodes,
-                train_on=config.train_on,
-                task=parts.task,
-                groups=groups,
-                success_threshold=config.success_threshold,
-            )
+            with distributed.agreement():
+                sampled_metrics = rollout_metrics(
+                    episodes,
+                    train_on=config.train_on,
+                    task=parts.task,
+                    groups=groups,
+                    success_threshold=config.success_threshold,
+                )
             sampled = time.perf_counter()
             # A checkpoint is written during the rollout, from the tensors that the update changes.
             run.finish_saving()
@@ -247,7 +248,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                     limit=config.max_wrong_episodes,
                 )
                 if problem is not None:
-                    raise failures.NoSignalError(problem)
+                    with distributed.agreement():
+                        raise failures.NoSignalError(problem)
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
             if due or step in (run.best_step(), config.max_steps):
@@ -256,10 +258,10 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             if config.report and distributed.is_main() and (problem := live.refresh()):
                 print(problem, file=sys.stderr)
         run.finish_saving()
-    except ENDINGS:
+    except ENDINGS as error:
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         unsaved = done > saved and learner.num_steps == done and learner.between_steps
-        save_before_leaving(run, learner if unsaved else None, run.folder, done)
+        save_before_leaving(run, learner if unsaved and distributed.agreed(error) else None, run.folder, done)
         raise
     finally:
         bar.close()
@@ -289,7 +291,7 @@ def save_before_leaving(run: RunState, learner: Learner | None, folder: Path, st
     """Saves the finished steps while an exception propagates; a failed save does not hide that exception.
 
     Args:
-        learner: None: the steps are saved, or are being saved.
+        learner: None: the steps are saved or being saved, or cannot be, because other ranks go on.
     """
     try:
         if learner is not None:
@@ -381,12 +383,13 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
             input that changed since the run started.
     """
     config.device = build.set_up_device(config.device, deterministic=config.deterministic)
-    kernels = grpo_kernels.backend(config.device, config.kernels)
+    with distributed.agreement():
+        kernels = grpo_kernels.backend(config.device, config.kernels)
     build.check_memory(config)
     parts = build.parts(config)
-    content = inputs.sums(parts, build.check_run(config, parts))
-    start_record = reuse.record(config, content)
-    distributed.check_equal("settings", asdict(config))
+    with distributed.agreement():
+        content = inputs.sums(parts, build.check_run(config, parts))
+        start_record = reuse.record(config, content)
     distributed.check_equal("inputs", content)
     distributed.check_equal("versions", {**start_record["environment"], "code of grpo": start_record["code"]})
     distributed.on_main(lambda: open_folder(parts, folder, content, start_record))
@@ -443,7 +446,8 @@ def main(argv: list[str] | None = None, stages: Callable[[RunState], None] = all
     """
     folder, running = None, False
     try:
-        config = configuration.parse(sys.argv[1:] if argv is None else argv)
+        with distributed.agreement():
+            config = configuration.parse(sys.argv[1:] if argv is None else argv)
         if config.estimate is not None:
             print(build.estimated(config))
             return EXIT_OK

@@ -19,7 +19,6 @@ restarts all).
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -53,6 +52,7 @@ class LostRankError(RankError):
 
 
 _rank, _size = 0, 1
+_side_group: dist.ProcessGroup | None = None
 _lost = False  # an exchange has failed
 
 
@@ -78,7 +78,7 @@ def joined() -> Iterator[None]:
 
 def start() -> None:
     """Joins the processes that torchrun started."""
-    global _rank, _size
+    global _rank, _size, _side_group
     if _size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     import torch
@@ -87,19 +87,18 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with exchange():
         dist.init_process_group(backend, timeout=PATIENCE)
+        _side_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     _rank, _size = dist.get_rank(), dist.get_world_size()
-    side_group()
 
 
 def stop() -> None:
     """Leaves the other processes, without waiting for them."""
-    global _rank, _size
+    global _rank, _size, _side_group
     if _size > 1 and not _lost:
         import torch.distributed as dist
 
-        side_group.cache_clear()
         dist.destroy_process_group()
-        _rank, _size = 0, 1
+        _rank, _size, _side_group = 0, 1, None
 
 
 def size() -> int:
@@ -126,15 +125,9 @@ def errors() -> TextIO:
     return sys.stderr if is_main() else sys.__stderr__ or sys.stderr
 
 
-@functools.cache
 def side_group() -> dist.ProcessGroup | None:
     """A second group of all ranks, for a thread whose exchanges run next to those of the main thread."""
-    if _size == 1:
-        return None
-    import torch.distributed as dist
-
-    with exchange():
-        return dist.new_group(backend="gloo", timeout=PATIENCE)
+    return _side_group
 
 
 # --- exchanges ----------------------------------------------------------------------------------------------
@@ -232,11 +225,13 @@ def add_up(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def exchange() -> Iterator[None]:
-    """Turns the errors of a broken connection into LostRankError."""
+    """Turns the errors of a broken connection into LostRankError. Also a decorator."""
     global _lost
     try:
         yield
-    except RuntimeError as error:  # torch.distributed.DistBackendError and gloo's own
+    except RuntimeError as error:
+        if not any(library in str(error) for library in ("gloo", "NCCL", "TCPStore")):
+            raise  # too little memory, for example
         _lost = True
         raise LostRankError(f"rank {_rank} lost contact with another rank ({_in_words(error)})") from error
 
@@ -251,7 +246,8 @@ def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """A context that all ranks leave in the same way. If the body raises on one of them, all raise.
 
     A rank whose body succeeded raises RankError, or RankStopped if the other rank was told to stop. Ranks do
-    not exchange anything inside; an agreement inside another one changes nothing.
+    not exchange anything inside; an agreement inside another one changes nothing. As a decorator, it makes
+    the whole function such a context.
     """
     if _size == 1 or getattr(_inside, "agreement", False):
         yield
@@ -266,13 +262,23 @@ def agreement(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         error = caught
     finally:
         _inside.agreement = False
-    outcomes = gather(None if error is None else [isinstance(error, Exception), _in_words(error)], group)
-    if error is not None:
-        raise error
+    failed = isinstance(error, (Exception, SystemExit))  # a task may call sys.exit
+    outcomes = gather(None if error is None else [failed, _in_words(error)], group)
     for number, outcome in enumerate(outcomes):
-        if outcome is not None:
+        if error is None and outcome is not None:
             failed, words = outcome
-            raise (RankError if failed else RankStopped)(f"rank {number}: {words}")
+            error = (RankError if failed else RankStopped)(f"rank {number}: {words}")
+    if error is not None:
+        vars(error)["agreed"] = True
+        raise error
+
+
+def agreed(error: BaseException) -> bool:
+    """Whether all ranks have raised where this rank raised `error`: at the end of an agreement.
+
+    After any other error the ranks are at different places of the program, and must not exchange anything.
+    """
+    return _size == 1 or "agreed" in vars(error)
 
 
 def _in_words(error: BaseException) -> str:

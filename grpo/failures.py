@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     import argparse
 
     from grpo import config as configuration
-    from grpo.run import build
+    from grpo.run import build, inputs
     from grpo.run.progress import Bar
 
     parser = argparse.ArgumentParser(
@@ -291,15 +291,18 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupts():
             try:
                 # No reflection is sampled here: the preset's overlong_buffer must not bound its length.
-                config = configuration.parse(["--overlong_buffer", "0", *rest])
+                with distributed.agreement():
+                    config = configuration.parse(["--overlong_buffer", "0", *rest])
                 if config.preset == configuration.MODEL_PRESET:
                     print(configuration.preset_line(config))
                 parts = build.parts(config)
                 only_attempts = replace(
                     config, train_on="attempt", warm_start_steps=0, eval_steps=0, num_eval=0
                 )
-                build.check_run(only_attempts, parts)
-                examples = parts.task.examples("train", config.num_examples)
+                with distributed.agreement():
+                    build.check_run(only_attempts, parts)
+                    examples = parts.task.examples("train", config.num_examples)
+                inputs.check_ranks(parts, examples)
             except (
                 ValueError,
                 FileNotFoundError,

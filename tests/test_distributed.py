@@ -5,11 +5,13 @@ Each rank is a process of its own, with gloo on the loopback interface (tests/ra
 
 import copy
 import math
+import os
 import random
 from dataclasses import replace
 
 import pytest
 import tiny
+import tiny_run
 import torch
 from ranks import together
 
@@ -17,6 +19,7 @@ from grpo import distributed
 from grpo.learner import sharded
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.model import lora
+from grpo.run import inputs
 from grpo.run.interrupts import Interrupted
 
 SIZES = (1, 2, 3)
@@ -62,21 +65,22 @@ def test_each_rank_is_dealt_about_the_same_cost(monkeypatch):
 ERRORS = {
     "failed": lambda: ValueError("no such answer"),
     "interrupted": Interrupted,
+    "exited": lambda: SystemExit(0),
     "nothing": lambda: None,
 }
 
 
 def ended(kind, place):
     """What the ranks raise where the rank `place` raises the error `kind`, and that they can go on."""
-    raised = None
+    raised, agreed = None, True
     try:
         with distributed.agreement():
             with distributed.agreement():  # an inner one changes nothing
                 if distributed.rank() == place and (error := ERRORS[kind]()) is not None:
                     raise error
     except BaseException as caught:
-        raised = f"{type(caught).__name__}: {caught}"
-    return raised, distributed.gather(distributed.rank())
+        raised, agreed = f"{type(caught).__name__}: {caught}", distributed.agreed(caught)
+    return raised, agreed, distributed.gather(distributed.rank())
 
 
 @pytest.mark.parametrize(
@@ -84,13 +88,14 @@ def ended(kind, place):
     [
         ("failed", "ValueError: no such answer", "RankError: rank 1: ValueError: no such answer"),
         ("interrupted", "Interrupted: ", "RankStopped: rank 1: Interrupted: "),
+        ("exited", "SystemExit: 0", "RankError: rank 1: SystemExit: 0"),
         ("nothing", None, None),
     ],
 )
 def test_all_ranks_leave_an_agreement_in_the_same_way(kind, own, others):
     results = together(3, ended, kind, 1)
-    assert [raised for raised, _ in results] == [others, own, others]
-    assert all(gathered == [0, 1, 2] for _, gathered in results)
+    assert [raised for raised, _, _ in results] == [others, own, others]
+    assert all(agreed and gathered == [0, 1, 2] for _, agreed, gathered in results)
 
 
 def unequal(values):
@@ -105,6 +110,76 @@ def test_ranks_with_other_settings_are_refused_on_every_rank():
     expected = "all ranks must have the same settings, but max_steps is 3 on rank 0 and 4 on rank 2"
     assert together(3, unequal, settings) == [expected] * 3
     assert together(3, unequal, settings[:1] * 3) == [None] * 3
+
+
+def other_examples():
+    parts = tiny.build()
+    examples = parts.task.examples("train", 2 + distributed.rank() // 2)
+    try:
+        inputs.check_ranks(parts, examples)
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_with_other_examples_are_refused_on_every_rank():
+    errors = together(3, other_examples)
+    assert len(set(errors)) == 1 and "the same examples" in errors[0] and "on rank 2" in errors[0]
+
+
+def run_from(folders, argvs):
+    """A run with a folder and arguments for each rank: its status, and what it wrote on standard error."""
+    os.chdir(folders[distributed.rank()])
+    done = tiny_run.run(argvs[distributed.rank()])
+    return done.status, done.err
+
+
+BAD_ON_RANK_1 = {  # folder and arguments of rank 1; status and beginning of the message of rank 0
+    "an unknown option": (".", ["--no_such_option", "1"], 1, "error: rank 1: ValueError: "),
+    "no such model there": ("runs", [], 1, "error: rank 1: FileNotFoundError: "),
+    "another setting": (
+        ".",
+        ["--seed", "9"],
+        2,
+        "error: all ranks must have the same settings, but seed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ON_RANK_1)
+def test_bad_input_on_one_rank_is_one_line_from_rank_0(tmp_path, case):
+    folder, more, expected, line = BAD_ON_RANK_1[case]
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    tiny_run.save_model(tmp_path / "model")
+    argv = tiny_run.arguments("model", runs)
+    (status, err), other = together(2, run_from, [tmp_path, tmp_path / folder], [argv, argv + more])
+    assert (status, other) == (expected, (2, "")) and err.startswith(line) and err.count("\n") == 1
+    assert not list(runs.iterdir())
+
+
+def run_that_breaks(argv, place):
+    """A run whose second update raises on the rank `place`, where other ranks do not notice."""
+    backward = Learner._backward
+
+    def breaking(self, loss):
+        if self.num_steps == 1 and distributed.rank() == place:
+            raise MemoryError("no memory left")
+        return backward(self, loss)
+
+    Learner._backward = breaking
+    distributed.time.sleep = lambda seconds: None
+    done = tiny_run.run(argv)
+    return done.status, done.err
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_error_on_one_rank_in_the_update_ends_all(tmp_path, mode):
+    """The rank that failed does not try to save: the others are at another place of the program."""
+    settings = {"parallel": mode, "save_steps": 0, "warm_start_steps": 0, "eval_steps": 0, "num_eval": 0}
+    argv = tiny_run.arguments(tiny_run.save_model(tmp_path / "model"), tmp_path / "runs", **settings)
+    (status, err), broken = together(2, run_that_breaks, argv, 1)
+    assert status == 1 and broken == (1, "")
+    assert err.strip().startswith("error: rank 0 lost contact with another rank") and "--resume" in err
 
 
 # --- gradients --------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ Models may differ in size and family. Task and decoding are the same for all, so
 One model is in memory at a time. With --output an interrupted evaluation continues after its last whole
 block.
 
-Left out: several processes.
+Left out: several models at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from grpo.evaluate.comparison import CONTROLS, ModelResult, report
 from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID, is_model
-from grpo.run import build, checkpoint, files
+from grpo.run import build, checkpoint, files, inputs
 from grpo.run.progress import Bar
 from grpo.tasks import TaskError
 from grpo.tasks.contract import check_task
@@ -240,10 +240,11 @@ def main(argv: list[str] | None = None) -> int:
     options, rest = parser().parse_known_args(argv)
     try:
         with Interrupts():
-            models = models_of(options.checkpoints)
-            config = evaluation_config(models, options, rest)
-            if options.output and Path(options.output).is_dir():
-                raise ValueError(f"output must be a file, got the folder {options.output}")
+            with distributed.agreement():
+                models = models_of(options.checkpoints)
+                config = evaluation_config(models, options, rest)
+                if options.output and Path(options.output).is_dir():
+                    raise ValueError(f"output must be a file, got the folder {options.output}")
             comparison = report({model.label: _measure(model, config, options) for model in models})
         if options.output and distributed.is_main():
             with files.written_whole(Path(options.output)) as path:
@@ -273,8 +274,10 @@ def _measure(model: MeasuredModel, config: Config, options: argparse.Namespace) 
     """Loads one model, measures it, and lets go of it before the next one is loaded."""
     built = build.parts(config, model_source=model.path)
     built.sampler.top_p, built.sampler.top_k = options.top_p, options.top_k
-    examples = check_task(built.task, {options.split: {"num_eval": config.num_eval}}, built.chat)
-    build.check_room(replace(config, warm_start_steps=0), built, examples)
+    with distributed.agreement():
+        examples = check_task(built.task, {options.split: {"num_eval": config.num_eval}}, built.chat)
+        build.check_room(replace(config, warm_start_steps=0), built, examples)
+    inputs.check_ranks(built, examples)
     with (
         build.evaluation_sampling(built),
         Bar(model.label, len(examples), "problem") as bar,

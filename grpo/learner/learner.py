@@ -279,7 +279,8 @@ class Learner:
                 problem = f"the norm of the gradients' sum over all ranks is {grad_norm}"
             losses = list(chain.from_iterable(distributed.gather(losses)))
         if problem is not None:
-            raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
+            with distributed.agreement():  # all ranks know of it
+                raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
         limit = self.config.max_grad_norm
         # The step is taken even if no episode had a signal: the moments decay as in any other step.
         self.optimizer.step(learning_rate, scale=limit / (grad_norm + 1e-6) if grad_norm > limit else 1.0)
@@ -333,6 +334,7 @@ class Learner:
         varlen = self.config.attn_implementation == "varlen"
         return tree_attend(batch.trees, self.model.config.windows, varlen=varlen)
 
+    @distributed.exchange()  # with FSDP, ranks gather the weights
     def _logprobs(
         self, model: Decoder, batch: Batch, attend: Attend, *, temperature: float, entropy: bool = False
     ) -> tuple[Tensor, Tensor | None]:

@@ -196,12 +196,14 @@ class FullyShardedAdamW(MasterAdamW):
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
-        yield  # FSDP adds up the reduced gradients in float32
+        with distributed.exchange():
+            yield  # FSDP adds up the reduced gradients in float32
 
     def grad_norm(self) -> Tensor:
-        if not (gradients := [g for g in self.gradients.values() if g.numel()]):
-            return torch.zeros(())
-        return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]).norm()
+        device = next(iter(self.masters.values())).device
+        zero = torch.zeros((), dtype=torch.float64, device=device)  # of a rank that has no share
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in self.gradients.values()]
+        return torch.stack([zero, *norms]).norm()
 
     def reduce(self) -> Tensor:
         gradients = self.gradients

@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,10 +61,16 @@ def parts(config: Config, *, model_source: str | None = None) -> Parts:
     Resolves device, dtype and attn_implementation of `config` in place: config.yaml names what was used.
 
     Raises:
-        ValueError, FileNotFoundError: a setting, a file, or weights that are NaN or infinite.
+        ValueError, FileNotFoundError: a setting, a file, or weights that are NaN or infinite; or ranks have
+            other settings.
     """
     keep_freed_memory()
     resolve(config)
+    return _parts(config, model_source)
+
+
+@distributed.agreement()
+def _parts(config: Config, model_source: str | None) -> Parts:
     task = get_task(config.task, config.task_options)
     dtype = DTYPES[config.dtype]
     source = model_source or config.model_name_or_path
@@ -104,10 +110,15 @@ def fresh_adapter(config: Config, model: Decoder) -> dict[str, lora.LowRank]:
 
 
 def resolve(config: Config) -> None:
-    """Sets up threads and device; resolves device and dtype of `config` in place."""
+    """Sets up threads and device; resolves device and dtype of `config` in place.
+
+    Raises:
+        ValueError: this machine lacks the device, or ranks have other settings.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     config.device = set_up_device(config.device, deterministic=config.deterministic)
+    distributed.check_equal("settings", asdict(config))  # what follows must be the same on all ranks
     if config.dtype == "auto":  # ranks must not measure different ones
         config.dtype = distributed.on_main(lambda: choose_dtype("auto", config.device))
 
@@ -190,6 +201,7 @@ def evaluation_sampling(parts: Parts) -> Iterator[None]:
         sampler.temperature, sampler.greedy = before
 
 
+@distributed.agreement()
 def set_up_device(name: str, *, deterministic: bool = False) -> str:
     """Makes the device that the setting `device` names the current one; sets PyTorch up for it.
 

@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from grpo import distributed
 from grpo.model import weights
 from grpo.run import files
 from grpo.run.build import Parts
@@ -52,6 +53,12 @@ def sums(parts: Parts, examples: Sequence[Example]) -> dict[str, Any]:
         "heldout": {"count": config.num_eval, "sha256": _sum_of_examples(parts, examples[validated:])},
         "model": _sums_of_model(weights.resolve(config.model_name_or_path)),
     }
+
+
+def check_ranks(parts: Parts, examples: Sequence[Example]) -> None:
+    """Raises ValueError if ranks have other examples or messages: each would sample some of its own."""
+    if distributed.size() > 1:
+        distributed.check_equal("examples", {"their sha256": _sum_of_examples(parts, examples)})
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ import signal
 from types import FrameType, TracebackType
 from typing import Any
 
+from grpo import distributed
+
 # --- before torch is imported ----------------------------------------------------------------------------
 #
 # Every command calls `set_up_process` before it imports torch: the import takes seconds, and OpenMP reads the
@@ -81,7 +83,8 @@ class Interrupts:
             raise KeyboardInterrupt
         self.received = True
         # Not print: the signal may have interrupted a print, and its buffer cannot be entered twice.
-        os.write(2, b"\nstopping: saving what is done (repeat the signal to stop at once)\n")
+        if distributed.is_main():
+            os.write(2, b"\nstopping: saving what is done (repeat the signal to stop at once)\n")
 
 
 def leave_quietly() -> None:

@@ -158,7 +158,8 @@ class RunState:
             RunDirError: the disk has too little space left. Earlier checkpoints stay.
         """
         self.finish_saving()
-        learner.check_weights(self.parts.model)
+        with distributed.agreement():
+            learner.check_weights(self.parts.model)
         of_run = folder == self.folder
         tensors, counters = learner.state()
         size = checkpoint_bytes(self.parts)
@@ -193,12 +194,13 @@ class RunState:
         """
         step, sizes = 0, dict.fromkeys(logs, 0)
         if (path := latest_checkpoint(folder)) is not None:
-            for difference in checkpoint.environment_differences(path):
-                print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
             pieces = learner.optimizer.pieces()
-            tensors, state = checkpoint.load(
-                path, check=False, pieces=lambda name: pieces.get(name.partition(".")[2])
-            )
+            with distributed.agreement():
+                for difference in checkpoint.environment_differences(path):
+                    print(f"warning: {difference}: the run continues, but not bit for bit", file=sys.stderr)
+                tensors, state = checkpoint.load(
+                    path, check=False, pieces=lambda name: pieces.get(name.partition(".")[2])
+                )
             try:
                 learner.load_state(tensors, state["counters"])
                 sizes = {log: int(size) for log, size in state["logs"].items() if log in logs}
