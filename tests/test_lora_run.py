@@ -258,6 +258,8 @@ def test_a_moved_run_finds_its_start(finished, tmp_path, capsys):
             target.write_bytes(path.read_bytes())
     last = newest(moved)
     assert weights.base_of(last) == moved / "start"
+    identity = evaluate.MeasuredModel("", str(last)).identity()  # changes with the adapter and with its base
+    assert " adapter_model.safetensors:" in identity and " model.safetensors:" in identity
     assert evaluate.main([str(last), "--output", str(tmp_path / "result.json")]) == 0
     measured = json.loads((tmp_path / "result.json").read_text())["models"][last.name]
     assert measured == json.loads((finished / "evaluation.json").read_text())["models"]["trained"]

@@ -30,7 +30,7 @@ from grpo.config import Config
 from grpo.evaluate.comparison import CONTROLS, ModelResult, report
 from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
-from grpo.model.weights import HUB_ID, is_model
+from grpo.model.weights import HUB_ID, base_of, is_adapter, is_model
 from grpo.run import build, checkpoint, files, inputs
 from grpo.run.progress import Bar
 from grpo.tasks import TaskError
@@ -157,6 +157,8 @@ class MeasuredModel:
         """Path, size and time of each weight file: changes when the weights do, without reading them."""
         path = Path(self.path)
         stored = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        if is_adapter(path) and (base := base_of(path)).is_dir():
+            stored += sorted(base.glob("*.safetensors"))
         stats = [(file.name, file.stat()) for file in stored]
         return " ".join([self.path, *(f"{name}:{stat.st_size}:{stat.st_mtime_ns}" for name, stat in stats)])
 
