@@ -136,6 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         "--completion", type=int, default=64, help="tokens of a completion (default: %(default)s)"
     )
     parser.add_argument("--beta", type=float, default=0.001, help="KL penalty (default: %(default)s)")
+    parser.add_argument("--lora_r", type=int, default=0, help="rank of an adapter of ours; 0: all weights")
     parser.add_argument("--micro_batch", type=int, default=0, help="tokens of ours; 0: the preset's")
     parser.add_argument("--stop_check_steps", type=int, default=1, help="of ours (default: %(default)s)")
     parser.add_argument(

@@ -1,7 +1,8 @@
 """The two trainers of benchmarks/step.py, each as a function from arguments to measurements.
 
 Prompts, lengths, rewards and settings are the same for both. Arguments are those of step.py: folder (of the
-weights), device, dtype, prompts, generations, prompt, completion, beta, micro_batch, stop_check_steps, steps.
+weights), device, dtype, prompts, generations, prompt, completion, beta, lora_r, micro_batch,
+stop_check_steps, steps.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Ours:
 
         from grpo import config as configuration
         from grpo.learner.learner import Learner
-        from grpo.model import weights
+        from grpo.model import lora, weights
         from grpo.run import build
         from grpo.sampler.engine import Sampler
 
@@ -79,13 +80,19 @@ class Ours:
         )
         if arguments.micro_batch:
             config.max_tokens_per_micro_batch = arguments.micro_batch
+        reference = None
+        if arguments.lora_r:
+            lora.add(model, lora.fresh(model.config, r=arguments.lora_r, lora_alpha=config.lora_alpha))
+            reference = model
+        elif arguments.beta:
+            reference, _ = weights.load(arguments.folder, dtype, arguments.device)
         kernels = grpo_kernels.backend(arguments.device)
         self.arguments = arguments
         self.learner = Learner(
             model,
             config,
             total_steps=arguments.steps + 1,
-            reference=weights.load(arguments.folder, dtype, arguments.device)[0] if arguments.beta else None,
+            reference=reference,
             kernels=kernels,
         )
         never = model.config.vocab_size  # a stop token that cannot be sampled
