@@ -14,6 +14,7 @@ import tiny
 import tiny_run
 import torch
 from ranks import together
+from torch.distributed.tensor import DTensor
 
 from grpo import distributed
 from grpo.learner import sharded
@@ -238,6 +239,8 @@ def stepped(mode):
                 reference = sharded.shard(reference, dtype=torch.float64, trained=False)
         subject = tiny.learner(replace(plain, model=model, config=config), reference=reference)
         metrics = subject.step(changed(case, episodes))
+        if sharding and reference is not None:
+            assert isinstance(reference.output_weight, DTensor), "the embeddings are still gathered"
         results[case] = metrics, whole_gradients(subject.optimizer)
     return results
 

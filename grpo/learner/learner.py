@@ -179,6 +179,7 @@ class Learner:
         if config.beta > 0 and self.reference is not None:
             with switched_off(self.reference):  # with LoRA it is the policy's model
                 ref = [self._frozen(self.reference, *pair) for pair in zip(batches, attends, strict=True)]
+            sharded.release(self.reference)
 
         learning_rate = self.learning_rate()
         updates: list[dict[str, float]] = []

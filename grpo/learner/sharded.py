@@ -153,6 +153,12 @@ def shard(model: Decoder, *, dtype: torch.dtype, trained: bool = True) -> Decode
     return sharded
 
 
+def release(model: nn.Module) -> None:
+    """Drops the gathered embeddings of a sharded model, for which no backward pass follows that would."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
 def _rows(sharded: Tensor) -> Tensor:
     """This rank's rows of a parameter or gradient, not a copy."""
     assert isinstance(sharded, DTensor)
