@@ -33,20 +33,20 @@ from grpo.run import build, estimate  # noqa: E402
 
 # --- counted on a CPU -----------------------------------------------------------------------------------
 
-# SmolLM2-135M with fewer layers
+# SmolLM2-135M with fewer layers and tokens, so that a slow CPU needs few minutes
 SIZES = {
     "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
-    "vocab_size": 49152,
+    "vocab_size": 16384,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-LENGTHS = estimate.Lengths(prompt=200, completion=100, trained=100, after=40)
+LENGTHS = estimate.Lengths(prompt=200, completion=60, trained=60, after=20)
 GROUP = LENGTHS.prompt + 8 * (LENGTHS.completion - 1)  # tokens of a group's tree
 CASES: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -57,7 +57,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def case(name: str) -> Case:
     config = Config(
-        device="cpu", dtype="float32", groups_per_step=2, max_rows=16, max_tokens_per_micro_batch=GROUP
+        device="cpu", dtype="float32", groups_per_step=1, max_rows=16, max_tokens_per_micro_batch=GROUP
     )
     return Case(replace(config, **CASES[name]), SIZES, LENGTHS)
 

@@ -3,6 +3,7 @@
     python benchmarks/scaling.py                                    group size, prompt and completion length
     python benchmarks/scaling.py --axes vocabulary model threads --dtype float32
     python benchmarks/scaling.py --axes generations --values 4 8 16 32 64
+    python benchmarks/scaling.py --computed            a step on 8 to 1,024 GPUs, computed (lib/cluster.py)
 
 Every point is a step of benchmarks/step.py in a separate process, with `beta` 0 and random weights. For each
 axis the exponent b of seconds ~ size^b is fitted by least squares on the logarithms, over all points and over
@@ -19,6 +20,7 @@ import math
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import step  # noqa: E402
 import torch  # noqa: E402
-from lib.measure import command_line, machine  # noqa: E402
+from lib.cluster import step_time  # noqa: E402
+from lib.measure import command_line, machine, markdown  # noqa: E402
+from lib.paper_models import PAPER_MODELS  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
 from grpo.model import weights  # noqa: E402
@@ -147,8 +151,48 @@ def plot(file: Path, results: dict[str, Any]) -> str:
     return f", {file.name}"
 
 
+# --- computed -------------------------------------------------------------------------------------------
+
+COMPUTED_MODELS = ("Qwen/Qwen2.5-1.5B-Instruct", "meta-llama/Llama-3.1-8B-Instruct")
+COMPUTED_RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+GROUPS_PER_GPU = 4  # of the second table: those of the preset on 8 GPUs
+
+
+def computed(name: str, *, grow: bool) -> str:
+    """A table of step times with `paper_countdown`.
+
+    Args:
+        grow: the batch grows with the GPUs; otherwise it stays the preset's.
+    """
+    preset = ["--preset", "paper_countdown", "--device", "cuda", "--dtype", "bfloat16"]
+    config, model = configuration.parse(preset), ModelConfig.from_hf(PAPER_MODELS[name])
+    first, rows = 0.0, []
+    for ranks in COMPUTED_RANKS:
+        groups = GROUPS_PER_GPU * ranks if grow else config.groups_per_step
+        times = step_time(replace(config, groups_per_step=groups), model, ranks)
+        rate = groups / times.step / ranks
+        first = first or rate
+        parts = {part: getattr(times, part) for part in ("rollout", "update", "exchange", "host", "step")}
+        rows.append(
+            {"GPUs": ranks, "groups": groups, "busy": times.busy, **parts, "efficiency": rate / first}
+        )
+    columns = [("GPUs", "{:,}"), ("groups", "{:,}"), ("busy", "{:,}")]
+    columns += [(part, "{:.1f}") for part in ("rollout", "update", "exchange", "host", "step")]
+    return markdown([*columns, ("efficiency", "{:.0%}")], rows)
+
+
+def computed_report() -> str:
+    parts = []
+    for name in COMPUTED_MODELS:
+        for grow, batch in ((False, "the preset's batch"), (True, f"{GROUPS_PER_GPU} groups per GPU")):
+            parts.append(f"{name.rpartition('/')[2]}, {batch}, seconds, computed")
+            parts.append(computed(name, grow=grow))
+    return "\n\n".join(parts)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = command_line(__file__, __doc__)
+    parser.add_argument("--computed", action="store_true", help="print the tables of docs/scale.md and exit")
     parser.add_argument(
         "--axes", nargs="+", choices=AXES, default=list(AXES)[:3], help="(default: %(default)s)"
     )
@@ -168,6 +212,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmarks"), help="(default: %(default)s)")
     arguments = parser.parse_args(argv)
+    if arguments.computed:
+        print(computed_report())
+        return 0
     if arguments.values and (
         len(arguments.axes) > 1
         or arguments.axes[0] == "model"
