@@ -261,6 +261,17 @@ def test_a_run_that_cannot_fit_ends_before_anything_is_loaded(folder, capsys, mo
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.parametrize(("gigabytes", "mode"), [(200, "replicate"), (80, "fsdp")])
+def test_several_ranks_resolve_auto_before_anything_is_loaded(folder, capsys, monkeypatch, gigabytes, mode):
+    monkeypatch.setattr(build.distributed, "size", lambda: 8)
+    monkeypatch.setattr(build.distributed, "on_main", lambda work: work())
+    monkeypatch.setattr(build, "device_memory", lambda device, processes=1: gigabytes * GB)
+    config = Config(model_name_or_path=folder, device="cpu", dtype="bfloat16", max_rows=8)
+    build.check_memory(config)
+    assert config.parallel == mode
+    assert capsys.readouterr().out.startswith(f"parallel: {mode}; replicate would need ")
+
+
 def test_device_memory_of_a_cpu_is_divided_among_its_processes():
     assert build.device_memory("cpu", 2) == build.device_memory("cpu") / 2 > 0
 
