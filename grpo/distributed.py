@@ -24,6 +24,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -86,9 +87,34 @@ def start() -> None:
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with exchange():
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = _common_store()
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         _side_group = dist.new_group(backend="gloo", timeout=PATIENCE)
-    _rank, _size = dist.get_rank(), dist.get_world_size()
+    _rank, _size = rank, size
+
+
+def _common_store() -> tuple[dist.Store, int, int]:
+    """torchrun's store with a prefix of this start; this process's rank, and the number of ranks.
+
+    torchrun keeps one store over its restarts (torch 2.13), with the addresses of the ranks before in it. A
+    rank that reads one too early tries to reach a process that has ended, and fails.
+    """
+    from torch.distributed import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("first", own)
+        others = [store.get(f"{own} {other}").decode() for other in range(1, size)]
+        store.set(f"{own} all", " ".join(others))
+        return PrefixStore(own, store), rank, size
+    while True:
+        first = store.get("first").decode()  # perhaps of an earlier start, whose list has not this rank
+        store.set(f"{first} {rank}", own)
+        if store.check([f"{first} all"]) and own in store.get(f"{first} all").decode():
+            return PrefixStore(first, store), rank, size
+        time.sleep(0.05)
 
 
 def stop() -> None:

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny_run import Moment, arguments, contents, records, run, run_and_stop, save_model
+from tiny_run import Moment, arguments, assert_same, contents, records, run, run_and_stop, save_model
 
 import train
 from grpo import config as configuration
@@ -61,14 +61,6 @@ def undisturbed_run(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(undisturbed_run):
     return contents(undisturbed_run)
-
-
-def assert_same(folder: Path, expected: dict[str, bytes]) -> None:
-    found = contents(folder)
-    assert found.keys() == expected.keys()
-    assert [name for name in found if found[name] != expected[name]] == []
-    names = {path.name for path in folder.rglob("*")}
-    assert not [name for name in names if files.PARTIAL in name] and "warm_start" not in names
 
 
 def resume(folder: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 
 import train
 from grpo.model import weights
+from grpo.run import files
 
 # A run of all stages in about two seconds. What the preset sets is set here too: presets change.
 SETTINGS = {
@@ -78,11 +79,11 @@ def arguments(model: Path, output_dir: Path, **settings: Any) -> list[str]:
     return [text for name, value in merged.items() for text in (f"--{name}", str(value))]
 
 
-def run(argv: list[str]) -> Done:
+def run(argv: list[str], **options: Any) -> Done:
     """train.main in this process."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = train.main(argv)
+        status = train.main(argv, **options)
     return Done(status, out.getvalue(), err.getvalue(), _folder(argv))
 
 
@@ -94,7 +95,7 @@ def finished(root: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
 
 
 def _folder(argv: list[str]) -> Path | None:
-    if "--resume" in argv:
+    if "--resume" in argv and "auto" not in argv:
         return Path(argv[argv.index("--resume") + 1])
     parent = Path(argv[argv.index("--output_dir") + 1])
     return max(parent.glob("*"), default=None) if parent.is_dir() else None
@@ -111,6 +112,15 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in files
         if path.name != "state.json"
     }
+
+
+def assert_same(folder: Path, expected: dict[str, bytes]) -> None:
+    """The finished run has these `contents`, and no leftovers."""
+    found = contents(folder)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    names = {path.name for path in folder.rglob("*")}
+    assert not [name for name in names if files.PARTIAL in name] and "warm_start" not in names
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -138,9 +148,7 @@ def run_and_stop(argv: list[str], moment: Moment, *numbers: int) -> tuple[int, s
     Returns:
         (exit status, negative for a signal that killed it; what it wrote on stderr before).
     """
-    # A server imports train once and forks from there: no import per run, and no state of pytest's process.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train", "tiny"])
+    context = fork_server()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(argv, moment, numbers, sender))
     process.start()
@@ -154,21 +162,50 @@ def run_and_stop(argv: list[str], moment: Moment, *numbers: int) -> tuple[int, s
     return process.exitcode, text
 
 
+def fork_server() -> Any:
+    """Starts processes without an import in each, and without the state of pytest's process.
+
+    A server imports what a run needs, once, and forks.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # The last two are imported by the first model of a process, and take longer than a tiny run.
+    late = ["transformers.models.auto.configuration_auto", "transformers.models.llama.configuration_llama"]
+    context.set_forkserver_preload(["train", "tiny_run", "ranks", *late])
+    return context
+
+
 def _child(argv: list[str], moment: Moment, numbers: tuple[int, ...], sender: Any) -> None:
     torch.set_num_threads(1)
-    module, _, path = moment.target.partition(":")
-    owner: Any = importlib.import_module(module)
-    *parents, name = path.split(".")
-    for parent in parents:
-        owner = getattr(owner, parent)
-    setattr(owner, name, _signal_at(getattr(owner, name), argv, moment, numbers))
+    arm(argv, moment, *numbers)
     done = run(argv)
     sender.send(done.err)
     sys.exit(done.status)
 
 
-def _signal_at(
-    function: Callable[..., Any], argv: list[str], moment: Moment, numbers: tuple[int, ...]
+def arm(argv: list[str], moment: Moment, *numbers: int) -> None:
+    """From now on, this process sends itself the signals `numbers` at that moment of the run `argv`."""
+
+    def send() -> None:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(0.2)  # until the main thread has answered: two at once would count as one
+
+    at(argv, moment, send)
+
+
+def at(argv: list[str], moment: Moment, act: Callable[[], None]) -> None:
+    """From now on, this process calls `act` at that moment of the run `argv`."""
+    module, _, path = moment.target.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    setattr(owner, name, _at(getattr(owner, name), argv, moment, act))
+
+
+def _at(
+    function: Callable[..., Any], argv: list[str], moment: Moment, act: Callable[[], None]
 ) -> Callable[..., Any]:
     calls = 0
 
@@ -178,10 +215,7 @@ def _signal_at(
         if not moment.after or (metrics.exists() and moment.after in metrics.read_text()):
             calls += 1
             if calls == moment.call:
-                for number in numbers:
-                    os.kill(os.getpid(), number)
-                    if threading.current_thread() is not threading.main_thread():
-                        time.sleep(0.2)  # until the main thread has answered: two at once would count as one
+                act()
         return function(*args, **kwargs)
 
     return wrapped
