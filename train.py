@@ -391,7 +391,10 @@ def open_run(config: Config, folder: Path, interrupts: Interrupts) -> RunState:
         content = inputs.sums(parts, build.check_run(config, parts))
         start_record = reuse.record(config, content)
     distributed.check_equal("inputs", content)
-    distributed.check_equal("versions", {**start_record["environment"], "code of grpo": start_record["code"]})
+    versions = {**start_record["environment"], "code of grpo": start_record["code"]}
+    distributed.check_equal(
+        "versions", {name: versions[name] for name in versions if name not in checkpoint.OF_MACHINE}
+    )
     distributed.on_main(lambda: open_folder(parts, folder, content, start_record))
     where = f"{config.dtype} on {config.device}, {kernels.NAME} kernels"
     if (ranks := distributed.size()) > 1:

@@ -6,12 +6,12 @@ settings, failures, episodes and metrics. They share two kinds of work, and exch
     sampling   each rank samples and verifies some of the rows (`deal`), then all have all (`gather`)
     updating   each rank runs some of the groups backward, then the gradients are summed (grpo/learner)
 
-Rank 0 alone writes the run directory and the console. With one process every function here is a no-op, and
-there is no process group.
+Rank 0 alone writes the console and the run directory, but for the ranks' shares of a checkpoint. With one
+process there is no process group, and nothing here communicates.
 
 An exception on one rank must not leave the others waiting for it. So work that may raise runs in
-`agreement()`, at whose end either all ranks go on or all raise. A rank that is killed closes its connections:
-the others fail in their next exchange, and torchrun ends them.
+`agreement()`, at whose end either all ranks go on or all raise. If a rank is killed, torchrun ends the
+others. With gloo they notice first: their next exchange fails.
 
 Left out: pipeline, tensor and context parallelism, and ranks that join or leave during a run (torchrun
 restarts all).
@@ -120,9 +120,14 @@ def _common_store() -> tuple[dist.Store, int, int]:
 def stop() -> None:
     """Leaves the other processes, without waiting for them."""
     global _rank, _size, _side_group
-    if _size > 1 and not _lost:
-        import torch.distributed as dist
+    if _size == 1 or _lost:
+        return
+    import torch
+    import torch.distributed as dist
 
+    # With NCCL, leaving may wait for an exchange that another rank will not join any more. The process ends
+    # anyway.
+    if not torch.cuda.is_available():
         dist.destroy_process_group()
         _rank, _size, _side_group = 0, 1, None
 
@@ -259,7 +264,8 @@ def exchange() -> Iterator[None]:
         if not any(library in str(error) for library in ("gloo", "NCCL", "TCPStore")):
             raise  # too little memory, for example
         _lost = True
-        raise LostRankError(f"rank {_rank} lost contact with another rank ({_in_words(error)})") from error
+        reason = _in_words(error).partition(". This is typically")[0]  # what follows is torch's advice
+        raise LostRankError(f"rank {_rank} lost contact with another rank ({reason})") from error
 
 
 # --- agreement ----------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID, base_of, is_adapter, is_model
 from grpo.run import build, checkpoint, files, inputs
 from grpo.run.progress import Bar
+from grpo.run.state import latest_checkpoint
 from grpo.tasks import TaskError
 from grpo.tasks.contract import check_task
 
@@ -210,7 +211,7 @@ def _run_of(folder: Path) -> Path | None:
 def _models_of_run(run: Path) -> list[MeasuredModel]:
     """The models that the run has produced so far."""
     config = configuration.load(run / "config.yaml")
-    start, last = run / "start", checkpoint.latest(run)
+    start, last = run / "start", latest_checkpoint(run)
     models = [MeasuredModel("untouched", config.model_name_or_path, run)]
     if (start / "config.json").is_file():
         # Without a warm start the model right before RL is the untouched one: measure it once.

@@ -55,6 +55,8 @@ PAYLOAD = {
     "sha256": {str: str},
     "digest": str,
 }
+# Keys of `environment` in which the machines of several ranks may differ.
+OF_MACHINE = ("machine", "processor", "cpu_capability", "accelerator", "threads")
 STEP_NAME = re.compile(r"step-(\d{6,})")
 
 
