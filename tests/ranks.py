@@ -79,6 +79,7 @@ class Signal(NamedTuple):
     moment: Moment
     number: int = signal.SIGKILL
     restart: int = 0  # only after so many restarts
+    note: str = ""  # a file that is written right before
 
 
 def torchrun(
@@ -98,7 +99,7 @@ def torchrun(
     Returns:
         (exit status of torchrun, what all processes printed).
     """
-    plan = json.dumps([[*s.moment, s.rank, s.number, s.restart] for s in signals])
+    plan = json.dumps([[*s.moment, *s[:1], *s[2:]] for s in signals])
     if real:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(size), "--max-restarts", str(max_restarts), __file__, plan, *argv]
@@ -151,13 +152,15 @@ def _forked(plan: str, argv: list[str], output: Path, agent: int) -> None:
 def _work(plan: str, argv: list[str], agent: int) -> None:
     """One rank. `agent` is the process of torchrun."""
     where = [int(os.environ[name]) for name in ("RANK", "TORCHELASTIC_RESTART_COUNT")]
-    for target, call, after, rank, number, restart in json.loads(plan):
+    for target, call, after, rank, number, restart, note in json.loads(plan):
         if where == [rank, restart]:
             moment = Moment(target, call, after)
             if number == signal.SIGINT:
                 at(argv, moment, partial(_interrupt, agent))
             else:
                 arm(argv, moment, number)
+            if note:  # around the former, so it comes first
+                at(argv, moment, Path(note).touch)
     sys.exit(train.main(argv))
 
 

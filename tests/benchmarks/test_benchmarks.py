@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import checkpoint  # noqa: E402
+import ranks_soak  # noqa: E402
 import roofline  # noqa: E402
 import tiles  # noqa: E402
-from lib import candidates, measure  # noqa: E402
+from lib import candidates, measure, traffic  # noqa: E402
 
 import kernels  # noqa: E402
 
@@ -132,3 +133,16 @@ def test_a_save_is_measured(tmp_path, capsys):
     found = re.match(r"0.193 GB: save returns after ([\d.]+) s, it is complete after ([\d.]+) s; 0.", line)
     assert found and float(found[1]) < float(found[2])
     assert not list(tmp_path.iterdir())
+
+
+def test_killed_ranks_lose_nothing(capsys):
+    assert ranks_soak.main(["--kills", "1", "--sizes", "2", "--modes", "fsdp"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"\| rollout \| 1 \| [\d.]+ \| 0 \| 0 \|", out)
+
+
+@pytest.mark.parametrize("mode", ["replicate", "fsdp"])
+def test_bytes_that_ranks_exchange_are_those_of_the_formula(mode):
+    for its in traffic.together(2, traffic.measured, mode, "bfloat16", 60):
+        assert its["passes"] > 1 and its["gathered"] == its["gathered by formula"] > 0
+        assert its["summed"] == its["summed by formula"] > 0
