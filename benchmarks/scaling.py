@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no pa
 
 import step  # noqa: E402
 import torch  # noqa: E402
+from lib import traffic  # noqa: E402
 from lib.cluster import step_time  # noqa: E402
 from lib.measure import command_line, machine, markdown  # noqa: E402
 from lib.paper_models import PAPER_MODELS  # noqa: E402
@@ -194,7 +195,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_line(__file__, __doc__)
     parser.add_argument("--computed", action="store_true", help="print the tables of docs/scale.md and exit")
     parser.add_argument(
-        "--axes", nargs="+", choices=AXES, default=list(AXES)[:3], help="(default: %(default)s)"
+        "--axes",
+        nargs="+",
+        choices=[*AXES, "ranks"],
+        default=list(AXES)[:3],
+        help="ranks: what ranks exchange, counted on a tiny model, alone (default: %(default)s)",
     )
     parser.add_argument(
         "--values", nargs="+", type=int, help="values of the only axis given, in rising order"
@@ -215,6 +220,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.computed:
         print(computed_report())
         return 0
+    if arguments.axes == ["ranks"]:
+        print(traffic.report(arguments.values or [1, 2, 4]))
+        return 0
+    if "ranks" in arguments.axes:
+        parser.error(f"--axes takes ranks alone, got {' '.join(arguments.axes)}")
     if arguments.values and (
         len(arguments.axes) > 1
         or arguments.axes[0] == "model"

@@ -45,7 +45,7 @@ class Collectives(TorchDispatchMode):
 
 
 def measured(mode: str, dtype_name: str, max_tokens: int) -> dict[str, Any]:
-    """On each rank: seconds of a rollout and an update, bytes that it gathered and summed, and the formula."""
+    """On each rank: seconds of a rollout and an update; bytes gathered and summed, and by formula."""
     dtype = getattr(torch, dtype_name)
     sampled = tiny.build().model.to(dtype)
     parts = tiny.build(model=sampled, max_tokens_per_micro_batch=max_tokens)

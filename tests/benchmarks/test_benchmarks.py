@@ -144,5 +144,6 @@ def test_killed_ranks_lose_nothing(capsys):
 @pytest.mark.parametrize("mode", ["replicate", "fsdp"])
 def test_bytes_that_ranks_exchange_are_those_of_the_formula(mode):
     for its in traffic.together(2, traffic.measured, mode, "bfloat16", 60):
-        assert its["passes"] > 1 and its["gathered"] == its["gathered by formula"] > 0
+        assert mode == "replicate" or its["passes"] > 1
+        assert its["gathered"] == its["gathered by formula"] > 0
         assert its["summed"] == its["summed by formula"] > 0
