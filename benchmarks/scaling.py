@@ -3,6 +3,7 @@
     python benchmarks/scaling.py                                    group size, prompt and completion length
     python benchmarks/scaling.py --axes vocabulary model threads --dtype float32
     python benchmarks/scaling.py --axes generations --values 4 8 16 32 64
+    python benchmarks/scaling.py --axes ranks          bytes that 1, 2 and 4 ranks exchange, and the formula
     python benchmarks/scaling.py --computed            a step on 8 to 1,024 GPUs, computed (lib/cluster.py)
 
 Every point is a step of benchmarks/step.py in a separate process, with `beta` 0 and random weights. For each
@@ -10,7 +11,7 @@ axis the exponent b of seconds ~ size^b is fitted by least squares on the logari
 the last two. 1 is linear; if both differ, the curve bends. Memory is the peak of the process, with weights
 and optimiser, so its exponents show which share of it grows.
 
-Writes scaling.json and scaling.png to --output.
+Writes scaling.json and scaling.png to --output, except with `--computed` and `--axes ranks`, which print.
 """
 
 from __future__ import annotations
