@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from grpo.loss import grpo_loss
+from grpo.loss import BOUND, grpo_loss
 from grpo.reference import completion_logprobs, grpo_step, step_loss
 
 
@@ -51,7 +51,13 @@ def test_extreme_log_probs_give_the_losses_of_loss_py():
         expected, _ = grpo_loss(new, old, ref, A, torch.zeros(len(rows), dtype=torch.int64), beta=0.1)
         (gradient,), (right,) = (torch.autograd.grad(value, new) for value in (loss, expected))
         assert loss.isfinite() and gradient.isfinite().all()
-        torch.testing.assert_close((loss, gradient), (expected, right))
+        torch.testing.assert_close(loss, expected)
+        # In the gradient of r k, two terms of r exp(x) cancel; what is left has their rounding, by processor.
+        x, log_ratio = (ref - new).detach().clamp(max=BOUND), (new - old).detach().clamp(-BOUND, BOUND)
+        cancelling = 0.1 * (log_ratio + x).exp() / len(rows)
+        relative, least = (1.3e-6, 1e-5) if dtype == torch.float32 else (1e-7, 1e-7)
+        allowed = relative * right.abs() + least + 4 * torch.finfo(dtype).eps * cancelling
+        assert ((gradient - right).abs() <= allowed).all()
 
 
 def test_a_step_is_the_learners(parts, sampled):

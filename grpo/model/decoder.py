@@ -215,7 +215,7 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:  # a module of its own; otherwise see `lm_head`
             self._modules["lm_head"] = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         for parameter in self.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and not parameter.is_meta:  # a meta tensor has no numbers to set
                 nn.init.normal_(parameter, std=0.02)
 
     @property
