@@ -78,7 +78,7 @@ def test_an_equal_run_takes_the_start_and_computes_the_same(first):
 
 
 def test_settings_that_are_read_later_may_differ_and_change_nothing_before(first, tmp_path):
-    not_values = {"config", "output_dir", "preset", "resume"}
+    not_values = {"config", "estimate", "output_dir", "preset", "resume"}
     assert set(OTHER) == configuration.AFTER_START - not_values - {"train_on"}  # the next test has that one
     done = run_next_to(first, **OTHER)
     assert done.status == 0 and TAKEN in done.out, done.err
