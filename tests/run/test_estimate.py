@@ -276,7 +276,8 @@ def test_device_memory_of_a_cpu_is_divided_among_its_processes():
     assert build.device_memory("cpu", 2) == build.device_memory("cpu") / 2 > 0
 
 
-def test_the_page_about_scale_has_the_tables_of_the_benchmark():
+def test_the_page_about_scale_has_the_tables_of_the_benchmark(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import estimate as benchmark
 
     page = (ROOT / "docs/scale.md").read_text(encoding="utf-8")
