@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import sys
 import time
 import traceback
@@ -47,7 +46,7 @@ from grpo import config as configuration
 from grpo import distributed, failures, warmstart
 from grpo.config import Config, current_file
 from grpo.episode import Episode
-from grpo.evaluate.comparison import CONTROLS, report
+from grpo.evaluate.comparison import CONTROLS, report, save
 from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
@@ -337,13 +336,8 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
                 progress=run.progress(bar),
             )
     comparison = report(results)
-    distributed.on_main(lambda: write_comparison(run, comparison))
+    distributed.on_main(lambda: save(comparison, run.folder / "evaluation.json"))
     print(table(comparison))
-
-
-def write_comparison(run: RunState, comparison: Mapping[str, Any]) -> None:
-    with files.written_whole(run.folder / "evaluation.json") as path:
-        path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
 
 
 # --- the command --------------------------------------------------------------------------------------------

@@ -244,6 +244,11 @@ def deal(costs: Sequence[float]) -> list[list[int]]:
     return [sorted(hand) for hand in hands]
 
 
+def hand(costs: Sequence[float]) -> list[int]:
+    """Which of the items with these costs this rank is dealt."""
+    return deal(costs)[_rank]
+
+
 def add_up(tensor: Tensor) -> Tensor:
     """Replaces the tensor by its sum over all ranks, in place, and returns it."""
     if _size > 1:

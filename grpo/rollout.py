@@ -235,8 +235,8 @@ class Rollout:
         so one rank runs them. What a row samples does not depend on who runs it.
         """
         prompts = [list(neighbours) for _, neighbours in groupby(range(len(rows)), lambda i: rows[i].prefix)]
-        hand = distributed.deal([_cost([rows[index] for index in prompt]) for prompt in prompts])
-        mine = [index for prompt in hand[distributed.rank()] for index in prompts[prompt]]
+        hand = distributed.hand([_cost([rows[index] for index in prompt]) for prompt in prompts])
+        mine = [index for prompt in hand for index in prompts[prompt]]
         with distributed.agreement():
             answered = self._answer([rows[index] for index in mine], progress)
         if distributed.size() > 1:
@@ -470,7 +470,7 @@ def _exchanged(rows: Sequence[Row], mine: Sequence[int], answered: Sequence[Answ
     """The answers of all ranks, in the order of `rows`.
 
     Args:
-        mine, answered: indices of the rows that this rank ran, and what came of them.
+        mine, answered: indices of the rows that this rank ran, and their answers.
     """
     sent = [
         [index, [vars(turn) for turn in done.turns], done.fed, text, judged.to_json()]

@@ -12,7 +12,6 @@ Left out: several models at once.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ if __name__ == "__main__":
 from grpo import config as configuration
 from grpo import distributed
 from grpo.config import Config
-from grpo.evaluate.comparison import CONTROLS, ModelResult, report
+from grpo.evaluate.comparison import CONTROLS, ModelResult, report, save
 from grpo.evaluate.measure import measure, records_file
 from grpo.evaluate.table import table
 from grpo.model.weights import HUB_ID, base_of, is_adapter, is_model
@@ -249,9 +248,8 @@ def main(argv: list[str] | None = None) -> int:
                 if options.output and Path(options.output).is_dir():
                     raise ValueError(f"output must be a file, got the folder {options.output}")
             comparison = report({model.label: _measure(model, config, options) for model in models})
-        if options.output and distributed.is_main():
-            with files.written_whole(Path(options.output)) as path:
-                path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+        if options.output:
+            distributed.on_main(lambda: save(comparison, Path(options.output)))
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

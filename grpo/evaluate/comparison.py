@@ -16,6 +16,7 @@ Left out: comparing models on different problems.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -109,6 +110,12 @@ def report(results: Mapping[str, ModelResult]) -> Figures:
         "comparisons": [_comparison(results, *pair) for pair in _pairs(list(results))],
         "examples": _examples(results),
     }
+
+
+def save(comparison: Figures, file: Path) -> None:
+    """Writes a report as JSON. Raises RunDirError if that fails; an older file is then still there."""
+    with files.written_whole(file) as path:
+        path.write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
 
 
 def read_report(path: Path) -> Figures:

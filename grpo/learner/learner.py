@@ -240,7 +240,8 @@ class Learner:
             raise ValueError("sequences must hold at least one token with loss_mask True, got none")
         self.optimizer.zero_grad()
         backwards = []
-        mine = [sequences[index] for index in hand([sequence_length(*sequence) for sequence in sequences])]
+        lengths = [sequence_length(*sequence) for sequence in sequences]
+        mine = [sequences[index] for index in distributed.hand(lengths)]
         packed = pack_sequences(mine, max_tokens=self.config.max_tokens_per_micro_batch)
         idle = self._idle_passes(len(packed), sequences[0][0][0])
         for batch in (batch.to(self.device) for batch in packed):
@@ -268,17 +269,17 @@ class Learner:
         grad_norm = norms[-1] if norms else 0.0
         problem = self._non_finite(losses, norms)
         if distributed.size() > 1:
+            gathered = distributed.gather([problem, losses])
             # A loss explains more than gradients, which with FSDP have the NaN of every rank.
-            explains = not all(map(math.isfinite, losses))
             found = [
-                (not explains, f"rank {rank}, {text}")
-                for rank, (text, explains) in enumerate(distributed.gather([problem, explains]))
+                (all(map(math.isfinite, its)), f"rank {rank}, {text}")
+                for rank, (text, its) in enumerate(gathered)
                 if text is not None
             ]
             problem = min(found)[1] if found else None
             if problem is None and not math.isfinite(grad_norm := self.optimizer.reduce().item()):
                 problem = f"the norm of the gradients' sum over all ranks is {grad_norm}"
-            losses = list(chain.from_iterable(distributed.gather(losses)))
+            losses = [loss for _, its in gathered for loss in its]
         if problem is not None:
             with distributed.agreement():  # all ranks know of it
                 raise NonFiniteError(f"{where}, {problem}. The update was not taken; {advice}")
@@ -287,13 +288,13 @@ class Learner:
         self.optimizer.step(learning_rate, scale=limit / (grad_norm + 1e-6) if grad_norm > limit else 1.0)
         return {"loss": sum(losses), "grad_norm": grad_norm}
 
-    def check_weights(self, model: Decoder | None = None) -> None:
+    def check_weights(self, model: Decoder) -> None:
         """Raises NonFiniteError if an update has made NaN or infinite weights, which must not be saved.
 
         Args:
-            model: has the weights (`write_weights`); default: the learner's own.
+            model: has the weights (`write_weights`).
         """
-        if (name := (model or self.model).first_non_finite_weight()) is not None:
+        if (name := model.first_non_finite_weight()) is not None:
             raise NonFiniteError(
                 f"the last update made NaN or infinite weights, the first of them in {name}. They were not "
                 f"saved; {ADVICE}"
@@ -400,13 +401,8 @@ def dealt(episodes: Sequence[Episode]) -> list[Episode]:
         costs.setdefault(e.group_id, len(e.prompt_ids))
         costs[e.group_id] += len(e.completion_ids)
     groups = list(costs)
-    mine = {groups[index] for index in hand(list(costs.values()))}
+    mine = {groups[index] for index in distributed.hand(list(costs.values()))}
     return [episode for episode in episodes if episode.group_id in mine]
-
-
-def hand(costs: Sequence[float]) -> list[int]:
-    """Which of the items with these costs this rank has (`distributed.deal`)."""
-    return distributed.deal(costs)[distributed.rank()]
 
 
 def sequence_length(prompt: Sequence[int], completions: Sequence[tuple[Sequence[int], Any]]) -> int:

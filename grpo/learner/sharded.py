@@ -98,7 +98,7 @@ class ReplicatedAdamW(MasterAdamW):
     def reduce(self) -> Tensor:
         with distributed.exchange():
             reduce_scatter(self._reduced, self._sums)
-        return _norm(self._reduced)
+        return _total(torch.linalg.vector_norm(self._reduced, dtype=torch.float64))
 
     def _publish(self) -> None:
         if self._master is not self._own:
@@ -107,9 +107,12 @@ class ReplicatedAdamW(MasterAdamW):
             all_gather(self._weights, self._own.clone())
 
 
-def _norm(share: Tensor) -> Tensor:
-    """() norm of the vector of which each rank has a share. In float64: a share may have 10^9 elements."""
-    return distributed.add_up(torch.linalg.vector_norm(share, dtype=torch.float64).square()).sqrt()
+def _total(norm: Tensor) -> Tensor:
+    """() norm of a vector of which each rank has a share, from the norm of this rank's share.
+
+    Norms are computed in float64: a share may have 10^9 elements.
+    """
+    return distributed.add_up(norm.square()).sqrt()
 
 
 # --- fsdp ---------------------------------------------------------------------------------------------------
@@ -214,8 +217,8 @@ class FullyShardedAdamW(MasterAdamW):
     def reduce(self) -> Tensor:
         gradients = self.gradients
         for name, master in self.masters.items():
-            master.grad = gradients.get(name, torch.zeros_like(master))
-        return distributed.add_up(self.grad_norm().square()).sqrt()
+            master.grad = gradients[name] if name in gradients else torch.zeros_like(master)
+        return _total(self.grad_norm())
 
     def _publish(self) -> None:
         pass  # the masters are the weights

@@ -56,7 +56,7 @@ def sums(parts: Parts, examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def check_ranks(parts: Parts, examples: Sequence[Example]) -> None:
-    """Raises ValueError if ranks have other examples or messages: each would sample some of its own."""
+    """Raises ValueError if ranks have other examples: their answers could not be put together."""
     if distributed.size() > 1:
         distributed.check_equal("examples", {"their sha256": _sum_of_examples(parts, examples)})
 
