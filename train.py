@@ -354,11 +354,12 @@ def all_stages(run: RunState) -> None:
             train(run, pool)
         with run.timed("evaluation"):
             evaluate(run)
-        distributed.on_main(lambda: checkpoint.drop_optimizer(run.folder))
     except ENDINGS:
         write_report(run)
         raise
-    write_report(run)
+    with run.timed(state.LAST_STAGE):
+        distributed.on_main(lambda: checkpoint.drop_optimizer(run.folder))
+        write_report(run)
     print(f"checkpoint: {state.latest_checkpoint(run.folder)}")
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # imported by programs that need no torch: it takes seconds
     import torch.distributed as dist
     from torch import Tensor
 
+JOINING = timedelta(minutes=10)  # until all ranks have started
 PATIENCE = timedelta(hours=12)  # of an exchange: ranks may wait for one whose answers take long to verify
 
 
@@ -62,9 +63,12 @@ def joined() -> Iterator[None]:
     """Joins the processes that torchrun started; at the end leaves them. Also a decorator for commands.
 
     Meanwhile rank 0 alone speaks, for all: the others write nothing to standard output and standard error.
-    Without torchrun, or with one process, changes nothing.
+    Without torchrun, or with one process, changes nothing. A rank that cannot join exits with one line.
     """
-    start()
+    try:
+        start()
+    except (RuntimeError, ValueError) as error:  # no connection; a variable of torchrun that is missing
+        sys.exit(f"error: rank {os.environ.get('RANK', '?')} cannot join the others ({_in_words(error)})")
     if _rank > 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # until the process ends
     try:
@@ -78,7 +82,7 @@ def joined() -> Iterator[None]:
 
 
 def start() -> None:
-    """Joins the processes that torchrun started."""
+    """Joins the processes that torchrun started. Raises RuntimeError or ValueError if it cannot."""
     global _rank, _size, _side_group
     if _size > 1 or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
@@ -88,6 +92,7 @@ def start() -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with exchange():
         store, rank, size = _common_store()
+        store.set_timeout(PATIENCE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         _side_group = dist.new_group(backend="gloo", timeout=PATIENCE)
     _rank, _size = rank, size
@@ -102,7 +107,7 @@ def _common_store() -> tuple[dist.Store, int, int]:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+    store, rank, size = next(rendezvous("env://", timeout=JOINING))
     own = uuid.uuid4().hex
     if rank == 0:
         store.set("first", own)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from grpo import distributed
 from grpo.learner import sharded
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.model import lora
-from grpo.run import inputs
+from grpo.run import checkpoint, inputs
 from grpo.run.interrupts import Interrupted
 
 SIZES = (1, 2, 3)
@@ -127,6 +128,20 @@ def test_ranks_with_other_examples_are_refused_on_every_rank():
     assert len(set(errors)) == 1 and "the same examples" in errors[0] and "on rank 2" in errors[0]
 
 
+@pytest.mark.parametrize("missing", ["RANK", "rank 0"])
+def test_a_rank_that_cannot_join_ends_with_one_line(monkeypatch, missing):
+    for name, value in {"WORLD_SIZE": 2, "RANK": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 9}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "JOINING", timedelta(seconds=1))
+    if missing == "RANK":
+        monkeypatch.delenv("RANK")
+    with pytest.raises(SystemExit) as exit, distributed.joined():
+        raise AssertionError("it joined")
+    (line,) = str(exit.value.code).splitlines()
+    rank, reason = ("?", "RANK expected") if missing == "RANK" else ("1", "127.0.0.1")
+    assert line.startswith(f"error: rank {rank} cannot join the others (") and reason in line
+
+
 def run_from(folders, argvs):
     """A run with a folder and arguments for each rank: its status, and what it wrote on standard error."""
     os.chdir(folders[distributed.rank()])
@@ -175,12 +190,17 @@ def run_that_breaks(argv, place):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_error_on_one_rank_in_the_update_ends_all(tmp_path, mode):
-    """The rank that failed does not try to save: the others are at another place of the program."""
+    """With replicate all save the step before. With FSDP the others are in the middle of an exchange."""
     settings = {"parallel": mode, "save_steps": 0, "warm_start_steps": 0, "eval_steps": 0, "num_eval": 0}
     argv = tiny_run.arguments(tiny_run.save_model(tmp_path / "model"), tmp_path / "runs", **settings)
     (status, err), broken = together(2, run_that_breaks, argv, 1)
+    reason = {
+        "replicate": "rank 1: MemoryError: no memory left",
+        "fsdp": "rank 0 lost contact with another rank",
+    }
     assert status == 1 and broken == (1, "")
-    assert err.strip().startswith("error: rank 0 lost contact with another rank") and "--resume" in err
+    assert err.strip().startswith(f"error: {reason[mode]}") and "--resume" in err
+    assert checkpoint.steps(tmp_path / "runs/tiny-001") == ([1] if mode == "replicate" else [])
 
 
 # --- gradients --------------------------------------------------------------------------------------------
@@ -283,6 +303,26 @@ def test_gradients_and_metrics_do_not_depend_on_the_number_of_ranks(one_rank, si
         difference, norm = (flat[0] - flat[1]).norm().item(), flat[1].norm().item()
         assert difference <= 1e-9 * norm, (case, difference, norm)
         assert (norm > 0) == (case != "no signal at all"), case
+
+
+def stepped_four_weights():
+    """One update of a model with four weights."""
+    model = torch.nn.Linear(4, 1, bias=False)
+    torch.nn.init.ones_(model.weight)
+    optimizer = sharded.adamw(model, betas=(0.9, 0.95), weight_decay=0.1)
+    with optimizer.accumulation():
+        model(torch.tensor([1.0, -2.0, 3.0, -4.0]) / distributed.size()).backward()
+    norm = optimizer.reduce().item()
+    optimizer.step(0.1)
+    return norm, model.weight.tolist()
+
+
+def test_a_rank_may_own_no_weight():
+    """As with an adapter and hundreds of ranks: here the third rank owns none of the four."""
+    (alone,), ranks = together(1, stepped_four_weights), together(3, stepped_four_weights)
+    for norm, weights in ranks:
+        assert norm == pytest.approx(alone[0]) and weights[0] == pytest.approx(alone[1][0])
+    assert alone[1][0] != [1.0] * 4
 
 
 # --- supervised steps, weights, bfloat16 ------------------------------------------------------------------

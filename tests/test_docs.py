@@ -26,7 +26,15 @@ OTHER_OPTIONS = {
     "logdir",
     "project",
 }  # argparse's, pip's, ruff's, trackers'
-TORCHRUN_OPTIONS = {"nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max-restarts"}
+TORCHRUN_OPTIONS = {
+    "nproc_per_node",
+    "nnodes",
+    "rdzv_backend",
+    "rdzv_endpoint",
+    "rdzv_id",
+    "max-restarts",
+    "shutdown-timeout",
+}
 SLURM_OPTIONS = set("job-name nodes ntasks-per-node gpus-per-node cpus-per-task signal requeue".split())
 OWN_OPTIONS = {"output"}  # of python -m grpo.failures, whose parser is made inside main
 BENCHMARK_OPTIONS, EXPERIMENT_OPTIONS = (

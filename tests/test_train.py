@@ -409,6 +409,9 @@ def test_resume_auto_starts_a_run_then_continues_it_then_starts_the_next(model, 
     with monkeypatch.context() as patch:
         patch.setattr("train.validate", stop)
         assert train.main(other) == train.main(argv) == 130
+    with monkeypatch.context() as patch:  # stopped when all results are there
+        patch.setattr("grpo.run.checkpoint.drop_optimizer", stop)
+        assert train.main(argv) == 130 and checkpoint.steps(tmp_path / "tiny-001") == [1, 2]
     assert train.main(argv) == 0
     assert sorted(path.name for path in tmp_path.glob("tiny*")) == ["tiny-001", "tiny-other-001"]
     assert checkpoint.steps(tmp_path / "tiny-001") == [1, 2]

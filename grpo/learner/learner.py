@@ -25,6 +25,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from typing import Any, Protocol
 
@@ -174,10 +175,12 @@ class Learner:
         # Old log-probs: with a single update, the policy is still the one that sampled, which None means.
         old: list[Tensor | None] = [None] * len(batches)
         if config.num_iterations > 1:
-            old = [self._frozen(self.model, *pair) for pair in zip(batches, attends, strict=True)]
+            with self._same_end():
+                old = [self._frozen(self.model, *pair) for pair in zip(batches, attends, strict=True)]
         ref: list[Tensor | None] = [None] * len(batches)
         if config.beta > 0 and self.reference is not None:
-            with switched_off(self.reference):  # with LoRA it is the policy's model
+            # With LoRA the reference is the policy's model.
+            with self._same_end(), switched_off(self.reference):
                 ref = [self._frozen(self.reference, *pair) for pair in zip(batches, attends, strict=True)]
             sharded.release(self.reference)
 
@@ -189,26 +192,27 @@ class Learner:
             totals: dict[str, Tensor] = {}
             # Without the idle passes, which come last.
             rows = zip(batches, attends, roles, old, ref, strict=False)
-            for batch, attend, batch_roles, old_logprobs, ref_logprobs in rows:
-                first = iteration == 0  # after one update, the policy is no longer the one that sampled
-                logprobs, entropy = self._logprobs(
-                    self.model, batch, attend, temperature=config.temperature, entropy=first
-                )
-                loss, metrics = self.grpo_loss(
-                    logprobs,
-                    old_logprobs,
-                    ref_logprobs,
-                    advantages,
-                    batch.sequence_ids,
-                    num_loss_tokens=num_loss_tokens,
-                    num_sequences=len(episodes),
-                    max_completion_length=trained_token_limit(config),
-                    **loss_options(config),
-                )
-                backwards.append(self._backward(loss))
-                if first:
-                    metrics |= sampling_metrics(batch, logprobs, entropy, batch_roles, num_trained)
-                add_up(totals, metrics)
+            with self._same_end():
+                for batch, attend, batch_roles, old_logprobs, ref_logprobs in rows:
+                    first = iteration == 0  # after one update, the policy is no longer the one that sampled
+                    logprobs, entropy = self._logprobs(
+                        self.model, batch, attend, temperature=config.temperature, entropy=first
+                    )
+                    loss, metrics = self.grpo_loss(
+                        logprobs,
+                        old_logprobs,
+                        ref_logprobs,
+                        advantages,
+                        batch.sequence_ids,
+                        num_loss_tokens=num_loss_tokens,
+                        num_sequences=len(episodes),
+                        max_completion_length=trained_token_limit(config),
+                        **loss_options(config),
+                    )
+                    backwards.append(self._backward(loss))
+                    if first:
+                        metrics |= sampling_metrics(batch, logprobs, entropy, batch_roles, num_trained)
+                    add_up(totals, metrics)
             self._run_idle(batches[len(packed) :], attends[len(packed) :])
             update = self.apply_gradients(
                 backwards, learning_rate, where=f"step {self.num_steps + 1}", advice=ADVICE
@@ -244,9 +248,10 @@ class Learner:
         mine = [sequences[index] for index in distributed.hand(lengths)]
         packed = pack_sequences(mine, max_tokens=self.config.max_tokens_per_micro_batch)
         idle = self._idle_passes(len(packed), sequences[0][0][0])
-        for batch in (batch.to(self.device) for batch in packed):
-            logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
-            backwards.append(self._backward(-logprobs.sum() / count))
+        with self._same_end():
+            for batch in (batch.to(self.device) for batch in packed):
+                logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
+                backwards.append(self._backward(-logprobs.sum() / count))
         self._run_idle(idle, [self._attend(batch) for batch in idle])
         where = f"supervised step {self.optimizer.num_updates + 1}"
         update = self.apply_gradients(backwards, learning_rate, where=where, advice=SUPERVISED_ADVICE)
@@ -318,6 +323,13 @@ class Learner:
         """Copies the weights into `model`, unless it is the learner's own."""
         if model is not self.model:
             sharded.copy_weights(self.model, into=model)
+
+    def _same_end(self) -> AbstractContextManager[None]:
+        """For passes of this rank's batches: if one fails, all ranks raise, before the update.
+
+        With FSDP passes exchange weights, so the ranks cannot agree around them.
+        """
+        return nullcontext() if self.optimizer.equal_micro_batches else distributed.agreement()
 
     def _idle_passes(self, count: int, token: int) -> list[Batch]:
         """What this rank runs besides its `count` micro-batches, if all ranks must run equally many."""

@@ -72,9 +72,7 @@ class MasterAdamW:
         others = [master for name, master in owned.items() if self.parameters[name].ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.fused = all(m.device.type in ("cpu", "cuda") for m in self.masters.values())
-        self.adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=self.fused
-        )
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=self.fused)
         self.num_updates = 0
 
     def _make_masters(self) -> dict[str, Tensor]:

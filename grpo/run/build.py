@@ -388,11 +388,13 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def peak_memory_gb(device: str) -> float:
-    """Most memory held so far, in GB: of the process on a CPU, of PyTorch's allocator on a GPU."""
+    """Most memory that a rank has held so far, in GB: the process on a CPU, PyTorch's allocator on a GPU."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        own = torch.cuda.max_memory_allocated(device)
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(distributed.gather(own)) / 1e9
 
 
 def device_memory(device: str, processes: int = 1) -> float:

@@ -37,6 +37,8 @@ from grpo.run.trackers import Trackers
 # The last one takes the place of the one before it in runs that an older version began.
 LOGS = ("metrics.jsonl", "timings.jsonl", "episodes.jsonl.gz", "episodes.jsonl")
 WARM_START_LOG = "warm_start.jsonl"
+STAGES = "stages.jsonl"
+LAST_STAGE = "report"
 SECOND_TRY = "validation/second_try"  # decides which checkpoint is the best
 
 
@@ -88,7 +90,7 @@ class RunState:
         yield
         line = {"stage": stage, "seconds": time.perf_counter() - start}
         line["peak_memory_gb"] = build.peak_memory_gb(self.parts.device)
-        files.append_jsonl(self.folder / "stages.jsonl", line)
+        files.append_jsonl(self.folder / STAGES, line)
 
     def learner(self, config: Config) -> Learner:
         """A new learner, with the reference model if `config` asks for a KL penalty.
@@ -286,7 +288,8 @@ def directory(config: Config) -> Path:
 
 
 def _directory(config: Config) -> Path:
-    if config.resume == configuration.AUTO:
+    auto = config.resume == configuration.AUTO
+    if auto:
         config.resume = _newest_unfinished(config)
     if config.resume is None:
         return files.new_run_dir(config.output_dir, config.run_name or config.preset)
@@ -308,7 +311,7 @@ def _directory(config: Config) -> Path:
             f"max_steps must be at least {done}, the newest step of {folder}, got {config.max_steps}"
         )
     longer = config.max_steps != old.max_steps or config.num_eval > 0 and config.num_eval != old.num_eval
-    if not longer and _finished(config, folder):
+    if not longer and not auto and _finished(config, folder):
         raise ValueError(
             f"resume: {folder} is finished; `--max_steps` above {old.max_steps} continues it, and python -m "
             f"grpo.evaluate {folder} measures it again"
@@ -317,7 +320,7 @@ def _directory(config: Config) -> Path:
 
 
 def _newest_unfinished(config: Config) -> str | None:
-    """The run of this name with the highest number that is not finished."""
+    """The run of this name with the highest number that has not finished all of its stages."""
     name = re.escape(config.run_name or config.preset)
     folders = [path.parent for path in Path(config.output_dir).glob("*/config.yaml")]
     numbers = {
@@ -326,9 +329,15 @@ def _newest_unfinished(config: Config) -> str | None:
         if (match := re.fullmatch(rf"{name}-(\d{{3,}})", folder.name))
     }
     for folder in sorted(numbers, key=numbers.__getitem__, reverse=True):
-        if not _finished(configuration.load(folder / "config.yaml"), folder):
+        if not (_finished(configuration.load(folder / "config.yaml"), folder) and _closed(folder)):
             return str(folder)
     return None
+
+
+def _closed(folder: Path) -> bool:
+    """Whether a finished run has also done what comes after its results."""
+    lines = (folder / STAGES).read_text().splitlines() if (folder / STAGES).exists() else []
+    return bool(lines) and f'"{LAST_STAGE}"' in lines[-1]
 
 
 def record_changes(config: Config, folder: Path) -> None:
