@@ -1,6 +1,8 @@
 """The package under test is the installed one (`pip install -e .`): nothing here touches sys.path."""
 
+import atexit
 import contextlib
+import gc
 import io
 import os
 import re
@@ -15,6 +17,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Without a GPU the Triton kernels run in Triton's interpreter: to be set before Triton is imported.
 if not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+gc.disable()  # until all is imported: nothing of that is garbage
+
+
+def pytest_collection_finish():
+    """Millions of objects were imported to stay: a garbage collection need not look at them each time."""
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.unfreeze)  # some extensions report what is not freed at the end
 
 
 @pytest.fixture(autouse=True, scope="session")

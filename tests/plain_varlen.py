@@ -11,7 +11,7 @@ import torch
 
 from grpo.model import attention
 
-REAL = attention.varlen_attn
+REAL = attention.torch_varlen_attn()
 REAL_FITS = REAL is not None and "enable_gqa" in inspect.signature(REAL).parameters  # PyTorch 2.12 or newer
 
 
@@ -59,5 +59,5 @@ def install(monkeypatch):
         calls.append((tuple(args[0].shape), options["window_size"]))
         return varlen_attn(*args, **options)
 
-    monkeypatch.setattr(attention, "varlen_attn", checked)
+    monkeypatch.setattr(attention, "torch_varlen_attn", lambda: checked)
     return calls

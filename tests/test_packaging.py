@@ -224,11 +224,21 @@ def test_ci_runs_all_checks():
     text = script.read_text().replace("\\\n", "")
     assert os.access(script, os.X_OK) and "set -euo pipefail" in text
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    commands = ["make lint", "make test", "pip wheel", "-m venv", "bin/reflect-grpo"]
+    # Before the tests' requirements are installed: the wheel's run shows that its own are enough.
+    demo = "make .venv/stamps/demo"
+    commands = [
+        demo,
+        "pip wheel",
+        "pip install",
+        "bin/reflect-grpo",
+        "make lint",
+        "make test\n",
+        "make test-t",
+    ]
     places = [text.index(command) for command in commands]
     assert places == sorted(places)
-    # The wheel's run is in another directory than the checkout, where Python would import the files from.
-    assert 'cd "$work"' in text[: places[-1]]
+    # In another directory than the checkout, and before the editable package that the environment has.
+    assert '(cd "$work" && PYTHONPATH="$work/site" site/bin/reflect-grpo' in text
 
 
 def test_the_options_of_the_short_run_of_ci_fit_together():

@@ -11,6 +11,7 @@ head size. Shapes of `causal_attend`: as in decoder.py.
 Left out: dropout, and attention sinks.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,12 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-varlen_attn: Any
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # PyTorch before 2.10
-    varlen_attn = None
 
 # --- scaled dot-product attention ------------------------------------------------------------------------
 #
@@ -122,6 +117,16 @@ class Spans:
         return Spans(starts[0], starts[1], max(queries), max(keys))
 
 
+@functools.cache
+def torch_varlen_attn() -> Any:
+    """torch's varlen_attn; None before PyTorch 2.10. Imported only where it is used: that takes seconds."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn
+
+
 def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int | None = None) -> Tensor:
     """Causal attention within each sequence: packed q (L, N, D), k and v (S, K, D) -> (L, N, D).
 
@@ -130,7 +135,7 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int 
     Args:
         window: how many tokens a query sees, itself included; None: all up to itself.
     """
-    return varlen_attn(
+    return torch_varlen_attn()(
         q,
         k,
         v,
@@ -143,16 +148,20 @@ def varlen_attention(q: Tensor, k: Tensor, v: Tensor, spans: Spans, window: int 
     )
 
 
+def _varlen_parameters() -> set[str]:
+    function = torch_varlen_attn()
+    return set() if function is None else set(inspect.signature(function).parameters)
+
+
 def check_varlen(device: str, dtype: torch.dtype, head_dim: int) -> None:
     """Raises ValueError if `varlen_attention` cannot run here: device, dtype, head size, PyTorch."""
-    parameters = () if varlen_attn is None else inspect.signature(varlen_attn).parameters
     if not device.startswith("cuda"):
         here, needed = f"device {device}", "CUDA"
     elif dtype not in (torch.bfloat16, torch.float16):
         here, needed = f"dtype {str(dtype).removeprefix('torch.')}", "bfloat16"
     elif head_dim % 8 or head_dim > 256:
         here, needed = f"a head size of {head_dim}", "a multiple of 8 up to 256"
-    elif "window_size" not in parameters or "enable_gqa" not in parameters:
+    elif not {"window_size", "enable_gqa"} <= _varlen_parameters():
         here, needed = f"PyTorch {torch.__version__}", "2.12 or newer"
     elif torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
         capability = ".".join(map(str, torch.cuda.get_device_capability(device)))

@@ -188,14 +188,12 @@ def occupancy(target: str, registers: int, shared: int, threads: int) -> float:
     return programs * threads / all_threads
 
 
-def report(targets: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
-    rows = []
-    for target in targets:
-        for name, dtype, kernel, constants in variants(target):
-            if dtype in dtypes:
-                built = compiled(kernel, constants, dtype, TARGETS[target])
-                rows.append({"target": target, "kernel": name, "dtype": dtype, **properties(built, target)})
-    return rows
+def report(target: str, dtypes: list[str], kernels: list[str]) -> Iterator[dict[str, Any]]:
+    """A row for each kernel of these names and input types, as soon as it is compiled."""
+    for name, dtype, kernel, constants in variants(target):
+        if dtype in dtypes and name in kernels:
+            built = compiled(kernel, constants, dtype, TARGETS[target])
+            yield {"target": target, "kernel": name, "dtype": dtype, **properties(built, target)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,6 +205,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="(default: all)")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="(default: all)")
+    names = list(dict.fromkeys(name for name, *_ in variants("sm_90")))  # it has them all
+    parser.add_argument("--kernels", nargs="+", choices=names, default=names, help="(default: all)")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
     if INTERPRETED:
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     rows = []
     for target in arguments.targets:
-        for row in report([target], arguments.dtypes):
+        for row in report(target, arguments.dtypes, arguments.kernels):
             values = {
                 **row,
                 "float64": "yes" if row["float64"] else "no",

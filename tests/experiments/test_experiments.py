@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import tiny_run
 import torch
 
 import train
+from grpo import config as configuration
 from grpo import failures
 from grpo.config import Config
 from grpo.evaluate import __main__ as evaluate_command
@@ -44,6 +46,17 @@ NOT_GIVEN = {"task", "run_name", "eval_steps", "save_steps", "max_steps", "num_e
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_run.save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return tiny_run.finished(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(finished, tmp_path) -> Path:
+    """A copy of a finished run, to be changed."""
+    return Path(shutil.copytree(finished, tmp_path / "runs" / finished.name))
 
 
 @pytest.fixture(autouse=True)
@@ -111,16 +124,23 @@ def test_arms_begin_with_the_same_weights_and_failures(model, tmp_path):
 
 
 def test_two_seeds_are_pooled(model, tmp_path):
-    assert command.main(arguments("robustness", model, tmp_path / "r", "--seeds", "1", "2")) == 0
+    assert (
+        command.main(
+            arguments("robustness", model, tmp_path / "r", "--seeds", "1", "2", "--kinds", "false_positives")
+        )
+        == 0
+    )
     row = result(tmp_path / "r")["rows"][0]
     assert row["figures"]["second_try"]["of"] == 16
 
 
 def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monkeypatch, capsys):
-    assert command.main(arguments("length", model, tmp_path / "whole")) == 0
+    one_cost = ("--costs", "0")
+    assert command.main(arguments("length", model, tmp_path / "whole", *one_cost)) == 0
     runs = list(inside)
+    assert len(runs) == 3
     call = study.wait_for
-    for stopped_at in (1, 2, 4):
+    for stopped_at in (1, 3):  # before the start, between two arms
         inside.clear()
 
         def interrupted(argv, stopped_at=stopped_at):
@@ -130,10 +150,10 @@ def test_a_stopped_experiment_goes_on_where_it_was(model, tmp_path, inside, monk
 
         monkeypatch.setattr(study, "wait_for", interrupted)
         name = f"stopped at {stopped_at}"
-        assert command.main(arguments("length", model, tmp_path / name)) == 130
+        assert command.main(arguments("length", model, tmp_path / name, *one_cost)) == 130
         assert "the same command continues" in capsys.readouterr().err
         monkeypatch.setattr(study, "wait_for", call)
-        assert command.main(arguments("length", model, tmp_path / name)) == 0
+        assert command.main(arguments("length", model, tmp_path / name, *one_cost)) == 0
         assert inside == runs, "an arm was run twice, or not at all"
         whole, stopped = (result(tmp_path / folder)["rows"] for folder in ("whole", name))
         assert [{**row, "seconds": 0} for row in whole] == [{**row, "seconds": 0} for row in stopped]
@@ -156,25 +176,22 @@ def test_a_finished_experiment_runs_nothing_again(model, tmp_path, inside):
     assert not inside and (tmp_path / "r/result.json").read_bytes() == before
 
 
-def test_it_can_begin_with_a_run_that_is_there(model, tmp_path, inside):
-    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", seed=5))
-    assert done.status == 0
-    argv = ["robustness", "--output", str(tmp_path / "r"), "--run", str(done.folder)]
+def test_it_can_begin_with_a_run_that_is_there(run, tmp_path, inside):
+    argv = ["robustness", "--output", str(tmp_path / "r"), "--run", str(run)]
     assert command.main([*argv, "--kinds", "false_positives", "--rates", "0.5", "--max_steps", "2"]) == 0
-    assert inside == ["none-seed5", "false_positives-0.5-seed5"]
+    seed = configuration.load(run / "config.yaml").seed
+    assert inside == [f"none-seed{seed}", f"false_positives-0.5-seed{seed}"]
 
 
 @pytest.mark.parametrize(
     ("asked", "taken"), [((), True), (("--num_eval", "4"), False), (("--limits", "5"), False)]
 )
-def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path, asked, taken):
-    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", num_eval=8))
-    assert done.status == 0
-    file = done.folder / "evaluation-before_rl.jsonl"
+def test_what_a_run_measured_of_its_start_is_not_measured_again(run, tmp_path, asked, taken):
+    file = run / "evaluation-before_rl.jsonl"
     lines = file.read_text().splitlines()
     lines[0] = json.dumps({**json.loads(lines[0]), "mark": True})
     file.write_text("\n".join(lines) + "\n")
-    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(run), "--max_steps", "1"]
     limit = str(tiny_run.SETTINGS["max_reflection_length"])
     same = ["--num_eval", "8", "--costs", "0", "--limits", limit]
     assert command.main([*argv, *same, *asked]) == 0
@@ -182,14 +199,13 @@ def test_what_a_run_measured_of_its_start_is_not_measured_again(model, tmp_path,
     assert ('"mark"' in measured.read_text()) == taken
 
 
-def test_a_run_of_version_0_1_can_be_begun_with(model, tmp_path, inside):
+def test_a_run_of_version_0_1_can_be_begun_with(run, tmp_path, inside):
     """Its records have another file name and lack settings: they are shown, and not copied into an arm."""
-    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs", num_eval=8))
-    new, old = (done.folder / f"evaluation-{label}.jsonl" for label in ("before_rl", "vanilla"))
-    records = study.Arm("old", done.folder, Config()).records("before_rl")
+    new, old = (run / f"evaluation-{label}.jsonl" for label in ("before_rl", "vanilla"))
+    records = study.Arm("old", run, Config()).records("before_rl")
     new.rename(old)
-    assert study.Arm("old", done.folder, Config()).records("before_rl") == records
-    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    assert study.Arm("old", run, Config()).records("before_rl") == records
+    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(run), "--max_steps", "1"]
     limit = str(tiny_run.SETTINGS["max_reflection_length"])
     assert command.main([*argv, "--num_eval", "8", "--costs", "0", "0.5", "--limits", limit]) == 0
     assert len(inside) == 2
@@ -197,9 +213,8 @@ def test_a_run_of_version_0_1_can_be_begun_with(model, tmp_path, inside):
     assert first.read_bytes() == second.read_bytes() and old.exists() and not new.exists()
 
 
-def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(model, tmp_path, inside, monkeypatch):
-    done = tiny_run.run(tiny_run.arguments(model, tmp_path / "runs"))
-    (done.folder / "evaluation.json").unlink()
+def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(run, tmp_path, inside, monkeypatch):
+    (run / "evaluation.json").unlink()
     copied = []
 
     def spy(file, folder, copy=study.copy):
@@ -207,7 +222,7 @@ def test_the_start_of_an_unfinished_run_is_measured_by_the_first_arm(model, tmp_
         copy(file, folder)
 
     monkeypatch.setattr(study, "copy", spy)
-    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(done.folder), "--max_steps", "1"]
+    argv = ["length", "--output", str(tmp_path / "r"), "--run", str(run), "--max_steps", "1"]
     assert command.main([*argv, "--limits", "8", "--costs", "0", "0.5"]) == 0
     assert [entry for entry in copied if entry[1] == "evaluation-before_rl.jsonl"] == [
         (inside[0], "evaluation-before_rl.jsonl", inside[1])
@@ -319,10 +334,12 @@ def test_a_signal_reaches_the_run_once_and_waits_for_it(tmp_path, number):
     assert (tmp_path / "told").read_text() == f"{signal.SIGTERM.value}\n"
 
 
-def test_help_names_every_experiment():
-    argv = [sys.executable, "-m", "grpo.experiments", "--help"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=Path(train.__file__).parent)
-    assert all(name in done.stdout for name in command.NAMES)
+def test_help_names_every_experiment(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--help"])
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in command.NAMES)
 
 
 # --- tables -------------------------------------------------------------------------------------------------

@@ -93,9 +93,9 @@ def test_equals_the_reference(shape, dtype, options, masks):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_gradcheck(softcap):
-    hidden, weight, ids, _ = data(4, 3, 5)
+    hidden, weight, ids, _ = data(3, 2, 5)
     hidden, weight, ids = put(hidden, weight, ids)
-    mask = torch.tensor([True, True, False, True], device=DEVICE)
+    mask = torch.tensor([True, False, True], device=DEVICE)
     options = {"mask": mask, "temperature": 0.7, "softcap": softcap, "entropy": True}
     assert torch.autograd.gradcheck(lambda h, w: linear_logprob(h, w, ids, **options), (hidden, weight))
     logits = (hidden @ weight.T).detach().requires_grad_()
@@ -185,13 +185,15 @@ def test_loss_gradcheck(level):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_log_probs_give_the_reference_and_finite_gradients(dtype):
+def test_extreme_log_probs_give_the_reference_and_finite_gradients(dtype, monkeypatch):
     """Every setting at log-ratios of 0 to 10,000 nats and tokens of probability 0."""
+    monkeypatch.setattr(loss, "BLOCK", 128)  # two programs and not twelve, which would take a minute
     rows = list(itertools.product([0.0, 1.0, -1e3], *[[0.0, -1.0, -101.0, -INF]] * 3))
     advantages, logprobs, old, ref = torch.tensor(rows, dtype=dtype, device=DEVICE).T.contiguous()
     logprobs.requires_grad_()
     sequence_ids = torch.arange(len(rows), device=DEVICE) // 4
-    for options in SETTINGS:
+    # bnpo and dr_grpo run the same kernel as dapo; only the denominator, a number, is another.
+    for options in [each for each in SETTINGS if each["loss_type"] not in ("bnpo", "dr_grpo")]:
         results = []
         for backend in (triton_backend, torch_backend):
             value, metrics = backend.grpo_loss(logprobs, old, ref, advantages[::4], sequence_ids, **options)
@@ -605,13 +607,15 @@ def test_views_and_small_ids():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tiles_by_descriptor_and_by_pointer(dtype):
     """Rows of the padded weight do not begin at multiples of 16 bytes, so it gets no descriptor."""
-    hidden, weight, ids, upstream = data(150, 40, 600, dtype)
-    mask = torch.arange(150) % 5 != 2
+    # Two blocks of live rows, of features and of tokens at least, the last of each cut short.
+    m, v = (150, 600) if DEVICE == "cuda" else (42, 75)
+    hidden, weight, ids, upstream = data(m, 40, v, dtype)
+    mask = torch.arange(m) % 5 != 2
     hidden = hidden.detach().masked_fill(~mask[:, None], math.nan)
-    padded = torch.zeros(600, 41, dtype=dtype)
-    padded[:, :40] = weight.detach()
+    padded = torch.full((v + 32, 41), math.nan, dtype=dtype)  # what is around W must not be read
+    padded[:v, :40] = weight.detach()
     results = []
-    for w in (weight.detach().to(DEVICE, copy=True), padded.to(DEVICE)[:, :40]):
+    for w in (weight.detach().to(DEVICE, copy=True), padded.to(DEVICE)[:v, :40]):
         h, i, u = put(hidden, ids, upstream)
         w.requires_grad_()
         if DEVICE == "cpu" or config.has_tma(dtype):

@@ -134,7 +134,7 @@ def test_varlen_is_refused_where_it_cannot_run(arguments, message):
     "older", [None, lambda query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False: query]
 )
 def test_varlen_is_refused_by_an_older_torch(older, monkeypatch):
-    monkeypatch.setattr(attention_module, "varlen_attn", older)
+    monkeypatch.setattr(attention_module, "torch_varlen_attn", lambda: older)
     with pytest.raises(ValueError, match=r"with PyTorch 2\.\S+: varlen needs 2\.12 or newer"):
         check_varlen("cuda", torch.bfloat16, 64)
 
