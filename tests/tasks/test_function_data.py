@@ -20,7 +20,7 @@ from grpo.chat import Chat
 from grpo.tasks import SPLITS, Example, OpeningTask, WarmStartTask, get_task, opening
 from grpo.tasks.function_calling import DEFAULT_CATEGORIES, FunctionCalling, xlam
 from grpo.tasks.function_calling.berkeley import CATEGORIES
-from grpo.tasks.function_calling.data import SMALL_HELDOUT_SHARE, _place, defaults_of, tool
+from grpo.tasks.function_calling.data import SMALL_HELDOUT_SHARE, defaults_of, hashed_place, tool
 
 QWEN_TOOLS = (
     "{% if tools %}<|im_start|>system\n"
@@ -517,7 +517,7 @@ def test_order_and_splits_are_the_same_every_time(tmp_path: Path) -> None:
 def test_what_hangs_together_too_much_is_trained_on(tmp_path: Path, place: str) -> None:
     # whatever the hash says of the tool that everything shares
     held = place == "heldout"
-    common = next(f"!{i}" for i in range(99) if (_place(f"!{i}") < SMALL_HELDOUT_SHARE) == held)
+    common = next(f"!{i}" for i in range(99) if (hashed_place(f"!{i}") < SMALL_HELDOUT_SHARE) == held)
     large = [record(i, common, f"t{i}") for i in range(400)]
     small = [record(i) for i in range(400, 1000)]
     parts = everything(FunctionCalling(data_path=lines(tmp_path / "data.jsonl", [*large, *small])))
@@ -887,7 +887,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def test_the_options_in_the_docs_are_those_of_the_class() -> None:
     page = (DOCS / "tasks.md").read_text(encoding="utf-8")
-    part = page[page.index("`--task function_calling`") : page.index("## A task of your own")]
+    part = page[page.index("`--task function_calling`") : page.index("## Function calling, generated")]
     names = re.findall(r"`(\w+)`", " ".join(re.findall(r"^- ((?:`\w+`(?: and )?)+) \(", part, re.MULTILINE)))
     assert names == list(inspect.signature(FunctionCalling).parameters)
     default = re.search(r"`categories` \(`\"(.*?)\"`\)", part)

@@ -121,3 +121,33 @@ def test_transcripts_of_the_berkeley_files():
             whole += task.verify(example, one.retry).ok
     assert stopped > 100 and whole > 100
     assert task.transcript(example, random.Random(3)) == task.transcript(example, random.Random(3))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "begin"),
+    [
+        ("I would book a tent.", "The answer calls no function. A call of "),
+        ("", "The answer calls no function. A call of "),
+        ('[{"name": "book_tent", "argu', "The answer cannot be read as JSON calls. A call of "),
+        ('[{"name": "\\ud800", "arguments": {}}]', "The answer cannot be read as JSON calls. A call of "),
+        ("[]", "A call of "),
+        ('[{"name": "book_moon", "arguments": {"x": [{"y": null}]}}]', "book_moon is the wrong function"),
+        ('[{"name": "f", "arguments": {}}, {"name": "g", "arguments": {}}]', "f is the wrong function"),
+    ],
+)
+def test_any_wrong_answer_can_be_reflected_on(attempt, begin):
+    task = get_task("function_calling_generated", {"reflection_stop": 0.0})
+    for example in task.examples("train", 3):
+        transcript = task.transcript(example, random.Random(0), attempt)
+        assert transcript.attempt == attempt and transcript.reflection.startswith(begin)
+        transcript.reflection.encode()
+        assert task.verify(example, transcript.retry).ok
+
+
+def test_calls_in_another_order_are_compared_with_those_they_resemble():
+    gold = [{"name": "f", "arguments": {"a": value}} for value in (1, 2, 3)]
+    calls = [{"name": "f", "arguments": {"a": value}} for value in (3, 9, 1)]
+    said, mended = reflection(calls, gold, False, None)
+    assert re.findall("must be.*?[.]", said) == ["must be 2, not 9."] and mended == gold
+    said, mended = reflection(calls[:1], gold, False, 1)  # the third alone; it stops after the first finding
+    assert said == 'A call of f is missing: {"a": 1}.' and mended == [gold[0], gold[2]]

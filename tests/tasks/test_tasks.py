@@ -16,7 +16,7 @@ from grpo import tasks
 from grpo.tasks import Example, Task, Transcript, Verdict, format_reasons, get_task, register, task_names
 from grpo.tasks.countdown import Countdown
 from grpo.tasks.dataset import Dataset
-from grpo.tasks.function_calling import FunctionCalling
+from grpo.tasks.function_calling import FunctionCalling, FunctionCallingGenerated
 
 DOC = Path(__file__).parents[2] / "docs" / "tasks.md"
 
@@ -284,6 +284,7 @@ def test_the_options_in_the_docs_are_those_of_the_class() -> None:
         "Your data without code": Dataset,
         "Countdown": Countdown,
         "Function calling": FunctionCalling,
+        "Function calling, generated": FunctionCallingGenerated,
     }
     for section, factory in sections.items():
         text = DOC.read_text(encoding="utf-8").partition(f"## {section}\n")[2].partition("\n## ")[0]

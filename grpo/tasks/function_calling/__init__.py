@@ -2,8 +2,9 @@
 
 The paper's first task ("Reflect, Retry, Reward", arXiv 2505.24726). On xLAM / APIGen data (a file of yours)
 the calls must equal the given ones; on the Berkeley files (the package bfcl-eval) each argument must be one
-of the accepted values. Where no tool fits, the right answer is no call. Left out: running the calls, and
-several turns with results.
+of the accepted values. Where no tool fits, the right answer is no call. `function_calling_generated` is the
+same task with small tools made from templates (generated.py). Left out: running the calls, and several turns
+with results.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ from __future__ import annotations
 import json
 import random
 import re
-from typing import Any
+from typing import Any, Protocol
 
 from grpo.tasks import END_THINK, RIGHT_ATTEMPTS, THINK, Example, Transcript, Verdict, check_split, register
 from grpo.tasks.function_calling.berkeley import CATEGORIES, Berkeley, category_of
 from grpo.tasks.function_calling.calls import find_calls, holds_prose_only, scattered_calls
 from grpo.tasks.function_calling.data import Record, Source, Splits, defaults_of
-from grpo.tasks.function_calling.json_calls import Call, Unreadable, json_calls
+from grpo.tasks.function_calling.generated import DISTRACTORS, PARAMETERS, Problems
+from grpo.tasks.function_calling.json_calls import Call, Unreadable
 from grpo.tasks.function_calling.matching import Defaults, compare, includes
 from grpo.tasks.function_calling.mistakes import mistaken, reflection, right_calls, text_of
 from grpo.tasks.function_calling.xlam import Xlam
 
 DEFAULT_CATEGORIES = "simple_python+multiple+parallel+parallel_multiple+irrelevance"
+
+# How a reflection on an answer without readable calls begins.
+NOTHING_CALLED, UNREADABLE = "The answer calls no function. ", "The answer cannot be read as JSON calls. "
 
 # For templates without tools. Short, since it is paid for at every turn.
 PLAIN_PROMPT = (
@@ -74,23 +79,24 @@ def _judge(text: str, gold: list[Call], python_syntax: bool, accepted: bool, def
     return Verdict(compare(calls, gold, accepted, defaults))
 
 
-@register("function_calling")
-class FunctionCalling:
-    """Function-calling examples in three splits that share no tool name.
+class Records(Protocol):
+    """The records of each split, always in the same order."""
+
+    def records(self, split: str, start: int, stop: int) -> list[Record]:
+        """Records `start` to `stop` of a split. Raises ValueError if there are fewer."""
+        ...
+
+
+class Calls:
+    """Prompts, verdicts and transcripts of function-calling records; the tasks below say where they are from.
 
     Args:
-        data_path: xLAM / APIGen file (JSON array or JSON lines); None for the Berkeley files.
-        categories: of the Berkeley files, joined by "+", or a list; "live" and "all" name several.
+        records: in three splits that share no tool name.
+        accepted: gold arguments are lists of accepted values.
         python_syntax: accept calls in Python's syntax as well as JSON.
-        max_tools: leave out examples with more tools.
-        max_characters: leave out examples whose messages and tools have more characters.
-        seed: order of the examples within each split. Which split an example is in never depends on it.
         reflection_stop: in transcripts, share of reflections that stop after the first one or two checks.
-    Raises:
-        ValueError: no such file, no usable record in it, no package, or an unknown category.
     """
 
-    name = "function_calling"
     format_reasons = frozenset(
         "too_long multi_block empty no_call parse dup_key nonfinite shape positional non_literal".split()
     )
@@ -101,36 +107,12 @@ class FunctionCalling:
     )
 
     def __init__(
-        self,
-        data_path: str | None = None,
-        categories: str | list[str] | None = None,
-        python_syntax: bool = False,
-        max_tools: int | None = None,
-        max_characters: int | None = None,
-        seed: int = 0,
-        reflection_stop: float = 0.5,
+        self, records: Records, *, accepted: bool, python_syntax: bool, reflection_stop: float
     ) -> None:
         if not 0 <= reflection_stop <= 1:
             raise ValueError(f"reflection_stop must be between 0 and 1, got {reflection_stop}")
-        for option, limit in (("max_tools", max_tools), ("max_characters", max_characters)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{option} must be at least 1 or None, got {limit}")
-        if data_path is not None and categories is not None:
-            raise ValueError(f"categories must be left out with data_path, got {categories!r}")
-        chosen = _parse_categories(categories)
-        source: Source = Berkeley(chosen) if data_path is None else Xlam(data_path)
-
-        def keep(record: Record) -> bool:
-            return (
-                (data_path is not None or category_of(record) in chosen)
-                and (max_tools is None or len(record.tools) <= max_tools)
-                and (max_characters is None or _characters(record) <= max_characters)
-            )
-
-        self.python_syntax, self.accepted = python_syntax, source.accepted
-        self.reflection_stop = reflection_stop
-        self._splits = Splits(source, keep, seed)
-        self.skipped = self._splits.skipped
+        self._records, self.accepted = records, accepted
+        self.python_syntax, self.reflection_stop = python_syntax, reflection_stop
 
     def examples(self, split: str, count: int, offset: int = 0) -> list[Example]:
         """Examples `offset` to `offset + count` of train, validation or heldout; no tool is in two splits.
@@ -141,16 +123,7 @@ class FunctionCalling:
         check_split(split)
         if count < 0 or offset < 0:
             raise ValueError(f"count and offset must be at least 0, got {count} and {offset}")
-        if offset + count > self.size(split):
-            raise ValueError(
-                f"split {split!r} has {self.size(split)} examples, but offset {offset} plus count "
-                f"{count} were asked for; add categories or data, or raise max_tools or max_characters"
-            )
-        return [self._example(record) for record in self._splits.records(split, offset, offset + count)]
-
-    def size(self, split: str) -> int:
-        """How many examples there are."""
-        return self._splits.size(split)
+        return [self._example(record) for record in self._records.records(split, offset, offset + count)]
 
     def opening(self, example: Example, with_tools: bool) -> tuple[list[dict[str, str]], list[dict] | None]:
         """The messages before the first answer, and the tools for a template that takes them.
@@ -190,23 +163,126 @@ class FunctionCalling:
     def transcript(self, example: Example, rng: random.Random, attempt: str | None = None) -> Transcript:
         """A conversation whose reflection goes through a wrong answer part by part (mistakes.py).
 
-        `attempt`: the wrong one to start from, of an earlier transcript of the example.
+        `attempt`: a wrong answer to start from. If it has no readable calls, the reflection says so first.
         """
         gold, tools = example.data["gold"], example.data["tools"]
+        remark = ""
         if attempt is not None:
-            calls = json_calls(attempt)
+            calls, remark = self._read(attempt)
         elif not (gold or tools) or rng.random() < RIGHT_ATTEMPTS:
             return Transcript(text_of(right_calls(gold, self.accepted)))
         else:
             calls = mistaken(gold, self.accepted, tools, example.prompt, rng)
         checks = rng.randint(1, 2) if rng.random() < self.reflection_stop else None
         text, mended = reflection(calls, gold, self.accepted, checks)
-        return Transcript(text_of(calls), text, text_of(mended))
+        return Transcript(attempt or text_of(calls), remark + text, text_of(mended))
+
+    def _read(self, attempt: str) -> tuple[list[Call], str]:
+        """The calls of a wrong answer, and what is to be said if there are none."""
+        try:
+            calls = find_calls(attempt, self.python_syntax)
+            text_of(calls).encode()  # JSON can write lone surrogates, which no tokenizer takes
+            return calls, ""
+        except Unreadable as fault:
+            return [], NOTHING_CALLED if fault.reason in ("no_call", "empty") else UNREADABLE
+        except UnicodeEncodeError:
+            return [], UNREADABLE
 
     def _example(self, record: Record) -> Example:
         *history, question = record.messages
         data = {"tools": record.tools, "gold": record.gold, "history": history}
         return Example(id=record.id, prompt=question["content"], data=data)
+
+
+@register("function_calling")
+class FunctionCalling(Calls):
+    """Function-calling examples in three splits that share no tool name.
+
+    Args:
+        data_path: xLAM / APIGen file (JSON array or JSON lines); None for the Berkeley files.
+        categories: of the Berkeley files, joined by "+", or a list; "live" and "all" name several.
+        python_syntax: accept calls in Python's syntax as well as JSON.
+        max_tools: leave out examples with more tools.
+        max_characters: leave out examples whose messages and tools have more characters.
+        seed: order of the examples within each split. Which split an example is in never depends on it.
+        reflection_stop: in transcripts, share of reflections that stop after the first one or two checks.
+    Raises:
+        ValueError: no such file, no usable record in it, no package, or an unknown category.
+    """
+
+    name = "function_calling"
+
+    def __init__(
+        self,
+        data_path: str | None = None,
+        categories: str | list[str] | None = None,
+        python_syntax: bool = False,
+        max_tools: int | None = None,
+        max_characters: int | None = None,
+        seed: int = 0,
+        reflection_stop: float = 0.5,
+    ) -> None:
+        for option, limit in (("max_tools", max_tools), ("max_characters", max_characters)):
+            if limit is not None and limit < 1:
+                raise ValueError(f"{option} must be at least 1 or None, got {limit}")
+        if data_path is not None and categories is not None:
+            raise ValueError(f"categories must be left out with data_path, got {categories!r}")
+        chosen = _parse_categories(categories)
+        source: Source = Berkeley(chosen) if data_path is None else Xlam(data_path)
+
+        def keep(record: Record) -> bool:
+            return (
+                (data_path is not None or category_of(record) in chosen)
+                and (max_tools is None or len(record.tools) <= max_tools)
+                and (max_characters is None or _characters(record) <= max_characters)
+            )
+
+        self._splits = Splits(source, keep, seed)
+        self.skipped = self._splits.skipped
+        super().__init__(
+            self._splits,
+            accepted=source.accepted,
+            python_syntax=python_syntax,
+            reflection_stop=reflection_stop,
+        )
+
+    def size(self, split: str) -> int:
+        """How many examples there are."""
+        return self._splits.size(split)
+
+
+@register("function_calling_generated")
+class FunctionCallingGenerated(Calls):
+    """Function calling with small tools and questions made from templates (generated.py).
+
+    Args:
+        num_tools: tools that a problem offers, of which one fits.
+        num_parameters: parameters of each tool; some are optional.
+        num_distractors: sentences in the question that have nothing to do with it.
+        seed: of the problems. Which split a tool is in never depends on it.
+        reflection_stop: in transcripts, share of reflections that stop after the first one or two checks.
+    """
+
+    name = "function_calling_generated"
+
+    def __init__(
+        self,
+        num_tools: int = 3,
+        num_parameters: int = 3,
+        num_distractors: int = 1,
+        seed: int = 0,
+        reflection_stop: float = 0.5,
+    ) -> None:
+        limits = (
+            ("num_tools", num_tools, 1, 10),
+            ("num_parameters", num_parameters, 1, len(PARAMETERS)),
+            ("num_distractors", num_distractors, 0, len(DISTRACTORS)),
+        )
+        for option, value, least, most in limits:
+            if not least <= value <= most:
+                raise ValueError(f"{option} must be between {least} and {most}, got {value}")
+        problems = Problems(num_tools, num_parameters, num_distractors, seed)
+        super().__init__(problems, accepted=False, python_syntax=False, reflection_stop=reflection_stop)
 
 
 def _parse_categories(categories: str | list[str] | None) -> set[str]:

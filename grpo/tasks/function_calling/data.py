@@ -133,6 +133,12 @@ class Splits:
         return len(self._numbers[split])
 
     def records(self, split: str, start: int, stop: int) -> list[Record]:
+        """Raises ValueError if there are fewer."""
+        if stop > self.size(split):
+            raise ValueError(
+                f"split {split!r} has {self.size(split)} examples, but {stop} were asked for; add categories "
+                "or data, or raise max_tools or max_characters"
+            )
         return [self.source.read(number) for number in self._numbers[split][start:stop]]
 
 
@@ -159,7 +165,7 @@ class _Tools:
             if name not in self.numbers:
                 self._parents.append(len(self.numbers))
                 self.numbers[name] = len(self.numbers)
-                self.places.append(_place(name))
+                self.places.append(hashed_place(name))
             self._parents[self.root(self.numbers[name])] = self.root(self.numbers[names[0]])
         return self.numbers[names[0]]
 
@@ -210,7 +216,7 @@ def _assign(tools: _Tools, rows: _Rows) -> array[int]:
     return cut if better else whole
 
 
-def _place(name: str) -> float:
+def hashed_place(name: str) -> float:
     """Where a tool lies in [0, 1): its own, whatever the source."""
     digest = hashlib.sha256(f"function_calling:{name}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2.0**48

@@ -1,9 +1,10 @@
 """Worked conversations about function calls: a wrong answer, what is wrong with it, a better one.
 
-One or two mistakes are put into a right answer, so everything that the reflection says about it is true. The
-reflection checks the arguments one by one, as Countdown's reflections check combinations. Some stop early, so
-RL starts with both behaviours, stopping and continuing. The retry corrects exactly the mistakes that the
-reflection found. Left out: why a value is right, which takes understanding.
+The wrong answer is a right one with one or two mistakes put in, or the model's own. The right calls are
+known, so everything that the reflection says is true. It checks the arguments one by one, as Countdown's
+reflections check combinations. Some stop early, so RL starts with both behaviours, stopping and continuing.
+The retry corrects exactly the mistakes that the reflection found. Left out: why a value is right, which takes
+understanding.
 """
 
 from __future__ import annotations
@@ -155,24 +156,48 @@ def reflection(
     """The findings of a reader of the answer, and the answer with these mistakes corrected.
 
     Args:
-        calls: the wrong answer, in the order of `gold`.
+        calls: the wrong answer; none if it has no calls.
         checks: after how many to stop; None to go on to the end.
     """
     if not gold:
-        return f"{calls[0]['name']} does not answer this, and no other function does.", []
-    mended = copy.deepcopy(calls)
+        name = calls[0]["name"] if calls else "A call"
+        return f"{name} does not answer this, and no other function does.", []
+    mended = _paired(copy.deepcopy(calls), gold, accepted)
     said = list(itertools.islice(_findings(mended, gold, accepted), checks))
-    return " ".join(said), mended
+    return " ".join(said), [call for call in mended if call is not None]
 
 
-def _findings(calls: list[Call], gold: list[Call], accepted: bool) -> Iterator[str]:
+def _paired(calls: list[Call], gold: list[Call], accepted: bool) -> list[Call | None]:
+    """The calls in the order of `gold`, None for a missing one; those that are too many come last.
+
+    A call goes to the right call that it equals, else to one of its name, else to any that is left; among
+    equals, to the one at its own place.
+    """
+    left = list(range(len(calls)))
+    pairs: list[Call | None] = [None] * len(gold)
+    resemble: tuple[Callable[[Call, Call], bool], ...] = (
+        lambda call, right: compare([call], [right], accepted) == "ok",
+        lambda call, right: call["name"] == right["name"],
+        lambda call, right: True,
+    )
+    for like, own_place in itertools.product(resemble, (True, False)):
+        for place, right in enumerate(gold):
+            candidates = [n for n in left if (n == place or not own_place) and like(calls[n], right)]
+            if pairs[place] is None and candidates:
+                pairs[place] = calls[candidates[0]]
+                left.remove(candidates[0])
+    return [*pairs, *(calls[n] for n in left)]
+
+
+def _findings(calls: list[Call | None], gold: list[Call], accepted: bool) -> Iterator[str]:
     """One sentence for each part, in order. A wrong part is corrected in place first."""
     for place, wanted in enumerate(right_calls(gold, accepted)):
-        if place == len(calls):
-            calls.append(copy.deepcopy(wanted))
+        call = calls[place]
+        if call is None:
+            calls[place] = copy.deepcopy(wanted)
             yield f"A call of {wanted['name']} is missing: {_json(wanted['arguments'])}."
             continue
-        call, args = calls[place], calls[place]["arguments"]
+        args = call["arguments"]
         if (name := call["name"]) == wanted["name"]:
             yield f"{name} is the right function."
         else:
