@@ -175,7 +175,7 @@ class Calls:
             calls = mistaken(gold, self.accepted, tools, example.prompt, rng)
         checks = rng.randint(1, 2) if rng.random() < self.reflection_stop else None
         text, mended = reflection(calls, gold, self.accepted, checks)
-        return Transcript(attempt or text_of(calls), remark + text, text_of(mended))
+        return Transcript(text_of(calls) if attempt is None else attempt, remark + text, text_of(mended))
 
     def _read(self, attempt: str) -> tuple[list[Call], str]:
         """The calls of a wrong answer, and what is to be said if there are none."""
