@@ -354,20 +354,7 @@ class Rollout:
 
         The first retry continues on the reflection's cache. Further retries are a second run of the sampler.
         """
-        rows = []
-        seen: Counter[tuple[str, int]] = Counter()
-        for group, failure in enumerate(failures):
-            prompt = tuple(self.reflection_prompt_ids(failure))
-            # A step may hold two failed attempts at an example or, if the pool is small, one of them twice.
-            name = (failure.example.id, failure.generation)
-            repeat = seen[name]
-            seen[name] += 1
-            for member in range(num_generations):
-                key = self._key(stage, step, failure.example)._replace(
-                    repeat=repeat, attempt=failure.generation, member=member, turn=REFLECTION
-                )
-                rows.append(self._reflect_row(prompt, Tag(failure.example, key, member, group)))
-        finished = self._run(rows, progress)
+        finished = self._run(self._reflect_rows(failures, num_generations, stage, step), progress)
         tries = [[attempt] for _, attempt in finished]
         if retries > 1:
             more = [self._retry_row(done, retry) for done, _ in finished for retry in range(1, retries)]
@@ -395,6 +382,72 @@ class Rollout:
         altogether, so that the task prompt follows the failed attempt (the blind retry). The noise is that of
         the real retry, so a control differs from it in its context only.
         """
+        rows = self._given_rows(failures, reflections, stage, step)
+        return [attempt for _, attempt in self._run(rows, progress)]
+
+    def reflect_and_retry_after(
+        self,
+        failures: Sequence[Attempt],
+        given: Sequence[tuple[Attempt, Sequence[int] | None]],
+        *,
+        stage: str = "rollout",
+        progress: Progress | None = None,
+    ) -> tuple[list[Episode], list[Attempt]]:
+        """`reflect_and_retry`, one reflection each, and `retry_after` in a single run of the sampler.
+
+        The short retries fill the batch while the last long reflections are sampled.
+
+        Args:
+            given: (failure, reflection) pairs for `retry_after`.
+        """
+        rows = self._reflect_rows(failures, 1, stage, 0)
+        rows += self._given_rows(*zip(*given, strict=True), stage, 0) if given else []
+        # Rows with the same prefix become neighbours, so that they share its cache.
+        first = {row.prefix: index for index, row in reversed(list(enumerate(rows)))}
+        order = sorted(range(len(rows)), key=lambda index: first[rows[index].prefix])
+        answered = dict(zip(order, self._run([rows[index] for index in order], progress), strict=True))
+        episodes = [
+            self._episode(answered[index][0], failure, [answered[index][1]])
+            for index, failure in enumerate(failures)
+        ]
+        return episodes, [answered[index][1] for index in range(len(failures), len(rows))]
+
+    # --- rows and episodes ----------------------------------------------------------------------------------
+
+    def _key(self, stage: str, step: int, example: Example) -> NoiseKey:
+        return NoiseKey(self.seed, STAGES[stage], step, example.key)
+
+    def _reflect_rows(
+        self, failures: Sequence[Attempt], num_generations: int, stage: str, step: int
+    ) -> list[Row]:
+        rows = []
+        seen: Counter[tuple[str, int]] = Counter()
+        for group, failure in enumerate(failures):
+            prompt = tuple(self.reflection_prompt_ids(failure))
+            # A step may hold two failed attempts at an example or, if the pool is small, one of them twice.
+            name = (failure.example.id, failure.generation)
+            repeat = seen[name]
+            seen[name] += 1
+            for member in range(num_generations):
+                key = self._key(stage, step, failure.example)._replace(
+                    repeat=repeat, attempt=failure.generation, member=member, turn=REFLECTION
+                )
+                rows.append(self._reflect_row(prompt, Tag(failure.example, key, member, group)))
+        return rows
+
+    def _reflect_row(self, prompt: tuple[int, ...], tag: Tag) -> Row:
+        example = tag.example
+        reflect = Sample(self.max_reflection_length, tag.key)
+        # A turn that was cut must be closed too, so nothing longer than this can follow a reflection.
+        longest = len(self.chat.glue([], "length", example.prompt))
+        again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, example.prompt), limit=longest)
+        retry = Sample(self.max_completion_length, tag.key._replace(turn=RETRY))
+        return Row(prompt, [reflect, again, retry], tag)
+
+    def _given_rows(
+        self, failures: Sequence[Attempt], reflections: Sequence[Sequence[int] | None], stage: str, step: int
+    ) -> list[Row]:
+        """The rows of `retry_after`."""
         rows = []
         for failure, reflection in zip(failures, reflections, strict=True):
             if reflection is None:
@@ -406,21 +459,7 @@ class Rollout:
             key = self._key(stage, step, failure.example)._replace(attempt=failure.generation, turn=RETRY)
             script: list[Feed | Sample] = [Feed(fed), Sample(self.max_completion_length, key)]
             rows.append(Row(tuple(prefix), script, Tag(failure.example, key)))
-        return [attempt for _, attempt in self._run(rows, progress)]
-
-    # --- rows and episodes ----------------------------------------------------------------------------------
-
-    def _key(self, stage: str, step: int, example: Example) -> NoiseKey:
-        return NoiseKey(self.seed, STAGES[stage], step, example.key)
-
-    def _reflect_row(self, prompt: tuple[int, ...], tag: Tag) -> Row:
-        example = tag.example
-        reflect = Sample(self.max_reflection_length, tag.key)
-        # A turn that was cut must be closed too, so nothing longer than this can follow a reflection.
-        longest = len(self.chat.glue([], "length", example.prompt))
-        again = Feed(lambda turn: self.chat.glue(turn.ids, turn.finish_reason, example.prompt), limit=longest)
-        retry = Sample(self.max_completion_length, tag.key._replace(turn=RETRY))
-        return Row(prompt, [reflect, again, retry], tag)
+        return rows
 
     def _retry_row(self, done: Finished, retry: int) -> Row:
         """A further retry after the reflection of a finished row."""

@@ -28,7 +28,7 @@ KILLS = {
     "while start is written": Moment(BLOCKS, call=5),
     "before start gets its name": Moment("os:rename", call=4),  # after inputs.json, start.json, config.yaml
     "while failures are sampled": Moment("grpo.failures:_summary"),
-    "in the first validation": Moment("grpo.evaluate.measure:_control_verdicts"),
+    "in the first validation": Moment("grpo.evaluate.measure:_second_tries"),
     "in the first rollout": Moment(SAMPLING, call=10, after='"step": 0'),
     "in a rollout": Moment(SAMPLING, call=10, after='{"step": 2, "validation'),
     "in an update": Moment(UPDATE, after='{"step": 1'),

@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import tiny
@@ -276,6 +277,26 @@ def test_a_control_has_the_noise_of_the_real_retry_of_any_attempt(parts, pool, r
     real, controls = rows
     keys = [done.row.script[2].key for done in real]
     assert [done.row.script[1].key for done in controls] == keys * 2 and len(set(keys)) == 2
+
+
+def test_controls_sampled_next_to_the_reflections_get_the_same_answers(parts, pool, rows):
+    closed = parts.chat.encode_turn("Mind the digit.")
+    given = [(failure, reflection) for reflection in (None, closed) for failure in reversed(pool)]
+
+    def tokens(episodes, retries):  # log-probs depend on the batch in their last bits
+        return [(e.completion_ids, e.reward) for e in episodes], [(r.turn.ids, r.verdict) for r in retries]
+
+    apart = tokens(
+        parts.rollout.reflect_and_retry(pool, num_generations=1, stage="evaluation"),
+        parts.rollout.retry_after(*zip(*given, strict=True), stage="evaluation"),
+    )
+    rows.clear()
+    assert tokens(*parts.rollout.reflect_and_retry_after(pool, given, stage="evaluation")) == apart
+    assert tokens(*parts.rollout.reflect_and_retry_after(pool, [], stage="evaluation")) == (apart[0], [])
+    together, _ = rows
+    # A prefix is computed once only if its rows are neighbours: each reflection's, and each blind retry's.
+    changes = sum(a.row.prefix != b.row.prefix for a, b in pairwise(together))
+    assert len(together) == 3 * len(pool) and changes == 2 * len(pool) - 1
 
 
 def test_the_stage_of_training_is_the_default(parts, pool):

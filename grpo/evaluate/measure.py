@@ -112,13 +112,13 @@ def records_file(output: Path, label: str) -> Path:
 def _phases(report: Callable[[float], None], size: int) -> list[Progress]:
     """A `progress` for each of the three sampler runs, which reports how many of `size` problems are done.
 
-    The second run, the reflections, takes most of the time.
+    The second run takes most of the time: reflections, and controls that need none.
     """
 
     def phase(begin: float, end: float) -> Progress:
         return lambda done, rows: report(size * (begin + (end - begin) * done / max(1, rows)))
 
-    return [phase(0.0, 0.2), phase(0.2, 0.8), phase(0.8, 0.99)]
+    return [phase(0.0, 0.2), phase(0.2, 0.9), phase(0.9, 0.99)]
 
 
 def _measure_blocks(
@@ -132,9 +132,8 @@ def _measure_blocks(
     attempts = rollout.attempts(chain.from_iterable(blocks), stage=stage, progress=progress[0])
     failed = [not rollout.is_right(attempt.verdict) for attempt in attempts]
     failures = list(compress(attempts, failed))
-    episodes = rollout.reflect_and_retry(failures, num_generations=1, stage=stage, progress=progress[1])
     numbers = compress((number for number, block in enumerate(blocks) for _ in block), failed)
-    verdicts = _control_verdicts(rollout, controls, failures, episodes, list(numbers), stage, progress[2])
+    episodes, verdicts = _second_tries(rollout, controls, failures, list(numbers), stage, progress[1:])
     reflected = iter(zip(episodes, verdicts, strict=True))
     records = (
         _record(rollout, attempt, *(next(reflected) if wrong else (None, {})))
@@ -143,43 +142,48 @@ def _measure_blocks(
     return [list(islice(records, len(block))) for block in blocks]
 
 
-def _control_verdicts(
+def _second_tries(
     rollout: Rollout,
     controls: Sequence[str],
     failures: Sequence[Attempt],
-    episodes: Sequence[Episode],
     blocks: Sequence[int],
     stage: str,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Per failure {control: {text, reason}}; None for shuffled if its block has only one failure.
+    progress: Sequence[Progress],
+) -> tuple[list[Episode], list[dict[str, Any]]]:
+    """Reflections with their retries; and per failure {control: {text, reason}}.
 
-    The controls of a failure are neighbours in one call, because they share most of their context.
+    Blind and blanked retries need no reflection, so they share the sampler run of the reflections. A shuffled
+    one is None if its block has only one failure.
 
     Args:
         blocks: the number of the block that each failure is in, in rising order.
     """
-    reflections: dict[str, Sequence[list[int] | None]] = {
-        "blind": [None] * len(failures),
-        "shuffled": _shuffled([_closed_reflection(rollout, episode) for episode in episodes], blocks),
-        "blanked": [rollout.chat.encode_turn("", after=episode.prompt_ids) for episode in episodes],
-    }
-    tried = [
-        (index, control)
-        for index in range(len(failures))
-        for control in controls
-        if control == "blind" or reflections[control][index] is not None
-    ]
-    retries = rollout.retry_after(
-        [failures[index] for index, _ in tried],
-        [reflections[control][index] for index, control in tried],
-        stage=stage,
-        progress=progress,
-    )
     verdicts: list[dict[str, Any]] = [dict.fromkeys(controls) for _ in failures]
-    for (index, control), retry in zip(tried, retries, strict=True):
+    given: dict[str, list[tuple[Attempt, list[int] | None]]] = {
+        "blind": [(failure, None) for failure in failures],
+        "blanked": [
+            (failure, rollout.chat.encode_turn("", after=rollout.reflection_prompt_ids(failure)))
+            for failure in failures
+        ],
+    }
+    at_once = [control for control in controls if control in given]
+    episodes, retries = rollout.reflect_and_retry_after(
+        failures, [pair for control in at_once for pair in given[control]], stage=stage, progress=progress[0]
+    )
+    places = [(index, control) for control in at_once for index in range(len(failures))]
+    if "shuffled" in controls:
+        moved = _shuffled([_closed_reflection(rollout, episode) for episode in episodes], blocks)
+        shuffled = [index for index, reflection in enumerate(moved) if reflection is not None]
+        retries += rollout.retry_after(
+            [failures[index] for index in shuffled],
+            [moved[index] for index in shuffled],
+            stage=stage,
+            progress=progress[1],
+        )
+        places += [(index, "shuffled") for index in shuffled]
+    for (index, control), retry in zip(places, retries, strict=True):
         verdicts[index][control] = {"text": retry.text, **_judged(rollout, retry.verdict)}
-    return verdicts
+    return episodes, verdicts
 
 
 def _shuffled(reflections: Sequence[list[int]], blocks: Sequence[int]) -> list[list[int] | None]:

@@ -1,6 +1,7 @@
 """Measuring a model: a real Rollout over a scripted sampler, resume after a kill, the command itself."""
 
 import json
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -125,12 +126,17 @@ def test_controls_see_the_contexts_that_they_promise():
     cut = "mind 3 and so on and so on"[:24]
     asked = "<user>problem 1<assistant>wrong\0<user>"
     seen = [context for context in rollout.sampler.contexts if context.startswith(asked)]
-    again = "<user>problem 1<assistant>"
-    blind, shuffled, blanked = seen[-3:]
-    assert blind == asked + "problem 1<assistant>"
-    assert blanked == f"{asked}{INSTRUCTION}<assistant>\0{again}"
-    # Problem 3's reflection was cut at its limit: moved to problem 1 it is closed, once.
-    assert shuffled == f"{asked}{INSTRUCTION}<assistant>{cut}\0{again}"
+    reflect, again = f"{asked}{INSTRUCTION}<assistant>", "\0<user>problem 1<assistant>"
+    assert Counter(seen) == Counter(
+        [
+            reflect,
+            f"{reflect}mind 1{again}",
+            f"{asked}problem 1<assistant>",  # blind
+            f"{reflect}{again}",  # blanked
+            # Problem 3's reflection was cut at its limit: moved to problem 1 it is closed, once.
+            f"{reflect}{cut}{again}",
+        ]
+    )
     own = [context for context in rollout.sampler.contexts if f"{INSTRUCTION}<assistant>{cut}" in context]
     assert own[0].startswith("<user>problem 3") and f"{cut}\0<user>" in own[0]
 
@@ -179,7 +185,7 @@ def test_killed_evaluation_goes_on_and_writes_the_same_file(tmp_path, die_at_run
     again = make_rollout()
     assert measure(again, examples, block=4, store=store) == expected
     assert store.read_bytes() == whole.read_bytes()
-    done = (die_at_run - 1) // 3  # a block takes three runs: tries, reflections, the controls together
+    done = (die_at_run - 1) // 3  # a block takes three runs: tries, reflections, shuffled retries
     assert again.sampler.runs == 3 * (3 - done)
 
 
