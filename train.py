@@ -323,13 +323,15 @@ def evaluate(run: RunState, models: Mapping[str, str] | None = None) -> None:
     for label, source in (models or compared_models(run)).items():
         build.load_into(parts, source)
         build.return_unused_memory()
+        count = config.num_eval_untouched if label == "untouched" else 0
+        measured = examples[:count] if count else examples
         with (
-            Bar(f"evaluate {label}", len(examples), "problem") as bar,
+            Bar(f"evaluate {label}", len(measured), "problem") as bar,
             build.evaluation_sampling(parts),
         ):
             results[label] = measure(
                 parts.rollout,
-                examples,
+                measured,
                 controls=CONTROLS if label != "untouched" else (),
                 store=run.folder / f"evaluation-{label}.jsonl",
                 identity=label,

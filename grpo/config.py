@@ -321,6 +321,9 @@ class Config:
     eval_steps: Natural = field(0, "validate every so many steps; 0: never")
     num_validation: Count = field(64, "validation problems")
     num_eval: Natural = field(256, "held-out problems of the final table; 0: no table")
+    num_eval_untouched: Natural = field(
+        0, "of them, for the untouched model of a run with a warm start: the first so many; 0: all"
+    )
     eval_temperature: Amount = field(0.9, "sampling temperature in validation and evaluation; 0: greedy")
     save_steps: Natural = field(50, "checkpoint every so many steps; 0: only the last step")
     save_total_limit: Count = field(2, "newest checkpoints kept, besides the best one")
@@ -352,9 +355,9 @@ AFTER_START = frozenset(
     (
         " ".join(FREE_ON_RESUME) + " beta delta epsilon epsilon_high eval_steps eval_temperature "
         "groups_per_step importance_sampling_level learning_rate length_cost loss_type lr_scheduler_type "
-        "mask_truncated_completions max_reflection_length max_steps num_eval num_generations num_iterations "
-        "num_validation overlong_buffer retries_per_reflection reward scale_rewards soft_overlong_penalty "
-        "train_on use_bias_correction_kl warmup_steps"
+        "mask_truncated_completions max_reflection_length max_steps num_eval num_eval_untouched "
+        "num_generations num_iterations num_validation overlong_buffer retries_per_reflection reward "
+        "scale_rewards soft_overlong_penalty train_on use_bias_correction_kl warmup_steps"
     ).split()
 )
 
@@ -363,7 +366,8 @@ AFTER_START = frozenset(
 ADDED_SETTINGS = frozenset(
     (
         "attn_implementation chat_template_kwargs deterministic lora_alpha lora_r lora_target_modules "
-        "max_wrong_episodes parallel report reward start_from success_threshold verifier_workers"
+        "max_wrong_episodes num_eval_untouched parallel report reward start_from success_threshold "
+        "verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name

@@ -250,6 +250,8 @@ def results(run: Path, step: int | None) -> str:
         blind = figures["controls"].get("blind", {}).get("success")
         shares = [figures["first_try"], figures["second_try"], figures["retry_success"], blind]
         name = f"{STAGES.get(label, label)}{' (this model)' if label == this else ''}"
+        if (count := figures["first_try"]["of"]) < report["num_problems"]:
+            name += f" (first {count} problems)"
         lines.append(f"| {name} | {' | '.join(map(percent, shares))} |")
     if this is None:
         lines += ["", f"The table is about the run's last step. These weights are step {step}. {validation}"]

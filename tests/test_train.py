@@ -190,12 +190,12 @@ def test_the_task_of_the_docs_trains(model, tmp_path, monkeypatch):
     assert code
     (tmp_path / "spelling.py").write_text(code[1])
     monkeypatch.syspath_prepend(tmp_path)
-    settings = {**QUICK, "warm_start_steps": 2, "eval_steps": 1, "num_eval": 4}
+    settings = {**QUICK, "warm_start_steps": 2, "eval_steps": 1, "num_eval": 4, "num_eval_untouched": 3}
     task = {"task": "spelling:Backwards", "task_options": '{"length": 3}'}
     done = run(arguments(model, tmp_path / "runs", **settings, **task))
     sys.modules.pop("spelling")
     assert done.status == 0, done.err
-    assert "backwards, 4 problems" in done.out
+    assert "backwards, 4 problems" in done.out and "as it came, first 3 problems;" in done.out
     assert 'task_options: {"length": 3}' in (done.folder / "config.yaml").read_text()
 
 

@@ -11,6 +11,8 @@ retry the same failures with the same noise, but without the model's own reflect
 A reflection helps only as far as its retry beats these. Every interval is at 95%: Wilson's for a share, the
 paired bootstrap over problems for a difference.
 
+A model may have been measured on only the first problems of another. The two are compared on these.
+
 Left out: comparing models on different problems.
 """
 
@@ -72,6 +74,10 @@ class ModelResult:
         """Records of the problems whose first try was wrong: those with a reflection and a retry."""
         return [record for record in self.records if record["retry"] is not None]
 
+    def start(self, count: int) -> ModelResult:
+        """The first `count` problems."""
+        return ModelResult(self.records[:count], self.settings)
+
     def validation_metrics(self) -> dict[str, float]:
         """For metrics.jsonl: means of the tries over all problems, and of the retries over the failures.
 
@@ -103,7 +109,7 @@ def report(results: Mapping[str, ModelResult]) -> Figures:
     _check_comparable(results)
     first = next(iter(results.values()))
     return {
-        "num_problems": len(first.records),
+        "num_problems": max(len(result.records) for result in results.values()),
         "confidence": 0.95,
         "settings": _shared_settings(first),
         "models": {name: model_figures(result) for name, result in results.items()},
@@ -198,7 +204,8 @@ def _controls(failures: Sequence[ProblemRecord]) -> dict[str, Figures]:
 
 def _comparison(results: Mapping[str, ModelResult], before: str, after: str) -> Figures:
     """`after` minus `before`. A model retries only its own failures, so retries are compared as rates."""
-    old, new = results[before], results[after]
+    count = min(len(results[before].records), len(results[after].records))
+    old, new = results[before].start(count), results[after].start(count)
     return {
         "before": before,
         "after": after,
@@ -235,8 +242,9 @@ def _examples(results: Mapping[str, ModelResult]) -> list[Figures]:
     """
     before, after = before_and_after(list(results))
     old, new = results[before].records, results[after].records
-    both_failed = [i for i in range(len(old)) if old[i]["retry"] and new[i]["retry"]]
-    only_before = [i for i in range(len(old)) if old[i]["retry"] and not new[i]["retry"]]
+    count = min(len(old), len(new))
+    both_failed = [i for i in range(count) if old[i]["retry"] and new[i]["retry"]]
+    only_before = [i for i in range(count) if old[i]["retry"] and not new[i]["retry"]]
     chosen = sorted([*both_failed, *only_before][:NUM_EXAMPLES])
     return [
         {"id": old[i]["id"], "prompt": old[i]["prompt"], "before": _shown(old[i]), "after": _shown(new[i])}
@@ -260,7 +268,8 @@ def _check_comparable(results: Mapping[str, ModelResult]) -> None:
     if not first.records:
         raise ValueError(f"results must hold at least one problem, got none for {name}")
     for other, result in results.items():
-        if result.ids != first.ids:
+        count = min(len(result.records), len(first.records))
+        if not count or result.ids[:count] != first.ids[:count]:
             raise ValueError(
                 "models must be measured on the same problems in the same order, but those of "
                 f"{other} and {name} differ"

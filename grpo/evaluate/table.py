@@ -28,7 +28,7 @@ def table(report: Figures) -> str:
         report: what `grpo.evaluate.comparison.report` or `.read_report` returns.
     """
     parts = [_headline(report)]
-    parts += [_comparison(comparison) for comparison in report["comparisons"]]
+    parts += [_comparison(comparison, report) for comparison in report["comparisons"]]
     names = list(report["models"])
     for start in range(0, len(names), MODELS_PER_TABLE):
         models = {name: report["models"][name] for name in names[start : start + MODELS_PER_TABLE]}
@@ -60,15 +60,27 @@ def _headline(report: Figures) -> str:
             "".join(f"{'1st try':>{width - 9}}{'2nd try':>9}" for _ in shown),
             "".join(f"{first:>{width - 9}}{second:>9}" for first, second in tries),
         ]
-    legend = [f"{name}: {STAGES[name]}" for name in names if name in STAGES]
+    legend = [
+        f"{name}: {STAGES[name]}" + (f", first {count} problems" if (count := _fewer(report, name)) else "")
+        for name in names
+        if name in STAGES
+    ]
     return "\n".join(lines + (["(" + "; ".join(legend) + ")"] if legend else []))
 
 
-def _comparison(comparison: Figures) -> str:
+def _fewer(report: Figures, *names: str) -> int:
+    """How many problems all of these models were measured on, if fewer than others; else 0."""
+    count = min(report["models"][name]["first_try"]["of"] for name in names)
+    return count if count < report["num_problems"] else 0
+
+
+def _comparison(comparison: Figures, report: Figures) -> str:
     """What changed from one model to another, in percentage points."""
     before, after, given_by = (comparison[key] for key in ("before", "after", "given_by"))
     title = f"What {given_by} gave" if given_by else "Difference"
     lines = [f"{title} ({after} minus {before}, percentage points, 95% paired interval)"]
+    if count := _fewer(report, before, after):
+        lines.append(f"(the first {count} problems only)")
     lines.append(_row("first try", [_points(comparison["first_try"])]))
     lines.append(_row("second try", [_points(comparison["second_try"])]))
     lines.append(_row("retries right", [_points(comparison["retry_success"])]))

@@ -136,6 +136,25 @@ def test_models_without_a_common_ground_are_refused(before_rl, trained):
         report({"a": before_rl, "b": ModelResult(trained.records, {**trained.settings, "seed": 2})})
 
 
+def test_a_model_measured_on_fewer_problems_is_compared_on_these(before_rl, trained):
+    both = {"before_rl": before_rl, "trained": trained}
+    figures = report({"untouched": before_rl.start(2), **both})
+    assert figures["num_problems"] == 5 and figures["models"]["untouched"]["first_try"]["of"] == 2
+    warm_start, training, whole = figures["comparisons"]
+    assert training == report(both)["comparisons"][0]
+    assert warm_start["first_try"]["mean"] == 0  # of the first two problems, each solves one at first
+    assert whole == report({"untouched": before_rl.start(2), "trained": trained.start(2)})["comparisons"][
+        0
+    ] | {"given_by": "both together"}
+    text = table(figures)
+    assert text.count("(the first 2 problems only)") == 2 and "as it came, first 2 problems;" in text
+    assert max(map(len, text.splitlines())) <= 100 and "first 5" not in text
+    with pytest.raises(ValueError, match="those of b and a differ"):
+        report({"a": before_rl, "b": ModelResult(trained.records[1:3], trained.settings)})
+    with pytest.raises(ValueError, match="those of b and a differ"):
+        report({"a": before_rl, "b": before_rl.start(0)})
+
+
 def test_a_model_measured_without_controls_stands_beside_others(before_rl):
     bare = [{**one, "controls": {}} for one in before_rl.records]
     figures = report(

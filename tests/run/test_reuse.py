@@ -30,6 +30,7 @@ OTHER = {
     "max_steps": 1,
     "max_wrong_episodes": 0,
     "num_eval": 0,
+    "num_eval_untouched": 2,
     "num_generations": 2,
     "num_iterations": 2,
     "num_validation": 5,
