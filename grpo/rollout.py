@@ -401,7 +401,9 @@ class Rollout:
             given: (failure, reflection) pairs for `retry_after`.
         """
         rows = self._reflect_rows(failures, 1, stage, 0)
-        rows += self._given_rows(*zip(*given, strict=True), stage, 0) if given else []
+        rows += self._given_rows(
+            [failure for failure, _ in given], [reflection for _, reflection in given], stage, 0
+        )
         # Rows with the same prefix become neighbours, so that they share its cache.
         first = {row.prefix: index for index, row in reversed(list(enumerate(rows)))}
         order = sorted(range(len(rows)), key=lambda index: first[rows[index].prefix])
