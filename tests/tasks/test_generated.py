@@ -119,5 +119,7 @@ def test_bad_options(options, message):
 def test_more_problems_than_the_templates_make(monkeypatch):
     monkeypatch.setattr(generated, "PATIENCE", 2)  # draws without a new problem
     task = get_task(NAME, {"num_tools": 1, "num_parameters": 1, "num_distractors": 0})
-    with pytest.raises(ValueError, match=r"split 'validation' has \d+ examples, but 99999 were asked for"):
+    with pytest.raises(
+        ValueError, match=r"split 'validation' has \d+ examples, but offset 0 plus count 99999 were"
+    ):
         task.examples("validation", 99999)

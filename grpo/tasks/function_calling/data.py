@@ -136,8 +136,8 @@ class Splits:
         """Raises ValueError if there are fewer."""
         if stop > self.size(split):
             raise ValueError(
-                f"split {split!r} has {self.size(split)} examples, but {stop} were asked for; add categories "
-                "or data, or raise max_tools or max_characters"
+                f"split {split!r} has {self.size(split)} examples, but offset {start} plus count "
+                f"{stop - start} were asked for; add categories or data, or raise max_tools or max_characters"
             )
         return [self.source.read(number) for number in self._numbers[split][start:stop]]
 

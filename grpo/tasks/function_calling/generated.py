@@ -140,8 +140,8 @@ class Problems:
             record = next(self._sources[split], None)
             if record is None:
                 raise ValueError(
-                    f"split {split!r} has {len(ready)} examples, but {stop} were asked for; raise num_tools, "
-                    "num_parameters or num_distractors"
+                    f"split {split!r} has {len(ready)} examples, but offset {start} plus count "
+                    f"{stop - start} were asked for; raise num_tools, num_parameters or num_distractors"
                 )
             ready.append(record)
         return ready[start:stop]
