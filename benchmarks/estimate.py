@@ -1,6 +1,6 @@
 """Memory estimated by `python train.py --estimate` (grpo/run/estimate.py), next to memory that was counted.
 
-    python benchmarks/estimate.py            a model of the demo's width, in both dtypes, on this CPU
+    python benchmarks/estimate.py            a model of the demo's width, in both dtypes and on two ranks, on this CPU
     python benchmarks/estimate.py --paper    the tables of docs/scale.md: the paper's models on GPUs of 80 GB
 
     estimate    GB, by the formulas
@@ -8,7 +8,7 @@
     tensors     GB, the peak of all tensors (torch.distributed._tools.mem_tracker), of the update only
     resident    GB, how much the process's peak grew, with the allocator's gaps; in a process without profiler
 
-Left out: GPUs, where kernels, CUDA graphs and attention allocate otherwise.
+With two ranks, a figure is that of the rank with the most. Left out: GPUs, where kernels, CUDA graphs and attention allocate otherwise.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # benchmarks/ is no package
+BENCHMARKS = Path(__file__).resolve().parent  # no package
+sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS.parent / "tests")]
 
 from lib.measure import command_line, machine, markdown  # noqa: E402
 from lib.memory import WORK, Case, allocated, resident, tracked  # noqa: E402
 from lib.paper_models import PAPER_MODELS  # noqa: E402
+from ranks import together  # noqa: E402
 
 from grpo import config as configuration  # noqa: E402
 from grpo.config import Config  # noqa: E402
@@ -52,27 +54,46 @@ CASES: dict[str, dict[str, Any]] = {
     "float32": {},
     "bfloat16": {"dtype": "bfloat16"},
     "bfloat16, checkpointing, beta 0": {"dtype": "bfloat16", "gradient_checkpointing": True, "beta": 0.0},
+    "bfloat16, 2 ranks, replicate": {"dtype": "bfloat16", "groups_per_step": 2},
+    "bfloat16, 2 ranks, fsdp": {"dtype": "bfloat16", "groups_per_step": 2, "parallel": "fsdp"},
+    "float32, 2 ranks, fsdp": {"groups_per_step": 2, "parallel": "fsdp"},
 }
 
 
 def case(name: str) -> Case:
+    """A rank has one group."""
     config = Config(
-        device="cpu", dtype="float32", groups_per_step=1, max_rows=16, max_tokens_per_micro_batch=GROUP
+        device="cpu",
+        dtype="float32",
+        parallel="replicate",
+        groups_per_step=1,
+        max_rows=16,
+        max_tokens_per_micro_batch=GROUP,
     )
-    return Case(replace(config, **CASES[name]), SIZES, LENGTHS)
+    config = replace(config, **CASES[name])
+    return Case(config, SIZES, LENGTHS, ranks=config.groups_per_step)
+
+
+def on_ranks(name: str, work: str) -> int:
+    """Bytes allocated for the settings `name`, on the rank with the most."""
+    subject = case(name)
+    return max(together(subject.ranks, allocated, subject, work))
 
 
 def compare(name: str) -> list[dict[str, Any]]:
     """A row of the table for each kind of work; each measurement of resident memory is a process."""
     subject, rows = case(name), []
-    tensors = tracked(subject)
     for work, estimated in subject.estimates().items():
-        command = [sys.executable, __file__, "--resident", work, "--case", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        counted = allocated(subject, work)
+        counted = on_ranks(name, work)
         row = {"settings": name, "work": work, "estimate": estimated / 1e9, "allocated": counted / 1e9}
-        row |= {"tensors": tensors / 1e9} if work == "update" else {}
-        rows.append({**row, "resident": json.loads(done.stdout) / 1e9, "ratio": estimated / counted})
+        row["ratio"] = estimated / counted
+        if subject.ranks == 1:
+            command = [sys.executable, __file__, "--resident", work, "--case", name]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            row["resident"] = json.loads(done.stdout) / 1e9
+            if work == "update":
+                row["tensors"] = tracked(subject) / 1e9
+        rows.append(row)
     return rows
 
 

@@ -18,6 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from grpo.config import Config
 from grpo.episode import Episode
+from grpo.learner import sharded
 from grpo.learner.learner import Learner
 from grpo.model.decoder import Decoder, ModelConfig
 from grpo.run import estimate
@@ -37,10 +38,16 @@ class Tensors(MemTracker):
 
 
 class Case:
-    """Settings, a model's sizes and lengths; the parts are built inside what is measured."""
+    """Settings, a model's sizes and lengths; the parts are built inside what is measured.
 
-    def __init__(self, config: Config, sizes: dict[str, Any], lengths: estimate.Lengths) -> None:
-        self.config, self.lengths = config, lengths
+    With several ranks each has one process, and calls the same methods (`distributed`).
+    """
+
+    def __init__(
+        self, config: Config, sizes: dict[str, Any], lengths: estimate.Lengths, ranks: int = 1
+    ) -> None:
+        self.config, self.lengths, self.ranks = config, lengths, ranks
+        assert config.parallel != "auto"
         self.model = ModelConfig.from_hf(sizes)
         rng = random.Random(0)
         vocabulary = range(self.model.vocab_size)
@@ -75,12 +82,18 @@ class Case:
         """Builds the parts, then does what each letter says: u, an update; r, a rollout."""
         model, config = self.decoder(), self.config
         reference = self.decoder() if config.beta > 0 else None
-        learner = Learner(model, config, total_steps=10, reference=reference)
+        trained = model
+        if self.ranks > 1 and config.parallel == "fsdp":
+            trained = sharded.shard(model, dtype=DTYPES[config.dtype])
+            if reference is not None:
+                reference = sharded.shard(reference, dtype=DTYPES[config.dtype], trained=False)
+        learner = Learner(trained, config, total_steps=10, reference=reference)
         never = self.model.vocab_size
         sampler = Sampler(model, stop_token_ids=[never], max_rows=config.max_rows, cache_gb=config.cache_gb)
         for letter in work:
             if letter == "u":
                 learner.step(self.episodes)
+                learner.write_weights(model)
             else:
                 sampler.run([Row(prompt, self.script(i)) for i, prompt in enumerate(self.prompts)])
         return model, learner, sampler
@@ -95,13 +108,19 @@ class Case:
 
     def estimates(self) -> dict[str, int]:
         """Bytes of what `WORK` does."""
-        memory = estimate.per_rank(self.config, self.model, lengths=self.lengths)
-        # The buffers of the sampler's logits stay, but come only with the first rollout.
+        memory = estimate.per_rank(
+            self.config,
+            self.model,
+            ranks=self.ranks,
+            parallel=self.config.parallel,  # type: ignore[arg-type]  # not auto
+            lengths=self.lengths,
+        )
+        # The buffers of the sampler's logits stay, but come only with the first rollout. Moments and, with
+        # FSDP, gradients come with the first update.
         buffers = estimate.sampler_logits(self.config, self.model)
+        later = memory.moments + (memory.gradients if self.config.parallel == "fsdp" else 0)
         return {
-            "rollout": memory.kept
-            - memory.moments
-            + memory.rollout.total,  # moments come with a first update
+            "rollout": memory.kept - later + memory.rollout.total,
             "update": memory.kept - memory.caches + memory.update.total - buffers,
             "both": memory.total,
         }

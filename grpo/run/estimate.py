@@ -257,7 +257,7 @@ def sampler_logits(config: Config, model: ModelConfig) -> int:
 
 
 def _update(config: Config, model: ModelConfig, lengths: Lengths, ranks: int, sharded: bool) -> Working:
-    """The more expensive of two moments: the log-probs' backward pass, and the last layer's."""
+    """The most expensive moment: the log-probs' backward pass, the last layer's or, with FSDP, its end."""
     width, hidden = _width(config), model.hidden_size
     tokens, trained = micro_batch(config, lengths, ranks)
     embedding = model.vocab_size * hidden
@@ -271,17 +271,20 @@ def _update(config: Config, model: ModelConfig, lengths: Lengths, ranks: int, sh
     inside += 0 if config.lora_r else width * 2 * model.intermediate_size * hidden
     inside += layer if config.gradient_checkpointing else 0
     kept = sampler_logits(config, model) if config.cuda_graphs or _on_cpu(config) else 0
-    # If tied, the gradient of the output embedding waits for that of the input.
-    waiting = width * embedding if model.tie_word_embeddings and not config.lora_r else 0
-    copies = 0
+    # The gradient of the output embedding waits for that of the input: if tied, and with FSDP.
+    waiting = width * embedding if (model.tie_word_embeddings or sharded) and not config.lora_r else 0
+    gathered = reduced = ending = 0
     if sharded:
-        # Two layers gathered ahead; embeddings, between forward and backward; the gradients of a layer and of
-        # the embeddings, before and after their conversion to float32.
         one, root = layer_parameters(model), root_parameters(model)
-        copies = width * (2 * one + root) + (0 if config.lora_r else (width + FLOAT32) * (one + root))
-    first = Working(copies, layers + ends, kept + _head(config, model, tokens, trained))
-    second = Working(copies, layers + ends + inside, kept + waiting)
-    return max(first, second, key=lambda working: working.total)
+        gathered = width * (2 * one + root)  # a layer ahead; the embeddings between forward and backward
+        if not config.lora_r:  # gradients, and their copy in float32 that is summed over the ranks
+            reduced, ending = (width + FLOAT32) * one, (2 * width + FLOAT32) * root
+    moments = [
+        Working(gathered, layers + ends, kept + _head(config, model, tokens, trained)),
+        Working(gathered + reduced, layers + ends + inside, kept + waiting),
+        Working(ending, 0, kept),
+    ]
+    return max(moments, key=lambda working: working.total)
 
 
 def micro_batch(config: Config, lengths: Lengths, ranks: int) -> tuple[int, int]:
