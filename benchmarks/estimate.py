@@ -1,6 +1,6 @@
 """Memory estimated by `python train.py --estimate` (grpo/run/estimate.py), next to memory that was counted.
 
-    python benchmarks/estimate.py            a model of the demo's width, in both dtypes and on two ranks, on this CPU
+    python benchmarks/estimate.py            a model of the demo's width, on this CPU, with one and two ranks
     python benchmarks/estimate.py --paper    the tables of docs/scale.md: the paper's models on GPUs of 80 GB
 
     estimate    GB, by the formulas
@@ -8,7 +8,8 @@
     tensors     GB, the peak of all tensors (torch.distributed._tools.mem_tracker), of the update only
     resident    GB, how much the process's peak grew, with the allocator's gaps; in a process without profiler
 
-With two ranks, a figure is that of the rank with the most. Left out: GPUs, where kernels, CUDA graphs and attention allocate otherwise.
+With two ranks, a figure is that of the rank with the most. Left out: GPUs, where kernels, CUDA graphs and
+attention allocate otherwise.
 """
 
 from __future__ import annotations
@@ -65,7 +66,6 @@ def case(name: str) -> Case:
     config = Config(
         device="cpu",
         dtype="float32",
-        parallel="replicate",
         groups_per_step=1,
         max_rows=16,
         max_tokens_per_micro_batch=GROUP,

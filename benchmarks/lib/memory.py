@@ -47,7 +47,7 @@ class Case:
         self, config: Config, sizes: dict[str, Any], lengths: estimate.Lengths, ranks: int = 1
     ) -> None:
         self.config, self.lengths, self.ranks = config, lengths, ranks
-        assert config.parallel != "auto"
+        self.parallel: estimate.Parallel = "fsdp" if config.parallel == "fsdp" else "replicate"
         self.model = ModelConfig.from_hf(sizes)
         rng = random.Random(0)
         vocabulary = range(self.model.vocab_size)
@@ -83,7 +83,7 @@ class Case:
         model, config = self.decoder(), self.config
         reference = self.decoder() if config.beta > 0 else None
         trained = model
-        if self.ranks > 1 and config.parallel == "fsdp":
+        if self.ranks > 1 and self.parallel == "fsdp":
             trained = sharded.shard(model, dtype=DTYPES[config.dtype])
             if reference is not None:
                 reference = sharded.shard(reference, dtype=DTYPES[config.dtype], trained=False)
@@ -112,13 +112,13 @@ class Case:
             self.config,
             self.model,
             ranks=self.ranks,
-            parallel=self.config.parallel,  # type: ignore[arg-type]  # not auto
+            parallel=self.parallel,
             lengths=self.lengths,
         )
         # The buffers of the sampler's logits stay, but come only with the first rollout. Moments and, with
         # FSDP, gradients come with the first update.
         buffers = estimate.sampler_logits(self.config, self.model)
-        later = memory.moments + (memory.gradients if self.config.parallel == "fsdp" else 0)
+        later = memory.moments + (memory.gradients if self.parallel == "fsdp" else 0)
         return {
             "rollout": memory.kept - later + memory.rollout.total,
             "update": memory.kept - memory.caches + memory.update.total - buffers,

@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from lib.measure import flops  # noqa: E402
 from lib.memory import Case, allocated, tracked  # noqa: E402
 from lib.paper_models import PAPER_MODELS  # noqa: E402
+from ranks import together  # noqa: E402
 
 import train  # noqa: E402
 from grpo.config import Config  # noqa: E402
@@ -86,6 +87,12 @@ def test_estimates_are_within_15_percent_of_what_pytorch_allocates(settings):
     """The first case takes most in its update, the second one in its rollout."""
     case = small(**settings)
     assert case.estimates()["both"] == pytest.approx(allocated(case, "both"), rel=0.15)
+
+
+@pytest.mark.parametrize("parallel", ["replicate", "fsdp"])
+def test_estimates_of_two_ranks_are_within_15_percent_of_what_pytorch_allocates(parallel):
+    case = Case(small(parallel=parallel).config, SIZES, LENGTHS, ranks=2)
+    assert case.estimates()["both"] == pytest.approx(max(together(2, allocated, case, "both")), rel=0.15)
 
 
 def test_the_estimate_of_an_update_is_within_15_percent_of_its_tensors():
