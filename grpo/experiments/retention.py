@@ -33,7 +33,7 @@ from grpo.evaluate.statistics import bootstrap_interval, paired_difference
 from grpo.experiments.outcome import Column, Outcome, Row
 from grpo.experiments.study import ExperimentError, Study, evaluate, wait_for
 from grpo.logprob import linear_logprob
-from grpo.model import weights
+from grpo.model import lora, weights
 from grpo.model.decoder import Decoder
 from grpo.run import build, files
 from grpo.run.progress import Bar
@@ -232,10 +232,18 @@ def hidden_hash(model: Decoder, tokenizer: Any) -> str:
     return hashlib.sha256(hidden.float().cpu().numpy().tobytes()).hexdigest()
 
 
+def model_arguments(model: str) -> str:
+    """lm-eval's name of a folder of weights; an adapter goes with its base."""
+    if not (adapter := Path(model) / lora.CONFIG).exists():
+        return f"pretrained={model}"
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return f"pretrained={base},peft={model}"
+
+
 def lm_eval(model: str, tasks: Sequence[str], output: Path) -> dict[str, Any]:
     """lm-eval's results for a folder, from `output` if they are there, else from its command."""
     if not output.exists():
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}"]
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model_arguments(model)]
         command += ["--tasks", ",".join(tasks), "--output_path", str(output)]
         if status := wait_for(command):
             raise ExperimentError(f"lm_eval ended with status {status}; its message is above")

@@ -588,6 +588,12 @@ def test_weights_that_changed_on_the_disk_are_told(model, tmp_path, monkeypatch)
     assert found == {"hidden states": "DIFFERENT", "records": "DIFFERENT"}
 
 
+def test_lm_eval_gets_an_adapter_with_its_base(tmp_path):
+    assert retention.model_arguments(str(tmp_path)) == f"pretrained={tmp_path}"
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
+    assert retention.model_arguments(str(tmp_path)) == f"pretrained=/models/base,peft={tmp_path}"
+
+
 def test_lm_eval_must_be_installed(model, tmp_path, capsys):
     assert command.main(arguments("retention", model, tmp_path / "r", "--lm_eval", "gsm8k")) == 2
     assert "pip install 'reflect-grpo[eval]'" in capsys.readouterr().err
