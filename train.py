@@ -208,12 +208,16 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                     groups=groups,
                     success_threshold=config.success_threshold,
                 )
+            # Right retries, imitated as first answers; none unless distill_retries is above 0.
+            targets = parts.rollout.right_retries(episodes, groups) if config.distill_retries else []
+            if config.distill_retries:
+                sampled_metrics["distill/num_targets"] = float(sum(len(answers) for _, answers in targets))
             sampled = time.perf_counter()
             # A checkpoint is written during the rollout, from the tensors that the update changes.
             run.finish_saving()
             ready = time.perf_counter()
             # Advantages, loss, backward, optimiser step: grpo/learner/learner.py.
-            update_metrics = learner.step(episodes)
+            update_metrics = learner.step(episodes, targets)
             # Copies the new weights to the sampler; free if both share the same tensors.
             learner.write_weights(parts.model)
             parts.sampler.load_weights(parts.model.state_dict())

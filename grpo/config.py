@@ -313,6 +313,11 @@ class Config:
     importance_sampling_level: Literal["token", "sequence"] = field("token", "unit that has a ratio")
     scale_rewards: Literal["group", "batch", "none"] = field("group", "std that divides advantages")
     use_bias_correction_kl: bool = field(True, "k3 times the ratio: the gradient of KL(policy || reference)")
+    distill_retries: Amount = field(
+        0.0,
+        "weight of the cross-entropy of right retries as first answers, without attempt and reflection; 0: "
+        "off (Experiential RL, arXiv 2602.13949)",
+    )
     num_iterations: Count = field(1, "optimiser steps on the same rollout")
     max_tokens_per_micro_batch: Count = field(2048, "tokens per forward pass; changes memory, not gradients")
     gradient_checkpointing: bool = field(False, "recompute activations in backward: less memory, slower")
@@ -354,8 +359,9 @@ MEMORY_ON_RESUME = (
 AFTER_START = frozenset(
     (
         " ".join(FREE_ON_RESUME) + " beta delta epsilon epsilon_high eval_steps eval_temperature "
-        "groups_per_step importance_sampling_level learning_rate length_cost loss_type lr_scheduler_type "
-        "mask_truncated_completions max_reflection_length max_steps num_eval num_eval_untouched "
+        "distill_retries groups_per_step importance_sampling_level learning_rate length_cost loss_type "
+        "lr_scheduler_type mask_truncated_completions max_reflection_length max_steps num_eval "
+        "num_eval_untouched "
         "num_generations num_iterations num_validation overlong_buffer retries_per_reflection reward "
         "scale_rewards soft_overlong_penalty train_on use_bias_correction_kl warmup_steps"
     ).split()
@@ -365,8 +371,9 @@ AFTER_START = frozenset(
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
     (
-        "attn_implementation chat_template_kwargs deterministic lora_alpha lora_r lora_target_modules "
-        "max_wrong_episodes num_eval_untouched parallel report reward start_from success_threshold "
+        "attn_implementation chat_template_kwargs deterministic distill_retries lora_alpha lora_r "
+        "lora_target_modules max_wrong_episodes num_eval_untouched parallel report reward start_from "
+        "success_threshold "
         "verifier_workers"
     ).split()
 )
@@ -709,6 +716,10 @@ def _validate_combinations(c: Config) -> None:
         raise ValueError(
             f"only_failures must be true with train_on={c.train_on}, got false: a right answer gives "
             "nothing to reflect on"
+        )
+    if c.distill_retries and c.train_on == "attempt":
+        raise ValueError(
+            f"distill_retries must be 0 with train_on=attempt, got {c.distill_retries:g}: there is no retry"
         )
     if c.loss_type == "cispo":
         if c.delta is not None:

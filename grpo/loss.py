@@ -19,8 +19,8 @@ KL(reference || policy). `loss_type` says how token losses are added up:
     dr_grpo        sum / (completions * max_completion_length)                   arXiv 2503.20783
 
 The denominators are counted over the whole optimiser step. So the losses of its micro-batches have the same
-sum however the step is split, as long as a completion's tokens stay together. Left out: entropy bonus, value
-loss.
+sum however the step is split, as long as a completion's tokens stay together. `distill_loss`, the supervised
+term, is added up in the same way, over its own tokens. Left out: entropy bonus, value loss.
 
 Numbers are clamped before exp, so that the loss, its gradient and the metrics are finite for all log-probs
 from -inf to 0:
@@ -124,12 +124,7 @@ def grpo_loss(
 
     num_loss_tokens = max(1, len(logprobs) if num_loss_tokens is None else num_loss_tokens)
     num_sequences = max(1, len(advantages) if num_sequences is None else num_sequences)
-    if loss_type == "grpo":
-        loss = (token_loss / length).sum() / num_sequences
-    elif loss_type == "dr_grpo":
-        loss = token_loss.sum() / (num_sequences * (max_completion_length or 1))
-    else:
-        loss = token_loss.sum() / num_loss_tokens
+    loss = _added_up(token_loss, length, loss_type, num_loss_tokens, num_sequences, max_completion_length)
     per_token = {
         "ratio/mean": ratio,
         "clip_ratio/low_mean": low_clipped,
@@ -139,6 +134,42 @@ def grpo_loss(
     if ref_logprobs is not None:
         per_token["kl"] = kl
     return loss, {name: values.detach().sum() / num_loss_tokens for name, values in per_token.items()}
+
+
+def distill_loss(
+    logprobs: Tensor,
+    sequence_ids: Tensor,
+    *,
+    loss_type: str,
+    num_loss_tokens: int,
+    num_sequences: int,
+    max_completion_length: int,
+) -> Tensor:
+    """() cross-entropy of a micro-batch of distilled retries, in nats, added up as `loss_type` says.
+
+    Args:
+        logprobs: (M,) float32, nats.
+        sequence_ids: (M,) int64, the retry of each token. A retry's tokens are all here.
+        num_loss_tokens, num_sequences: of the distilled retries of the whole step, over all ranks.
+        max_completion_length: the most tokens of a retry, for dr_grpo.
+    """
+    token_loss = -bounded(logprobs, low=LOWEST)
+    length = sequence_ids.bincount()[sequence_ids]  # (M,)
+    return _added_up(token_loss, length, loss_type, num_loss_tokens, num_sequences, max_completion_length)
+
+
+def _added_up(
+    token_loss: Tensor, length: Tensor, loss_type: str, tokens: int, sequences: int, limit: int | None
+) -> Tensor:
+    """() sum over the tokens of a micro-batch; `length` (M,) has the number of tokens of each one's sequence.
+
+    The other arguments are the denominators of the step: its tokens, its sequences, and their longest length.
+    """
+    if loss_type == "grpo":
+        return (token_loss / length).sum() / sequences
+    if loss_type == "dr_grpo":
+        return token_loss.sum() / (sequences * (limit or 1))
+    return token_loss.sum() / tokens
 
 
 def bounded(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:

@@ -9,7 +9,8 @@ For a completion i of a group, with reward r_i and tokens t (GRPO, arXiv 2402.03
                      divided by the number of trained tokens of the whole step (DAPO, arXiv 2503.14476)
 
 `masks` say which tokens are trained. In "Reflect, Retry, Reward" (arXiv 2505.24726) these are the tokens of
-the reflection, and the reward is 1 if the retry after it is right.
+the reflection, and the reward is 1 if the retry after it is right. With `distill_retries` above 0, the loss
+also has the cross-entropy of right retries as first answers, to the task's prompt alone (arXiv 2602.13949).
 
 Left out, but implemented in grpo/learner/: shared prefixes computed once, log-probs without (T, V) logits,
 micro-batches, bfloat16 weights with float32 masters. The other losses are in grpo/loss.py, and so is the
@@ -69,6 +70,12 @@ def step_loss(
     return total / max(1, count)
 
 
+def distill_loss(model: Decoder, targets: list[tuple[list[int], list[int]]], temperature: float) -> Tensor:
+    """() mean cross-entropy of the tokens of all targets: distinct (task prompt, right retry) pairs."""
+    prompts, retries = zip(*targets, strict=True)
+    return -torch.cat(completion_logprobs(model, list(prompts), list(retries), temperature)).mean()
+
+
 def grpo_step(
     model: Decoder,
     reference: Decoder,
@@ -82,14 +89,21 @@ def grpo_step(
     temperature: float = 1.0,
     beta: float = 0.001,
     max_grad_norm: float = 1.0,
+    targets: list[tuple[list[int], list[int]]] | None = None,
+    distill_retries: float = 0.0,
 ) -> float:
-    """One update of `model` on whole groups; returns the loss. `rewards` and `group_ids` are (B,)."""
+    """One update of `model` on whole groups; returns the loss. `rewards` and `group_ids` are (B,).
+
+    `targets` are (task prompt, right retry) pairs, which `distill_retries` weighs.
+    """
     advantages = group_advantage(rewards, group_ids)
     with torch.no_grad():
         ref_logprobs = completion_logprobs(reference, prompts, completions, temperature)
     logprobs = completion_logprobs(model, prompts, completions, temperature)
     old_logprobs = [values.detach() for values in logprobs]  # the policy has not moved since it sampled
     loss = step_loss(logprobs, old_logprobs, ref_logprobs, masks, advantages, beta=beta)
+    if targets:
+        loss = loss + distill_retries * distill_loss(model, targets, temperature)
     optimizer.zero_grad()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)

@@ -414,6 +414,35 @@ class Rollout:
         ]
         return episodes, [answered[index][1] for index in range(len(failures), len(rows))]
 
+    def right_retries(
+        self, episodes: Sequence[Episode], failures: Sequence[Attempt]
+    ) -> list[tuple[list[int], list[tuple[list[int], list[bool]]]]]:
+        """What `distill_retries` imitates: right retries as first answers (after arXiv 2602.13949).
+
+        A first answer sees the task's prompt alone: neither the failed attempt nor the reflection. Siblings
+        that give the same answer count once; otherwise an easy problem would count as often as it is solved.
+        A retry that was cut at its limit is left out, because it would teach an answer without an end.
+
+        Args:
+            episodes: with one retry each (of several retries, the first); their `group_id` are indices of
+                `failures`.
+        Returns:
+            (task's prompt_ids, [(retry's ids with its stop token, all trained), ...]) for each problem with
+            a right retry, as for `Learner.step`.
+        """
+        answers: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+        for episode in episodes:
+            first = Verdict(episode.reasons[0], episode.scores[0] if episode.scores else None)
+            if self.is_right(first) and episode.retry_finish_reason == "stop":
+                tokens = zip(episode.completion_ids, episode.roles, strict=True)
+                retry = tuple(token for token, role in tokens if role == "retry")
+                prompt = tuple(failures[episode.group_id].prompt_ids)
+                answers.setdefault(prompt, {})[retry] = None
+        return [
+            (list(prompt), [(list(retry), [True] * len(retry)) for retry in retries])
+            for prompt, retries in answers.items()
+        ]
+
     # --- rows and episodes ----------------------------------------------------------------------------------
 
     def _key(self, stage: str, step: int, example: Example) -> NoiseKey:

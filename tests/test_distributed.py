@@ -209,6 +209,8 @@ CASES = {
     "plain": {},
     "small micro-batches": {"max_tokens_per_micro_batch": 60},
     "a KL penalty": {"beta": 0.1},
+    "distilled retries": {"distill_retries": 0.5, "beta": 0.1, "max_tokens_per_micro_batch": 60},
+    "distilled retries by sequence": {"distill_retries": 0.5, "loss_type": "grpo", "num_iterations": 2},
     "two updates": {"num_iterations": 2, "learning_rate": 1e-3},
     "all roles": {"train_on": "all", "max_tokens_per_micro_batch": 150},
     "sequence level": {"importance_sampling_level": "sequence"},
@@ -219,10 +221,12 @@ CASES = {
     "an untied output": {},
     "an adapter": {},
     "an adapter and a KL penalty": {"beta": 0.1},
+    "an adapter and distilled retries": {"distill_retries": 0.5},
     # The cases below change the episodes.
     "groups in any order": {},
     "one group with a signal": {},
     "no signal at all": {},
+    "distilled retries only": {"distill_retries": 0.5},
     "one group": {},
 }
 
@@ -232,7 +236,7 @@ def changed(case, episodes):
     episodes = copy.deepcopy(episodes)
     if case == "groups in any order":
         random.Random(1).shuffle(episodes)
-    if case in ("one group with a signal", "no signal at all"):
+    if case in ("one group with a signal", "no signal at all", "distilled retries only"):
         for episode in episodes:
             episode.reward = float(case[0] == "o" and episode.group_id == 1 and episode.generation == 0)
     return [e for e in episodes if e.group_id == 0] if case == "one group" else episodes
@@ -244,6 +248,8 @@ def stepped(mode):
     sharding = mode == "fsdp" and distributed.size() > 1
     plain = tiny.build()
     episodes = tiny.episodes(plain)
+    targets = tiny.targets(plain, episodes)
+    assert len(targets) == 3
     untied = tiny.decoder(plain.model.config.vocab_size, tie_word_embeddings=False)
     for case, settings in CASES.items():
         model = copy.deepcopy(untied if case == "an untied output" else plain.model).double()
@@ -258,7 +264,7 @@ def stepped(mode):
             if sharding:
                 reference = sharded.shard(reference, dtype=torch.float64, trained=False)
         subject = tiny.learner(replace(plain, model=model, config=config), reference=reference)
-        metrics = subject.step(changed(case, episodes))
+        metrics = subject.step(changed(case, episodes), targets if config.distill_retries else ())
         if sharding and reference is not None:
             assert isinstance(reference.output_weight, DTensor), "the embeddings are still gathered"
         results[case] = metrics, whole_gradients(subject.optimizer)

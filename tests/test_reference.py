@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -60,13 +61,17 @@ def test_extreme_log_probs_give_the_losses_of_loss_py():
         assert ((gradient - right).abs() <= allowed).all()
 
 
-def test_a_step_is_the_learners(parts, sampled):
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_step_is_the_learners(parts, sampled, weight):
     """Weights after one update, with KL penalty and clipping, are those of the learner and its fast paths."""
+    targets = tiny.targets(parts, sampled)
+    pairs = [(prompt, retry) for prompt, retries in targets for retry, _ in retries]
+    assert len(pairs) > 1
     ours, reference = copy.deepcopy(parts.model), tiny.other_model(parts)
     tiny_parts = copy.copy(parts)
-    tiny_parts.model = ours
+    tiny_parts.model, tiny_parts.config = ours, replace(parts.config, distill_retries=weight)
     learner = tiny.learner(tiny_parts, reference=reference)
-    metrics = learner.step(copy.deepcopy(sampled))
+    metrics = learner.step(copy.deepcopy(sampled), targets if weight else ())
     assert metrics["grad_norm"] > parts.config.max_grad_norm
 
     plain = copy.deepcopy(parts.model)
@@ -83,6 +88,8 @@ def test_a_step_is_the_learners(parts, sampled):
         temperature=parts.config.temperature,
         beta=parts.config.beta,
         max_grad_norm=parts.config.max_grad_norm,
+        targets=pairs,
+        distill_retries=weight,
     )
     assert loss == pytest.approx(metrics["loss"], abs=1e-5)
     moved = [(p - q).abs().max() for p, q in zip(ours.parameters(), parts.model.parameters(), strict=True)]

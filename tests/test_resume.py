@@ -116,11 +116,12 @@ def test_killed_again_and_again(model, tmp_path, undisturbed):
 
 
 def test_killed_and_resumed_in_bfloat16_with_several_updates_per_rollout(model, tmp_path):
-    """Where the float32 masters are not the model's own weights, and a step has two updates."""
-    settings = {"dtype": "bfloat16", "num_iterations": 2, "save_steps": 2}
+    """Where the float32 masters are not the model's own weights, and a step has two updates on two losses."""
+    settings = {"dtype": "bfloat16", "num_iterations": 2, "save_steps": 2, "distill_retries": 0.5}
     settings |= {"warm_start_steps": 0, "num_eval": 0}
     undisturbed = run(arguments(model, tmp_path / "a", **settings))
     assert undisturbed.status == 0, undisturbed.err
+    assert "distill/loss" in (undisturbed.folder / "metrics.jsonl").read_text()
     moment = Moment(UPDATE, call=2, after='{"step": 2, "validation')
     assert run_and_stop(arguments(model, tmp_path / "b", **settings), moment, signal.SIGKILL)[0] < 0
     resume(tmp_path / "b" / RUN)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import tiny
 
+from grpo.episode import Episode
 from grpo.learner.packing import pack_episodes
 from grpo.rollout import REFLECTION, RETRY, STAGES, NoiseKey, attempt_episodes, reward
 from grpo.sampler.engine import Feed, Sample
@@ -130,6 +131,38 @@ def test_the_reward_is_the_share_of_right_retries(parts, pool, sampled, rows):
     for i, done in enumerate(more):
         texts[i // 2].append(tuple(done.turns[0].ids))
     assert sum(len(set(group)) == 3 for group in texts) > len(texts) / 2
+
+
+def test_right_retries_become_answers_to_the_prompt_alone(parts, pool):
+    """Each distinct answer of a problem once, with its end; of wrong and cut retries nothing."""
+    text, cut, graded = "No 7.", "It is 8, I th", "Almost"
+    rows = [
+        (0, text, "ok", "stop"),
+        (0, text, "ok", "stop"),
+        (0, "9", "ok", "stop"),
+        (1, "7", "wrong", "stop"),
+    ]
+    rows += [(2, cut, "ok", "length"), (3, text, "ok", "stop"), (3, graded, "near", "stop")]
+    episodes = []
+    for number, (group, retry, reason, finish) in enumerate(rows):
+        turn = tiny.turn(parts.chat, retry, finish).ids
+        roles = ["reflection"] * 2 + ["context"] + ["retry"] * len(turn)
+        episode = Episode("x", group, number, [1], [5, 6, 7, *turn], roles, [0.0] * len(roles), "stop", 0.0)
+        episode.retry_finish_reason, episode.reasons = finish, [reason]
+        episode.scores = [0.5] if retry == graded else []
+        episodes.append(episode)
+
+    def answers(*texts):
+        turns = [ids(parts, f"{text}<|im_end|>") for text in texts]
+        return [(turn, [True] * len(turn)) for turn in turns]
+
+    expected = [(pool[0].prompt_ids, answers(text, "9")), (pool[3].prompt_ids, answers(text))]
+    assert parts.rollout.right_retries(episodes, pool) == expected
+    assert ids(parts, SYSTEM + user(pool[0].example.prompt)) == expected[0][0]
+    again = [pool[0]] * 4  # two failures of one problem are one problem
+    assert parts.rollout.right_retries(episodes, again) == [(pool[0].prompt_ids, answers(text, "9"))]
+    lenient = tiny.build(success_threshold=0.5).rollout.right_retries(episodes, pool)
+    assert lenient[1] == (pool[3].prompt_ids, answers(text, graded))
 
 
 def test_reward_without_costs_is_the_share_of_right_retries():

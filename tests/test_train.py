@@ -142,6 +142,7 @@ WAYS = {
     "sequence level, two-sided clipping": {"importance_sampling_level": "sequence", "delta": 1.5},
     "advantages over the batch": {"scale_rewards": "batch"},
     "advantages not scaled": {"scale_rewards": "none"},
+    "distilled retries": {"distill_retries": 0.5, "train_on": "all"},
     "kl penalty": {"beta": 0.1, "use_bias_correction_kl": False},
     "truncated ones masked": {"mask_truncated_completions": True},
     "overlong penalty": {"overlong_buffer": 4},
@@ -210,6 +211,10 @@ BAD = {
     "not a number": ({"learning_rate": "nan"}, ["learning_rate must be finite, got nan"]),
     "top-p": ({"top_p": 0.9}, ["top_p must be 1.0", "in training, got 0.9", "biased"]),
     "delta with cispo": ({"loss_type": "cispo", "delta": 2.0}, ["delta must be None with loss_type=cispo"]),
+    "nothing to distil": (
+        {"distill_retries": 0.5, "train_on": "attempt"},
+        ["distill_retries must be 0 with train_on=attempt, got 0.5"],
+    ),
     "unknown preset": (
         {"preset": "demos"},
         ["preset must be one of demo, function_calling_demo, ", "got 'demos'; did you mean demo?"],

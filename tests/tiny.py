@@ -177,6 +177,12 @@ def episodes(parts: Parts, pool: Sequence[Attempt] | None = None, step: int = 1)
     )
 
 
+def targets(parts: Parts, episodes: Sequence[Episode]) -> list:
+    """What distillation would imitate if every retry of the step were right."""
+    right = [replace(episode, reasons=["ok"], retry_finish_reason="stop") for episode in episodes]
+    return parts.rollout.right_retries(right, failures(parts, parts.config.groups_per_step))
+
+
 def learner(parts: Parts, *, reference: Decoder | None = None, **functions: object) -> Learner:
     """A Learner of the parts' model with the PyTorch functions, or with others in their place."""
     chosen = {"linear_logprob": linear_logprob, "grpo_loss": grpo_loss, "group_advantage": group_advantage}

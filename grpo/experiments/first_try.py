@@ -3,8 +3,11 @@
 The paper reports the gain, although a first try sees no reflection. If it came from practice on the train
 problems, it would be larger on held-out problems that resemble them. So held-out problems are sorted by their
 similarity to the nearest prompt in training (Jaccard index of character trigrams), and the gain of the first
-try is computed in each quarter, for reflections and, at equal sampled tokens, for plain GRPO on first
+try is computed in each quarter. Three arms sample equally many tokens: reflections (the paper's mode),
+reflections whose right retries are distilled into the first try (`distill_retries`), and plain GRPO on first
 attempts.
+
+Left out: rejection sampling on first attempts (imitating the right ones without a policy loss).
 """
 
 from __future__ import annotations
@@ -35,12 +38,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(study: Study, options: argparse.Namespace) -> Outcome:
     if options.parts < 1:
         raise ValueError(f"parts must be at least 1, got {options.parts}")
-    arms: dict[str, list[Arm]] = {"reflection": [], "attempt": []}
+    arms: dict[str, list[Arm]] = {"reflection": [], "distilled": [], "attempt": []}
+    weight = study.config.distill_retries or 1.0
     for seed in options.seeds:
         start = study.start(seed)
-        arms["reflection"].append(study.arm("reflection", seed))
+        arms["reflection"].append(study.arm("reflection", seed, distill_retries=0.0))
+        arms["distilled"].append(study.arm("distilled", seed, distill_retries=weight))
         groups = ablation.matching_groups(arms["reflection"][-1], start)
-        arms["attempt"].append(study.arm("attempt", seed, train_on="attempt", groups_per_step=groups))
+        attempt = {"train_on": "attempt", "groups_per_step": groups, "distill_retries": 0.0}
+        arms["attempt"].append(study.arm("attempt", seed, **attempt))
     rows = [row for mode, by_seed in arms.items() for row in _rows(mode, by_seed, options.parts)]
     return Outcome(QUESTION, COLUMNS, rows, ("first_gain",))
 

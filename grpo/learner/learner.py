@@ -40,7 +40,7 @@ from grpo.learner.optimizer import scheduled_learning_rate
 from grpo.learner.packing import Batch, pack_episodes, pack_sequences
 from grpo.learner.tree_attention import tree_attend
 from grpo.logprob import linear_logprob
-from grpo.loss import grpo_loss
+from grpo.loss import distill_loss, grpo_loss
 from grpo.model.attention import Attend
 from grpo.model.decoder import Decoder
 from grpo.model.lora import switched_off
@@ -137,13 +137,17 @@ class Learner:
             schedule=self.config.lr_scheduler_type,
         )
 
-    def step(self, episodes: Sequence[Episode]) -> dict[str, float]:
+    def step(self, episodes: Sequence[Episode], targets: Sequence[Any] = ()) -> dict[str, float]:
         """One step (`num_iterations` updates) on whole groups; sets each episode's `advantage`.
 
+        Args:
+            targets: supervised sequences, as for `supervised_step`, whose cross-entropy is added to the loss
+                with the weight `distill_retries` (`Rollout.right_retries`). It has denominators of its own.
         Returns:
             Metrics of the update under TRL's names, each a mean over the step. The metrics of the loss,
             `entropy` and `sampling/*` cover the tokens that went through the model; they are absent if none
-            did. `episode_metrics` (grpo/episode.py) has the rewards and lengths.
+            did. `episode_metrics` (grpo/episode.py) has the rewards and lengths. With targets also
+            `distill/loss`, in nats and without its weight.
         Raises:
             ValueError: an episode is longer than the model's RoPE allows (`Rope.length_limit`).
             NonFiniteError: the update was not taken. With num_iterations > 1, earlier updates of this step
@@ -171,6 +175,7 @@ class Learner:
         attends = [self._attend(batch) for batch in batches]
         advantages = torch.tensor([e.advantage for e in kept], dtype=torch.float32, device=device)
         roles = [trained_roles(batch, kept, config.train_on) for batch in packed]
+        distilled, distilled_idle = self._supervised_batches(targets) if targets else ([], [])
 
         # Old log-probs: with a single update, the policy is still the one that sampled, which None means.
         old: list[Tensor | None] = [None] * len(batches)
@@ -213,7 +218,11 @@ class Learner:
                     if first:
                         metrics |= sampling_metrics(batch, logprobs, entropy, batch_roles, num_trained)
                     add_up(totals, metrics)
-            self._run_idle(batches[len(packed) :], attends[len(packed) :])
+                for batch in distilled:
+                    loss = self._distill_loss(batch, targets)
+                    backwards.append(self._backward(config.distill_retries * loss))
+                    add_up(totals, {"distill/loss": loss})
+            self._run_idle([*batches[len(packed) :], *distilled_idle])
             update = self.apply_gradients(
                 backwards, learning_rate, where=f"step {self.num_steps + 1}", advice=ADVICE
             )
@@ -239,20 +248,17 @@ class Learner:
             ValueError: no token is marked, or a sequence is longer than the model's RoPE allows.
             NonFiniteError: the update was not taken.
         """
-        count = sum(sum(mask) for _, branches in sequences for _, mask in branches)
+        count, _ = supervised_counts(sequences)
         if count == 0:
             raise ValueError("sequences must hold at least one token with loss_mask True, got none")
         self.optimizer.zero_grad()
         backwards = []
-        lengths = [sequence_length(*sequence) for sequence in sequences]
-        mine = [sequences[index] for index in distributed.hand(lengths)]
-        packed = pack_sequences(mine, max_tokens=self.config.max_tokens_per_micro_batch)
-        idle = self._idle_passes(len(packed), sequences[0][0][0])
+        packed, idle = self._supervised_batches(sequences)
         with self._same_end():
-            for batch in (batch.to(self.device) for batch in packed):
+            for batch in packed:
                 logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
                 backwards.append(self._backward(-logprobs.sum() / count))
-        self._run_idle(idle, [self._attend(batch) for batch in idle])
+        self._run_idle(idle)
         where = f"supervised step {self.optimizer.num_updates + 1}"
         update = self.apply_gradients(backwards, learning_rate, where=where, advice=SUPERVISED_ADVICE)
         return {**update, "learning_rate": learning_rate, "num_loss_tokens": float(count)}
@@ -339,10 +345,32 @@ class Learner:
         (batch,) = pack_sequences([([token], [([token], [True])])], max_tokens=1)
         return [batch.to(self.device)] * missing
 
-    def _run_idle(self, batches: Sequence[Batch], attends: Sequence[Attend]) -> None:
+    def _run_idle(self, batches: Sequence[Batch]) -> None:
         """Passes with a loss of 0: the exchanges of a pass need all ranks."""
-        for batch, attend in zip(batches, attends, strict=True):
-            self._backward(0.0 * self._logprobs(self.model, batch, attend, temperature=1.0)[0].sum())
+        for batch in batches:
+            logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=1.0)
+            self._backward(0.0 * logprobs.sum())
+
+    def _supervised_batches(self, sequences: Sequence[Any]) -> tuple[list[Batch], list[Batch]]:
+        """This rank's micro-batches of supervised sequences, and its idle ones."""
+        lengths = [sequence_length(*sequence) for sequence in sequences]
+        mine = [sequences[index] for index in distributed.hand(lengths)]
+        packed = pack_sequences(mine, max_tokens=self.config.max_tokens_per_micro_batch)
+        idle = self._idle_passes(len(packed), sequences[0][0][0])
+        return [batch.to(self.device) for batch in packed], idle
+
+    def _distill_loss(self, batch: Batch, targets: Sequence[Any]) -> Tensor:
+        """() of a micro-batch of `targets`, at the temperature at which the policy answers in training."""
+        config, (num_tokens, num_sequences) = self.config, supervised_counts(targets)
+        logprobs, _ = self._logprobs(self.model, batch, self._attend(batch), temperature=config.temperature)
+        return distill_loss(
+            logprobs,
+            batch.sequence_ids,
+            loss_type=config.loss_type,
+            num_loss_tokens=num_tokens,
+            num_sequences=num_sequences,
+            max_completion_length=config.max_completion_length,
+        )
 
     def _attend(self, batch: Batch) -> Attend:
         varlen = self.config.attn_implementation == "varlen"
@@ -420,6 +448,12 @@ def dealt(episodes: Sequence[Episode]) -> list[Episode]:
 def sequence_length(prompt: Sequence[int], completions: Sequence[tuple[Sequence[int], Any]]) -> int:
     """Tokens of a supervised sequence."""
     return len(prompt) + sum(len(ids) for ids, _ in completions)
+
+
+def supervised_counts(sequences: Sequence[Any]) -> tuple[int, int]:
+    """Trained tokens and completions of supervised sequences: the denominators of their losses."""
+    masks = [mask for _, completions in sequences for _, mask in completions]
+    return sum(map(sum, masks)), len(masks)
 
 
 def over_ranks(totals: Mapping[str, float]) -> dict[str, float]:

@@ -293,7 +293,17 @@ def micro_batch(config: Config, lengths: Lengths, ranks: int) -> tuple[int, int]
     group = lengths.prompt + config.num_generations * (lengths.completion - 1)
     longest = lengths.prompt + lengths.completion - 1  # gets a micro-batch to itself
     tokens = max(longest, min(config.max_tokens_per_micro_batch, groups * group))
-    return tokens, tokens * config.num_generations * lengths.trained // group
+    trained = tokens * config.num_generations * lengths.trained // group
+    if config.distill_retries:  # micro-batches of their own
+        distilled = micro_batch(*_distilled(config), ranks)
+        return max(tokens, distilled[0]), max(trained, distilled[1])
+    return tokens, trained
+
+
+def _distilled(config: Config) -> tuple[Config, Lengths]:
+    """A run whose updates are those on distilled retries, if all are right and no two are the same."""
+    attempts = replace(config, train_on="attempt", distill_retries=0.0, beta=0.0)
+    return attempts, Lengths.of(attempts)
 
 
 def _saved_by_layer(config: Config, model: ModelConfig, lengths: Lengths) -> int:
@@ -375,11 +385,15 @@ def step(config: Config, model: ModelConfig, lengths: Lengths | None = None) -> 
     # The log-probs' backward pass computes the logits again.
     heads = (4 - (config.lora_r > 0)) * config.num_iterations + frozen
     update = passes * forward(completion - 1) + heads * head * generations * lengths.trained
+    learned, update_flops = groups * (prompt + generations * (completion - 1)), groups * update
+    if config.distill_retries:
+        distilled = step(_distilled(config)[0], model)
+        learned, update_flops = learned + distilled.learned, update_flops + distilled.update_flops
     return Step(
         sampled=groups * generations * per_row,
-        learned=groups * (prompt + generations * (completion - 1)),
+        learned=learned,
         rollout_flops=groups * rollout,
-        update_flops=groups * update,
+        update_flops=update_flops,
     )
 
 

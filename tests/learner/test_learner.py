@@ -64,6 +64,7 @@ def config(**changes) -> SimpleNamespace:
         num_iterations=1,
         max_tokens_per_micro_batch=10_000,
         gradient_checkpointing=False,
+        distill_retries=0.0,
         attn_implementation="auto",
     )
     assert changes.keys() <= values.keys()
@@ -529,6 +530,46 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
     split.supervised_step(TRANSCRIPTS, 1e-3)
     for name, gradient in subject.optimizer.gradients.items():
         torch.testing.assert_close(split.optimizer.gradients[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+TARGETS = [
+    ([3, 1, 4], [([1, 5, 9, 2], [True] * 4), ([1, 6], [True] * 2)]),
+    ([3, 2], [([7], [True])]),
+]
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 4])
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_distilled_retries_add_their_mean_cross_entropy(loss_type, max_tokens):
+    """Against each row alone, in float64. The denominators are those of all targets in any split."""
+    settings = config(loss_type=loss_type, distill_retries=0.3, max_tokens_per_micro_batch=max_tokens)
+    subject, plain = learner(settings, torch.float64), learner(settings, torch.float64)
+    per_token = []  # of each target
+    for prompt, answers in TARGETS:
+        for ids, _ in answers:
+            logits = subject.model.logits(subject.model(torch.tensor([prompt + ids])))[0] / 0.9
+            predicting = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
+            per_token.append(-predicting[range(len(ids)), ids])
+    mean = {
+        "dapo": torch.cat(per_token).mean(),
+        "grpo": sum(losses.mean() for losses in per_token) / 3,
+        "dr_grpo": torch.cat(per_token).sum() / (3 * settings.max_completion_length),
+    }[loss_type]
+    expected = torch.autograd.grad(mean, list(subject.model.parameters()))
+
+    metrics, without = subject.step(episodes(), TARGETS), plain.step(episodes())
+    assert metrics["distill/loss"] == pytest.approx(mean.item(), rel=1e-9)
+    assert metrics["loss"] == pytest.approx(without["loss"] + 0.3 * mean.item(), rel=1e-9)
+    assert metrics["kl"] == without["kl"] and metrics["entropy"] == without["entropy"]
+    gradients = zip(subject.optimizer.gradients.values(), plain.optimizer.gradients.values(), strict=True)
+    for (both, rl), gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(both, rl + 0.3 * gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_distilled_retries_teach_where_no_reward_differs():
+    subject = learner(config(beta=0.0, distill_retries=1.0, learning_rate=0.1))
+    losses = [subject.step(episodes(rewards=(1.0,) * 3), TARGETS)["distill/loss"] for _ in range(8)]
+    assert losses[-1] < losses[0] / 2 and subject.optimizer.num_updates == 8
 
 
 def test_supervised_steps_learn():

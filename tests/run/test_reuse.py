@@ -15,6 +15,7 @@ from grpo.run import files, inputs, reuse
 OTHER = {
     "beta": 0.0,
     "delta": 3.0,
+    "distill_retries": 0.5,
     "epsilon": 0.1,
     "epsilon_high": 0.3,
     "eval_steps": 0,
