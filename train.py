@@ -51,7 +51,7 @@ from grpo.evaluate.measure import measure
 from grpo.evaluate.table import table
 from grpo.learner.learner import Learner, NonFiniteError
 from grpo.report import page
-from grpo.rollout import Attempt, attempt_episodes
+from grpo.rollout import Attempt, Progress, attempt_episodes
 from grpo.run import build, checkpoint, files, inputs, reuse, state
 from grpo.run.diagnostics import nothing_right
 from grpo.run.metrics import Metrics, rollout_metrics
@@ -131,24 +131,58 @@ def supervised_steps(run: RunState, folder: Path) -> None:
 
 def collect_failures(run: RunState) -> list[Attempt]:
     """Builds the dataset of failures, `failures.jsonl`, with the weights in `start/`."""
-    config, parts, path = run.config, run.parts, run.folder / "failures.jsonl"
-    examples = parts.task.examples("train", config.num_examples)
-    with Bar("failures", len(examples), "example") as bar:
-        pool = failures.collect(
-            path,
-            parts.rollout,
-            examples,
-            attempts_per_example=config.attempts_per_example,
-            failures_per_example=config.failures_per_example,
-            keep_solved=not config.only_failures,
-            weights="start",
-            progress=run.progress(bar),
-        )
-    failures.check_ids(path, pool, parts.chat, parts.model.config.vocab_size)
-    counts = failures.summary(path)
+    with Bar("failures", run.config.num_examples, "example") as bar:
+        pool = sample_failures(run, step=0, progress=run.progress(bar))
+    counts = failures.summary(failures.file_of(run.folder, step=0))
     print(failures.describe(counts))
     failures.check_trainable(counts)
     return pool
+
+
+def sample_failures(run: RunState, step: int, progress: Progress) -> list[Attempt]:
+    """The failures of the policy after `step` steps of RL, unless they are stored already."""
+    config, parts, path = run.config, run.parts, failures.file_of(run.folder, step)
+    pool = failures.collect(
+        path,
+        parts.rollout,
+        parts.task.examples("train", config.num_examples),
+        attempts_per_example=config.attempts_per_example,
+        failures_per_example=config.failures_per_example,
+        keep_solved=not config.only_failures,
+        weights=f"step {step}" if step else "start",
+        step=step,
+        progress=progress,
+    )
+    failures.check_ids(path, pool, parts.chat, parts.model.config.vocab_size)
+    return pool
+
+
+def newest_failures(run: RunState, first: Sequence[Attempt], done: int) -> tuple[Sequence[Attempt], int]:
+    """The failures to train on after `done` steps, and after which step they were collected.
+
+    With `refresh_failures` above 0, these are the newest ones that are enough for a step; a policy that has
+    become good leaves too few. Collects them if they are due.
+
+    Args:
+        first: the failures that RL began with.
+    """
+    config, every = run.config, run.config.refresh_failures
+    for step in range(done // every * every, 0, -every) if every else ():
+        path = failures.file_of(run.folder, step)
+        if step < done:
+            failures.check_whole(path, config.num_examples)
+        pool = sample_failures(run, step, run.check)
+        if step == done:
+            print(f"step {step}, failures: {failures.describe(failures.summary(path))}")
+        if len(pool) >= config.groups_per_step:
+            return pool, step
+        if step == done:
+            print(
+                f"warning: {path.name} has {len(pool)} failures, fewer than groups_per_step "
+                f"({config.groups_per_step}): training continues on the failures before",
+                file=sys.stderr,
+            )
+    return first, 0
 
 
 # --- RL -----------------------------------------------------------------------------------------------------
@@ -184,6 +218,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     config, parts = run.config, run.parts
     learner = run.learner(config)
     done = saved = run.restore(learner, run.folder, LOGS)
+    failures.forget_after(run.folder, done)
+    newest: tuple[Sequence[Attempt], int] | None = None
     run.second_tries = state.validated(run.folder)
     metrics = Metrics(
         run.folder,
@@ -197,8 +233,12 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
         validate(run, done, metrics)
         for step in range(done + 1, config.max_steps + 1):
             run.check()
+            collecting = time.perf_counter()
+            due = bool(done and config.refresh_failures and done % config.refresh_failures == 0)
+            if newest is None or due:
+                newest = newest_failures(run, pool, done)
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
-            groups = failures.of_step(pool, step, config.groups_per_step, config.seed)
+            groups = failures.of_step(newest[0], step, config.groups_per_step, config.seed, newest[1])
             episodes = sample(run, groups, step)
             with distributed.agreement():
                 sampled_metrics = rollout_metrics(
@@ -212,6 +252,9 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             targets = parts.rollout.right_retries(episodes, groups) if config.distill_retries else []
             if config.distill_retries:
                 sampled_metrics["distill/num_targets"] = float(sum(len(answers) for _, answers in targets))
+            if due:
+                counts = failures.summary(failures.file_of(run.folder, done))
+                sampled_metrics |= failures.refresh_metrics(counts)
             sampled = time.perf_counter()
             # A checkpoint is written during the rollout, from the tensors that the update changes.
             run.finish_saving()
@@ -237,6 +280,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
+            if due:
+                seconds["failures_time"] = start - collecting
             with distributed.agreement():
                 metrics.log(step, sampled_metrics | update_metrics, seconds["step_time"])
                 metrics.timings(step, seconds)

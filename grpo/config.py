@@ -271,6 +271,9 @@ class Config:
     num_examples: Count = field(256, "train examples attempted to find failures")
     attempts_per_example: Count = field(1, "attempts sampled per example")
     failures_per_example: Count = field(1, "most failed attempts kept per example")
+    refresh_failures: Natural = field(
+        0, "collect the failures again after every so many RL steps, with the policy of then; 0: never"
+    )
     only_failures: bool = field(True, "drop solved examples; false only with train_on attempt")
 
     # Warm start: a short supervised stage on the task's own transcripts
@@ -361,9 +364,9 @@ AFTER_START = frozenset(
         " ".join(FREE_ON_RESUME) + " beta delta epsilon epsilon_high eval_steps eval_temperature "
         "distill_retries groups_per_step importance_sampling_level learning_rate length_cost loss_type "
         "lr_scheduler_type mask_truncated_completions max_reflection_length max_steps num_eval "
-        "num_eval_untouched "
-        "num_generations num_iterations num_validation overlong_buffer retries_per_reflection reward "
-        "scale_rewards soft_overlong_penalty train_on use_bias_correction_kl warmup_steps"
+        "num_eval_untouched num_generations num_iterations num_validation overlong_buffer refresh_failures "
+        "retries_per_reflection reward scale_rewards soft_overlong_penalty train_on use_bias_correction_kl "
+        "warmup_steps"
     ).split()
 )
 
@@ -372,9 +375,8 @@ AFTER_START = frozenset(
 ADDED_SETTINGS = frozenset(
     (
         "attn_implementation chat_template_kwargs deterministic distill_retries lora_alpha lora_r "
-        "lora_target_modules max_wrong_episodes num_eval_untouched parallel report reward start_from "
-        "success_threshold "
-        "verifier_workers"
+        "lora_target_modules max_wrong_episodes num_eval_untouched parallel refresh_failures report reward "
+        "start_from success_threshold verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name

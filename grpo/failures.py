@@ -8,7 +8,8 @@ The file is JSON lines in fixed blocks of examples. Each block ends in a summary
 sampled together as it takes to fill the sampler's batch. A build that was killed continues after its last
 whole block and gives the same file as an uninterrupted one.
 
-Left out: refreshing the failures as the policy improves. The paper also trains on one fixed set.
+The paper trains on one fixed set. With `refresh_failures: N` the failures are collected again after every N
+steps, with the weights of that moment and other noise, into a file of their own: failures-000008.jsonl.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def collect(
     failures_per_example: int = 1,
     keep_solved: bool = False,
     weights: str = "",
+    step: int = 0,
     progress: Progress | None = None,
 ) -> list[Attempt]:
     """Samples, verifies and stores the failures of `examples`; continues an unfinished file.
@@ -83,6 +85,7 @@ def collect(
         failures_per_example: most wrong answers kept per example; the first ones sampled are kept.
         keep_solved: also keep the first answer to examples that were solved every time.
         weights: name of the weights that answer; a file made with others is refused.
+        step: after how many steps of RL the weights are those of the policy; each has other noise.
         progress: called with (examples stored, examples in all) whenever blocks are stored. Also called while
             they are sampled, so that the caller can stop the build.
     Raises:
@@ -109,7 +112,7 @@ def collect(
         report_progress()
         part = examples[start:end]
         attempts = rollout.attempts(
-            part, stage="failures", count=attempts_per_example, progress=report_progress
+            part, stage="failures", step=step, count=attempts_per_example, progress=report_progress
         )
         per_example = [
             attempts[i * attempts_per_example : (i + 1) * attempts_per_example] for i in range(len(part))
@@ -148,18 +151,56 @@ def check_ids(path: Path, pool: Sequence[Attempt], chat: Chat, vocab_size: int) 
             )
 
 
-def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int) -> list[Attempt]:
+def file_of(folder: Path, step: int) -> Path:
+    """The failures of a run's policy after `step` steps; 0: those that RL begins with."""
+    return folder / (f"failures-{step:06d}.jsonl" if step else "failures.jsonl")
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Deletes what policies after later steps have left: a resumed run takes these steps again."""
+    if distributed.is_main():
+        for path in folder.glob("failures-*.jsonl"):
+            number = path.stem.removeprefix("failures-")
+            if number.isdecimal() and int(number) > step:
+                files.delete(path)
+    distributed.barrier()
+
+
+def check_whole(path: Path, num_examples: int) -> None:
+    """Raises MismatchError if a collection of a policy that is gone is not there as a whole."""
+    blocks = files.keep_whole_blocks(path)
+    if blocks < -(-num_examples // BLOCK):
+        raise files.MismatchError(
+            f"{path} must have the failures of {num_examples} examples, got {blocks} blocks of {BLOCK} "
+            "examples, and the policy that failed is gone: restore the file, or start a new run"
+        )
+
+
+def of_step(pool: Sequence[Attempt], step: int, count: int, seed: int, collected: int = 0) -> list[Attempt]:
     """The `count` failures of a step of RL; steps count from 1. Each pass over the pool has a new order.
 
     A function of its arguments alone, so a step that is redone gets the same failures.
+
+    Args:
+        collected: the step after which the pool was collected; the first pass begins with the next one.
     """
-    places = (divmod(position, len(pool)) for position in range((step - 1) * count, step * count))
-    return [pool[_order(seed, epoch, len(pool))[index]] for epoch, index in places]
+    first = (step - 1 - collected) * count
+    places = (divmod(position, len(pool)) for position in range(first, first + count))
+    return [pool[_order(seed, collected, epoch, len(pool))[index]] for epoch, index in places]
 
 
 @lru_cache(maxsize=2)  # the steps of an epoch share one; a step in which an epoch ends needs two
-def _order(seed: int, epoch: int, size: int) -> list[int]:
-    return random.Random(f"failures {seed} {epoch}").sample(range(size), size)
+def _order(seed: int, collected: int, epoch: int, size: int) -> list[int]:
+    name = f"failures {seed} {epoch}" + (f" {collected}" if collected else "")
+    return random.Random(name).sample(range(size), size)
+
+
+def refresh_metrics(counts: dict[str, Any]) -> dict[str, float]:
+    """What a collection during RL shows: share of right attempts, and examples with a failure."""
+    return {
+        "failures/right": counts["right"] / counts["attempts"],
+        "failures/num_failed": float(counts["failed"]),
+    }
 
 
 def summary(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -38,8 +38,8 @@ class Scripted:
     def is_right(self, verdict):
         return verdict.ok
 
-    def attempts(self, examples, *, stage, count, progress=None):
-        assert stage == "failures"
+    def attempts(self, examples, *, stage, step, count, progress=None):
+        assert step == 0 and stage == "failures"
         self.sizes.append(len(examples))
         self.asked += [example.id for example in examples]
         if self.die_at in self.asked:
@@ -380,6 +380,32 @@ def test_each_pass_over_the_pool_has_its_own_order_and_is_shuffled_once(monkeypa
     assert sum(steps, []) == [pool[i] for order in orders for i in order]
     assert failures.of_step(pool, 3, 4, seed=7) == steps[2]  # redone
     assert failures.of_step(pool[:3], 1, 7, seed=7)[:3] != failures.of_step(pool[:3], 1, 7, seed=7)[3:6]
+
+
+def test_a_new_collection_begins_a_new_order():
+    pool = [f"failure {i}" for i in range(10)]
+    before = [failures.of_step(pool, step, 4, seed=7) for step in range(1, 11)]
+    after = [failures.of_step(pool, step, 4, seed=7, collected=6) for step in range(7, 12)]
+    assert all(sorted(sum(steps, [])[:10]) == pool for steps in (before, after))  # each failure once
+    assert sum(before, [])[:20] != sum(after, [])
+    later = [failures.of_step(pool, step, 4, seed=7, collected=9) for step in range(10, 15)]
+    assert later != after
+
+
+def test_what_later_policies_left_is_forgotten_and_an_earlier_one_must_be_whole(tmp_path):
+    for step in (0, 2, 4, 1000000):
+        failures.collect(failures.file_of(tmp_path, step), Scripted(), EXAMPLES)
+    failures.forget_after(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["failures-000002.jsonl", "failures.jsonl"]
+    path = failures.file_of(tmp_path, 2)
+    failures.check_whole(path, len(EXAMPLES))
+    failures.forget_after(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["failures.jsonl"]
+    failures.collect(path, Scripted(), EXAMPLES)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    with pytest.raises(files.MismatchError, match="14 examples, got 3 blocks of 4 examples"):
+        failures.check_whole(path, len(EXAMPLES))
 
 
 def test_ctrl_c_in_the_command_keeps_whole_blocks_and_says_so(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,11 @@ from tiny_run import Moment, arguments, assert_same, contents, records, run, run
 
 import train
 from grpo import config as configuration
+from grpo import failures
+from grpo.rollout import Rollout
 from grpo.run import checkpoint, files
 from grpo.run.checkpoint import Saver
+from grpo.tasks import Verdict
 
 ROOT = Path(__file__).parent.parent
 RUN = "tiny-001"
@@ -126,6 +130,67 @@ def test_killed_and_resumed_in_bfloat16_with_several_updates_per_rollout(model, 
     assert run_and_stop(arguments(model, tmp_path / "b", **settings), moment, signal.SIGKILL)[0] < 0
     resume(tmp_path / "b" / RUN)
     assert_same(tmp_path / "b" / RUN, contents(undisturbed.folder))
+
+
+REFRESHED = {"refresh_failures": 1, "max_steps": 3, "warm_start_steps": 0, "eval_steps": 0, "num_eval": 0}
+
+
+@pytest.fixture(scope="module")
+def refreshed(model, tmp_path_factory):
+    """A run that collects its failures after each step."""
+    done = run(arguments(model, tmp_path_factory.mktemp("refreshed"), **REFRESHED))
+    assert done.status == 0, done.err
+    return done.folder
+
+
+def test_each_collection_of_failures_has_other_attempts_and_is_trained_on(refreshed):
+    pools = [failures.load(failures.file_of(refreshed, step)) for step in range(3)]
+    assert not failures.file_of(refreshed, 3).exists()  # no step follows
+    assert len({str([attempt.turn.ids for attempt in pool]) for pool in pools}) == 3
+    for step, pool in enumerate(pools, 1):
+        ids = {str(attempt.prompt_ids + attempt.turn.ids)[:-1] for attempt in pool}
+        prompts = [e["prompt_ids"] for e in records(refreshed, "episodes.jsonl.gz") if e["step"] == step]
+        assert all(any(str(prompt).startswith(start) for start in ids) for prompt in prompts)
+    right = [line.get("failures/right") for line in records(refreshed)]
+    counts = [failures.summary(failures.file_of(refreshed, step)) for step in (1, 2)]
+    assert right == [None, *(its["right"] / its["attempts"] for its in counts)]
+
+
+# The checkpoint of the step before exists, or that of one step earlier, after which the step is taken again.
+@pytest.mark.parametrize("save_steps", [1, 2])
+def test_killed_while_failures_are_collected_again(model, tmp_path, refreshed, save_steps):
+    argv = arguments(model, tmp_path, **REFRESHED, save_steps=save_steps)
+    moment = Moment("grpo.failures:_summary", after='"step": 1' if save_steps == 2 else '"step": 2')
+    assert run_and_stop(argv, moment, signal.SIGKILL)[0] == -signal.SIGKILL
+    resume(tmp_path / RUN)
+    assert_same(tmp_path / RUN, contents(refreshed))
+
+
+def test_killed_in_a_step_on_failures_that_were_collected_again(model, tmp_path, refreshed):
+    """The stored file is read again, and what a later policy has left is not."""
+    argv = arguments(model, tmp_path, **REFRESHED)
+    moment = Moment(UPDATE, after='"step": 2')
+    assert run_and_stop(argv, moment, signal.SIGKILL)[0] == -signal.SIGKILL
+    failures.file_of(tmp_path / RUN, 3).write_text("of a step that will be taken again")
+    resume(tmp_path / RUN)
+    assert_same(tmp_path / RUN, contents(refreshed))
+
+
+def test_too_few_new_failures_leave_the_failures_before_in_use(model, tmp_path, monkeypatch):
+    """After step 2 no attempt fails."""
+    attempts = Rollout.attempts
+
+    def solved(self, examples, *, stage="rollout", step=0, **options):
+        made = attempts(self, examples, stage=stage, step=step, **options)
+        solves = stage == "failures" and step == 2
+        return [replace(a, verdict=Verdict("ok")) if solves else a for a in made]
+
+    monkeypatch.setattr(Rollout, "attempts", solved)
+    done = run(arguments(model, tmp_path, **REFRESHED))
+    assert done.status == 0 and "failures-000002.jsonl has 0 failures, fewer than groups_per_step" in done.err
+    used = {e["texts"]["attempt"] for e in records(done.folder, "episodes.jsonl.gz") if e["step"] == 3}
+    assert used <= {attempt.text for attempt in failures.load(failures.file_of(done.folder, 1))}
+    assert records(done.folder)[-1]["failures/right"] == 1.0
 
 
 # --- episodes that are not compressed -----------------------------------------------------------------------

@@ -106,6 +106,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     last = max((folder / "checkpoints").glob("step-*"))
     files = [path for part in (folder / "start", last) for path in part.rglob("*") if path.is_file()]
     files += [folder / name for name in DETERMINED if (folder / name).exists()]
+    files += folder.glob("failures-*.jsonl")
     # state.json holds the size of timings.jsonl, which the machine decides; an adapter, where its base is.
     return {
         str(path.relative_to(folder)): path.read_bytes().replace(bytes(folder.resolve()), b"RUN")

@@ -69,6 +69,8 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         _chart(runs, "Truncated", "Completions that reached their length limit.",
                [("truncated", _step("completions/clipped_ratio"))], **percent),
         _chart(runs, "KL", "Nats per token, from the policy before RL.", [("KL", _step("kl"))]),
+        _chart(runs, "First tries of train problems", "Right ones, when the failures are collected again.",
+               [("right", _step("failures/right"))], **percent),
         _chart(runs, "Distilled retries", "Cross-entropy of right retries as first answers, nats per token.",
                [("cross-entropy", _step("distill/loss"))]),
         _chart(runs, "Entropy", "Nats per token of the policy.", [("entropy", _step("entropy"))]),

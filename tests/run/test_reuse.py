@@ -38,6 +38,7 @@ OTHER = {
     "overlong_buffer": 2,
     "report": False,
     "report_to": "none",
+    "refresh_failures": 1,
     "retries_per_reflection": 2,
     "reward": "score",
     "run_name": "other",
