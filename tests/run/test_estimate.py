@@ -115,6 +115,18 @@ def test_flops_of_an_update_are_those_of_its_products():
     assert work.learned == 2 * (prompt + 8 * completion)
 
 
+def test_distilled_retries_cost_an_update_on_as_many_attempts():
+    """If all retries are right and differ. Only retries are sampled, and they are there anyway."""
+    model, config = ModelConfig.from_hf(SIZES), Config(device="cpu", dtype="float32", beta=0.1)
+    attempts = replace(config, train_on="attempt", beta=0.0)
+    plain, both, extra = (
+        estimate.step(c, model) for c in (config, replace(config, distill_retries=0.5), attempts)
+    )
+    assert both.sampled == plain.sampled and both.rollout_flops == plain.rollout_flops
+    assert both.learned == plain.learned + extra.learned
+    assert both.update_flops == pytest.approx(plain.update_flops + extra.update_flops)
+
+
 # --- memory, by formula -----------------------------------------------------------------------------------
 
 
