@@ -167,7 +167,7 @@ def newest_failures(run: RunState, first: Sequence[Attempt], done: int) -> tuple
         first: the failures that RL began with.
     """
     config, every = run.config, run.config.refresh_failures
-    for step in range(done // every * every, 0, -every) if every else ():
+    for step in range(done // every * every, 0, -every) if every else range(0):
         path = failures.file_of(run.folder, step)
         if step < done:
             failures.check_whole(path, config.num_examples)
@@ -234,8 +234,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
         for step in range(done + 1, config.max_steps + 1):
             run.check()
             collecting = time.perf_counter()
-            due = bool(done and config.refresh_failures and done % config.refresh_failures == 0)
-            if newest is None or due:
+            refresh = bool(done and config.refresh_failures and done % config.refresh_failures == 0)
+            if newest is None or refresh:
                 newest = newest_failures(run, pool, done)
             start, tokens = time.perf_counter(), parts.rollout.sampled_tokens
             groups = failures.of_step(newest[0], step, config.groups_per_step, config.seed, newest[1])
@@ -252,7 +252,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             targets = parts.rollout.right_retries(episodes, groups) if config.distill_retries else []
             if config.distill_retries:
                 sampled_metrics["distill/num_targets"] = float(sum(len(answers) for _, answers in targets))
-            if due:
+            if refresh:
                 counts = failures.summary(failures.file_of(run.folder, done))
                 sampled_metrics |= failures.refresh_metrics(counts)
             sampled = time.perf_counter()
@@ -280,7 +280,7 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                 "sampled_tokens_per_second": (parts.rollout.sampled_tokens - tokens) / (sampled - start),
                 "peak_memory_gb": build.peak_memory_gb(parts.device),
             }
-            if due:
+            if refresh:
                 seconds["failures_time"] = start - collecting
             with distributed.agreement():
                 metrics.log(step, sampled_metrics | update_metrics, seconds["step_time"])

@@ -177,7 +177,7 @@ def episodes(parts: Parts, pool: Sequence[Attempt] | None = None, step: int = 1)
     )
 
 
-def targets(parts: Parts, episodes: Sequence[Episode]) -> list:
+def targets(parts, episodes):
     """What distillation would imitate if every retry of the step were right."""
     right = [replace(episode, reasons=["ok"], retry_finish_reason="stop") for episode in episodes]
     return parts.rollout.right_retries(right, failures(parts, parts.config.groups_per_step))

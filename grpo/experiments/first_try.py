@@ -45,8 +45,8 @@ def run(study: Study, options: argparse.Namespace) -> Outcome:
         arms["reflection"].append(study.arm("reflection", seed, distill_retries=0.0))
         arms["distilled"].append(study.arm("distilled", seed, distill_retries=weight))
         groups = ablation.matching_groups(arms["reflection"][-1], start)
-        attempt = {"train_on": "attempt", "groups_per_step": groups, "distill_retries": 0.0}
-        arms["attempt"].append(study.arm("attempt", seed, **attempt))
+        attempt = study.arm("attempt", seed, train_on="attempt", groups_per_step=groups, distill_retries=0.0)
+        arms["attempt"].append(attempt)
     rows = [row for mode, by_seed in arms.items() for row in _rows(mode, by_seed, options.parts)]
     return Outcome(QUESTION, COLUMNS, rows, ("first_gain",))
 
