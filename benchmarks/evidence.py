@@ -4,8 +4,14 @@
     python benchmarks/evidence.py shuffled RUN          the RL of RUN again, rewards shuffled
     python benchmarks/evidence.py supervised RUN        the warm start of RUN continued for as long as its RL
     python benchmarks/evidence.py longer RUN            the RL of RUN with twice the steps
+    python benchmarks/evidence.py longer RUN --steps 16 32 64 --variants plain kl distill refresh
+                                                        a run for each number of steps and each variant
     python benchmarks/evidence.py table RUN...          tries and gains of runs, with paired 95% intervals
     python benchmarks/evidence.py curve RUN...          the second tries of the first RUN by step, as an SVG
+
+Variants of `longer` differ from RUN in one setting: plain in none, kl in a KL penalty of 0.04, distill in
+distill_retries 1, refresh in refresh_failures 8. With `--steps` or `--variants`, a run validates 120 problems
+every 8 steps, for `curve`. The same command skips what is finished and continues what was stopped.
 
 The three controls begin from the weights in RUN/start and meet the same problems with the same noise as RUN:
 nothing differs but what is claimed. `seeds`, `longer` and the controls leave a run directory each; a run of
@@ -47,6 +53,13 @@ from grpo.run.state import SECOND_TRY, RunState  # noqa: E402
 from grpo.tasks import WarmStartTask  # noqa: E402
 
 NUM_EVAL = 512
+CURVE = ("--eval_steps", "8", "--num_validation", "120")
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "kl": ("--beta", "0.04"),
+    "distill": ("--distill_retries", "1"),
+    "refresh": ("--refresh_failures", "8"),
+}
 BLIND = "second try, retry without the reflection"
 Stages = Callable[[RunState], None]
 
@@ -120,13 +133,24 @@ def continue_run(run: Path, name: str, stages: Stages, *options: str) -> tuple[i
         folder = state.folder
         # The weights before RL are the same, and so would be their answers.
         for file in ("failures.jsonl", "evaluation-before_rl.jsonl"):
-            if (source := configuration.current_file(run, file)).exists():  # not every run was evaluated
+            source = configuration.current_file(run, file)
+            if source.exists() and not (folder / file).exists():  # not every run was evaluated
                 shutil.copy(source, folder / file)
         stages(state)
 
     argv = ["--config", str(run / "config.yaml"), "--model_name_or_path", str(run / "start")]
     argv += ["--warm_start_steps", "0", "--output_dir", str(run.parent), "--run_name", name, *options]
     return train.main(argv, from_run), folder
+
+
+def longer(run: Path, steps: int, variant: str) -> tuple[int, Path | None]:
+    """The RL of RUN with so many steps and the settings of a variant, unless that is finished."""
+    name = f"{run.name}-longer-{variant}_{steps}"
+    for folder in sorted(run.parent.glob(f"{name}-[0-9]*")):
+        if (folder / "evaluation.json").exists():
+            return 0, folder
+    options = ("--max_steps", str(steps), *CURVE, *VARIANTS[variant], "--resume", configuration.AUTO)
+    return continue_run(run, name, train.all_stages, *options)
 
 
 def rl_seconds(run: Path) -> float:
@@ -249,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("what", nargs="?", choices="seeds shuffled supervised longer table curve".split())
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="finished run directories")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3], help="(default: %(default)s)")
+    parser.add_argument("--steps", nargs="+", type=int, help="of longer (default: twice those of RUN)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="of longer (default: plain)")
     parser.add_argument("--svg", type=Path, default=Path("second_try.svg"), help="(default: %(default)s)")
     arguments, rest = parser.parse_known_args(argv)
     if arguments.what is None:  # `make bench` runs every script; this one takes hours, so it has to be asked
@@ -271,6 +297,18 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments.what == "curve":
         curve(arguments.runs, arguments.svg)
+        return 0
+    if arguments.what == "longer" and (arguments.steps or arguments.variants):
+        for run in arguments.runs:
+            rows = []
+            twice = 2 * configuration.load(run / "config.yaml").max_steps
+            for steps in arguments.steps or [twice]:
+                for variant in arguments.variants or ["plain"]:
+                    code, folder = longer(run, steps, variant)
+                    if code or folder is None:
+                        return code or 1
+                    rows.append(row(folder))
+            print(table(rows))
         return 0
     for run in arguments.runs:
         if arguments.what == "shuffled":

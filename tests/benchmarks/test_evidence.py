@@ -60,6 +60,29 @@ def test_controls_start_from_the_weights_of_the_run(seeded, what, capsys):
         assert sorted(first) == sorted(same)
 
 
+def test_longer_runs_of_variants_go_on_where_they_were(seeded, monkeypatch, capsys):
+    """Stopped after its first step, a variant continues; one that is finished is not run again."""
+    source, argv = seeded / "seed1-001", ["--steps", "2", "--variants", "distill", "refresh"]
+    monkeypatch.setattr(evidence, "CURVE", ("--eval_steps", "1", "--num_validation", "4"))
+    stages, folders = evidence.train.all_stages, []
+
+    def spy(run):
+        folders.append(run.folder.name)
+        if len(folders) == 2:
+            raise evidence.train.Interrupted
+        stages(run)
+
+    monkeypatch.setattr(evidence.train, "all_stages", spy)
+    assert evidence.main(["longer", str(source), *argv]) == 130
+    assert evidence.main(["longer", str(source), *argv]) == 0
+    assert folders == [f"seed1-001-longer-{name}_2-001" for name in ("distill", "refresh", "refresh")]
+    settings = [evidence.configuration.load(seeded / name / "config.yaml") for name in folders[1:]]
+    assert [config.distill_retries for config in settings] == [0.0, 0.0]
+    assert settings[1].refresh_failures == 8 and settings[1].max_steps == 2
+    assert [point["step"] for point in evidence.validations(seeded / folders[0])] == [0, 1, 2]
+    assert "mean gain of the second try over 2 runs" in capsys.readouterr().out
+
+
 def test_curve_draws_the_validations_of_a_run_and_of_its_controls(seeded, tmp_path):
     pytest.importorskip("matplotlib")
     runs = [str(seeded / "seed1-001"), str(seeded / "seed2-001")]
