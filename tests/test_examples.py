@@ -1,10 +1,7 @@
-"""Every script in examples/ runs on a tiny model, as its user starts it, and stays short."""
+"""Every script in examples/ runs on a tiny model, as a process of its own, and stays short."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,11 +21,9 @@ def model(tmp_path_factory):
 
 
 def output(script, model, cwd, *options):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    argv = [sys.executable, str(ROOT / "examples" / script), "--model", str(model), *options]
-    done = subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    done = tiny_run.command(ROOT / "examples" / script, ["--model", str(model), *options], folder=cwd)
+    assert done.status == 0, done.err
+    return done.out
 
 
 def test_one_step(model, tmp_path):

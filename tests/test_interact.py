@@ -161,29 +161,21 @@ def test_checkpoints_and_models_without_a_run(talk, run, tmp_path):
     assert status == 2 and "RUN" in err and "does not exist" in err and "CHECKPOINT" not in err
 
 
-def process(run, **options):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")]),
-    }
-    argv = [sys.executable, "-m", "grpo.interact", str(run)]
-    return subprocess.Popen(
-        argv,
-        env=environment,
+def test_piped_input(run, tmp_path):
+    done = tiny_run.command("grpo.interact", [str(run)], folder=tmp_path, typed="Problem X?\nreflect\n")
+    assert done.status == 0 and labels(done.out) == ["attempt", "reflection", "retry"] and done.err == ""
+
+
+def test_ctrl_c_ends_it(run):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])
+    talking = subprocess.Popen(
+        [sys.executable, "-m", "grpo.interact", str(run)],
+        env={**os.environ, "PYTHONPATH": paths},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def test_piped_input(run):
-    out, err = process(run).communicate("Problem X?\nreflect\n", timeout=120)
-    assert labels(out) == ["attempt", "reflection", "retry"] and err == ""
-
-
-def test_ctrl_c_ends_it(run):
-    talking = process(run)
     assert "toy" in talking.stdout.readline().lower()
     talking.send_signal(signal.SIGINT)
     _, err = talking.communicate(timeout=120)

@@ -93,22 +93,25 @@ def installed(wheel, tmp_path_factory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder)}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train",
-        "grpo.failures",
-        "grpo.evaluate",
-        "grpo.experiments",
-        "grpo.export",
-        "grpo.interact",
-        "grpo.report",
-    ],
-)
-def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp_path, command):
-    argv = [sys.executable, "-m", command, "--help"]
+PARTS = ("failures", "evaluate", "experiments", "export", "interact", "report")
+COMMANDS = ["train", *(f"grpo.{part}" for part in PARTS)]
+HELP = """
+import runpy, sys
+for module in sys.argv[1:]:
+    sys.argv = [module, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        print("ended", module, ended.code)
+"""
+
+
+def test_an_installed_wheel_runs_every_command_from_any_directory(installed, tmp_path):
+    argv = [sys.executable, "-c", HELP, *COMMANDS]  # one process, because an import takes seconds
     done = subprocess.run(argv, cwd=tmp_path, env=installed, capture_output=True, text=True)
-    assert done.returncode == 0 and "usage: " in done.stdout, done.stderr
+    *printed, rest = re.split(r"^ended (.*)\n", done.stdout, flags=re.MULTILINE)
+    assert printed[1::2] == [f"{command} 0" for command in COMMANDS] and not rest, done.stderr
+    assert all("usage: " in text for text in printed[::2])
 
 
 def test_an_experiment_of_an_installed_wheel_starts_its_train_and_evaluate(installed, tmp_path):
