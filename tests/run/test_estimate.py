@@ -89,12 +89,20 @@ def test_estimates_are_within_15_percent_of_what_pytorch_allocates(settings):
     assert case.estimates()["both"] == pytest.approx(allocated(case, "both"), rel=0.15)
 
 
+def two_ranks(parallel, dtype):
+    return Case(small(parallel=parallel, dtype=dtype).config, SIZES, LENGTHS, ranks=2)
+
+
+def allocated_by_two_ranks(parallel, dtype):
+    return allocated(two_ranks(parallel, dtype), "both")
+
+
 @pytest.mark.parametrize(
     ("parallel", "dtype"), [("replicate", "bfloat16"), ("fsdp", "float32"), ("fsdp", "bfloat16")]
 )
 def test_estimates_of_two_ranks_are_within_15_percent_of_what_pytorch_allocates(parallel, dtype):
-    case = Case(small(parallel=parallel, dtype=dtype).config, SIZES, LENGTHS, ranks=2)
-    assert case.estimates()["both"] == pytest.approx(max(together(2, allocated, case, "both")), rel=0.15)
+    counted = max(together(2, allocated_by_two_ranks, parallel, dtype))
+    assert two_ranks(parallel, dtype).estimates()["both"] == pytest.approx(counted, rel=0.15)
 
 
 def test_the_estimate_of_an_update_is_within_15_percent_of_its_tensors():
