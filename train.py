@@ -18,8 +18,6 @@ needs nothing else. `train` is the RL loop: sample episodes, update the policy, 
 page, report.html, is refreshed meanwhile.
 
 With torchrun, all ranks run this program; rank 0 alone writes files and the console (grpo/distributed.py).
-
-Left out: early stopping.
 """
 
 from __future__ import annotations
@@ -214,7 +212,7 @@ Sample = Callable[[RunState, Sequence[Attempt], int], list[Episode]]
 
 
 def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episodes) -> None:
-    """The RL loop: samples and updates `max_steps` times; validates and saves when due."""
+    """The RL loop: samples and updates `max_steps` times, or stops early; validates and saves when due."""
     config, parts = run.config, run.parts
     learner = run.learner(config)
     done = saved = run.restore(learner, run.folder, LOGS)
@@ -232,6 +230,8 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
     try:
         validate(run, done, metrics)
         for step in range(done + 1, config.max_steps + 1):
+            if run.stops_early():
+                break
             run.check()
             collecting = time.perf_counter()
             refresh = bool(done and config.refresh_failures and done % config.refresh_failures == 0)
@@ -300,12 +300,18 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                         raise failures.NoSignalError(problem)
             validate(run, step, metrics)
             due = config.save_steps and step % config.save_steps == 0
-            if due or step in (run.best_step(), config.max_steps):
+            if due or step in (run.best_step(), config.max_steps) or run.stops_early():
                 saved = step  # set first, so that a failed save is not retried below
                 run.save(learner, run.folder, step)
             if config.report and distributed.is_main() and (problem := live.refresh()):
                 print(problem, file=sys.stderr)
         run.finish_saving()
+        if run.stops_early() and done < config.max_steps:
+            print(
+                f"stopped early: no validation/second_try in the last {config.early_stopping_patience} "
+                f"validations was above the best before. The last step is {done}; `{COMMAND} --resume "
+                f"{run.folder} --early_stopping_patience 0` goes on"
+            )
     except ENDINGS as error:
         # Only between steps, and only if the logs include the last one: otherwise no run could continue.
         unsaved = done > saved and learner.num_steps == done and learner.between_steps

@@ -327,6 +327,9 @@ class Config:
 
     # Evaluation, checkpoints, logging
     eval_steps: Natural = field(0, "validate every so many steps; 0: never")
+    early_stopping_patience: Natural = field(
+        0, "stop RL after so many validations in a row without a new best second try; 0: never"
+    )
     num_validation: Count = field(64, "validation problems")
     num_eval: Natural = field(256, "held-out problems of the final table; 0: no table")
     num_eval_untouched: Natural = field(
@@ -362,11 +365,11 @@ MEMORY_ON_RESUME = (
 AFTER_START = frozenset(
     (
         " ".join(FREE_ON_RESUME) + " beta delta epsilon epsilon_high eval_steps eval_temperature "
-        "distill_retries groups_per_step importance_sampling_level learning_rate length_cost loss_type "
-        "lr_scheduler_type mask_truncated_completions max_reflection_length max_steps num_eval "
-        "num_eval_untouched num_generations num_iterations num_validation overlong_buffer refresh_failures "
-        "retries_per_reflection reward scale_rewards soft_overlong_penalty train_on use_bias_correction_kl "
-        "warmup_steps"
+        "distill_retries early_stopping_patience groups_per_step importance_sampling_level learning_rate "
+        "length_cost loss_type lr_scheduler_type mask_truncated_completions max_reflection_length max_steps "
+        "num_eval num_eval_untouched num_generations num_iterations num_validation overlong_buffer "
+        "refresh_failures retries_per_reflection reward scale_rewards soft_overlong_penalty train_on "
+        "use_bias_correction_kl warmup_steps"
     ).split()
 )
 
@@ -374,9 +377,9 @@ AFTER_START = frozenset(
 # New since 0.1; its config.yaml is complete without them.
 ADDED_SETTINGS = frozenset(
     (
-        "attn_implementation chat_template_kwargs deterministic distill_retries lora_alpha lora_r "
-        "lora_target_modules max_wrong_episodes num_eval_untouched parallel refresh_failures report reward "
-        "start_from success_threshold verifier_workers"
+        "attn_implementation chat_template_kwargs deterministic distill_retries early_stopping_patience "
+        "lora_alpha lora_r lora_target_modules max_wrong_episodes num_eval_untouched parallel "
+        "refresh_failures report reward start_from success_threshold verifier_workers"
     ).split()
 )
 RETIRED_SETTINGS = {"tensorboard": "report_to"}  # old name -> new name
@@ -718,6 +721,11 @@ def _validate_combinations(c: Config) -> None:
         raise ValueError(
             f"only_failures must be true with train_on={c.train_on}, got false: a right answer gives "
             "nothing to reflect on"
+        )
+    if c.early_stopping_patience and not c.eval_steps:
+        raise ValueError(
+            f"eval_steps must be above 0 with early_stopping_patience={c.early_stopping_patience}, got 0: "
+            "without validations nothing says when to stop"
         )
     if c.distill_retries and c.train_on == "attempt":
         raise ValueError(

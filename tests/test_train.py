@@ -22,6 +22,7 @@ from grpo.learner.optimizer import MasterAdamW
 from grpo.model import weights
 from grpo.model.shards import ShardWriter
 from grpo.run import checkpoint, files, state
+from grpo.run.state import stops_early, validated
 from grpo.tasks import Verdict
 from grpo.tasks.contract import PROBES
 
@@ -200,6 +201,36 @@ def test_the_task_of_the_docs_trains(model, tmp_path, monkeypatch):
     assert 'task_options: {"length": 3}' in (done.folder / "config.yaml").read_text()
 
 
+def test_patience_ends_rl_early_and_the_run_is_finished(model, tmp_path):
+    settings = QUICK | {"max_steps": 9, "eval_steps": 1, "num_validation": 2, "early_stopping_patience": 1}
+    done = run(arguments(model, tmp_path, **settings))
+    assert done.status == 0 and "stopped early" in done.out, done.err
+    shares = validated(done.folder)
+    last = max(shares)
+    stops = [step for step in shares if stops_early({s: shares[s] for s in range(step + 1)}, 1)]
+    assert stops == [last] and last < 9 and last in checkpoint.steps(done.folder)
+    again = run(["--resume", str(done.folder)])
+    assert_error(again, 2, "is finished", "--early_stopping_patience 0` continues it")
+    more = run(["--resume", str(done.folder), "--early_stopping_patience", "0", "--max_steps", str(last + 1)])
+    assert more.status == 0 and checkpoint.steps(done.folder)[-1] == last + 1, more.err
+
+
+@pytest.mark.parametrize(
+    ("shares", "patience", "expected"),
+    [
+        ([0.5, 0.5, 0.4], 0, False),
+        ([0.5], 1, False),
+        ([0.5, 0.5], 1, True),
+        ([0.5, 0.6, 0.6], 2, False),
+        ([0.5, 0.6, 0.4, 0.6], 2, True),
+        ([0.5, 0.6, 0.4, 0.7], 2, False),
+    ],
+)
+def test_patience_counts_validations_without_a_new_best(shares, patience, expected):
+    by_step = {4 * number: share for number, share in enumerate(shares)}
+    assert stops_early(dict(reversed(by_step.items())), patience) == expected
+
+
 # --- bad settings -------------------------------------------------------------------------------------------
 
 BAD = {
@@ -209,6 +240,10 @@ BAD = {
     "one generation": ({"num_generations": 1}, ["num_generations must be at least 2, got 1"]),
     "negative temperature": ({"temperature": -1}, ["temperature must be above 0, got -1.0"]),
     "not a number": ({"learning_rate": "nan"}, ["learning_rate must be finite, got nan"]),
+    "patience without validation": (
+        {"early_stopping_patience": 2, "eval_steps": 0},
+        ["eval_steps must be above 0 with early_stopping_patience=2, got 0"],
+    ),
     "top-p": ({"top_p": 0.9}, ["top_p must be 1.0", "in training, got 0.9", "biased"]),
     "delta with cispo": ({"loss_type": "cispo", "delta": 2.0}, ["delta must be None with loss_type=cispo"]),
     "nothing to distil": (

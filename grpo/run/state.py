@@ -218,6 +218,10 @@ class RunState:
         distributed.barrier()  # all ranks read the logs
         return step
 
+    def stops_early(self) -> bool:
+        """Whether validation has not risen for `early_stopping_patience` validations."""
+        return stops_early(self.second_tries, self.config.early_stopping_patience)
+
     def best_step(self) -> int | None:
         """The validated step with the most right second tries (the first such step); None without one."""
         return best_step(self.second_tries)
@@ -236,6 +240,15 @@ def best_step(second_tries: Mapping[int, float]) -> int | None:
     """The step after the start with the largest share; the first such step; None without one."""
     shares = {step: share for step, share in second_tries.items() if step > 0}
     return max(shares, key=shares.__getitem__, default=None)
+
+
+def stops_early(second_tries: Mapping[int, float], patience: int) -> bool:
+    """Whether the last `patience` validations brought no share above the best one before them; 0: never.
+
+    The start counts as a validation. A function of the log alone, so a resumed run stops at the same step.
+    """
+    shares = [second_tries[step] for step in sorted(second_tries)]
+    return bool(patience) and len(shares) > patience and max(shares[-patience:]) <= max(shares[:-patience])
 
 
 def saved_model(run: Path, which: str = "newest") -> Path:
@@ -302,7 +315,8 @@ def _directory(config: Config) -> Path:
         config.dtype = old.dtype
     if config.attn_implementation == "auto":
         config.attn_implementation = old.attn_implementation
-    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME, "max_steps"]
+    free = [*configuration.FREE_ON_RESUME, *configuration.MEMORY_ON_RESUME]
+    free += ["max_steps", "early_stopping_patience"]
     if changed := configuration.differences(old, config, free):
         settings = "; ".join(changed)
         raise ValueError(f"resume of {folder} with changed settings: {settings}. Start a new run for these")
@@ -310,11 +324,17 @@ def _directory(config: Config) -> Path:
         raise ValueError(
             f"max_steps must be at least {done}, the newest step of {folder}, got {config.max_steps}"
         )
-    longer = config.max_steps != old.max_steps or config.num_eval > 0 and config.num_eval != old.num_eval
+    longer = (
+        _last_step(config, folder) != _last_step(old, folder)
+        or config.num_eval > 0
+        and config.num_eval != old.num_eval
+    )
     if not longer and not auto and _finished(config, folder):
+        early = _last_step(old, folder) != old.max_steps
+        more = "--early_stopping_patience 0`" if early else f"--max_steps` above {old.max_steps}"
         raise ValueError(
-            f"resume: {folder} is finished; `--max_steps` above {old.max_steps} continues it, and python -m "
-            f"grpo.evaluate {folder} measures it again"
+            f"resume: {folder} is finished; `{more} continues it, and python -m grpo.evaluate {folder} "
+            "measures it again"
         )
     return folder
 
@@ -356,6 +376,7 @@ def record_changes(config: Config, folder: Path) -> None:
         )
     if config.max_steps != old.max_steps:
         _print_learning_rates(old, config, max(checkpoint.steps(folder), default=0))
+    if _last_step(config, folder) != _last_step(old, folder):
         set_aside(folder, "evaluation.json")
         set_aside(folder, "evaluation-trained.jsonl")
     if config.num_eval != old.num_eval:
@@ -453,9 +474,17 @@ def disk_use(config: Config, parts: Parts, folder: Path) -> str:
 def _finished(config: Config, folder: Path) -> bool:
     if config.num_eval:
         return (folder / "evaluation.json").exists()
-    last = config.max_steps
+    last = _last_step(config, folder)
     validation_due = config.eval_steps and last % config.eval_steps == 0
     return last in checkpoint.steps(folder) and (not validation_due or last in validated(folder))
+
+
+def _last_step(config: Config, folder: Path) -> int:
+    """The step at which RL ends, as far as the log tells."""
+    patience = config.early_stopping_patience
+    if patience and stops_early(shares := validated(folder), patience):
+        return max(shares)
+    return config.max_steps
 
 
 def saved_weights(folder: Path | None) -> str:

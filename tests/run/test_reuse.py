@@ -18,6 +18,7 @@ OTHER = {
     "distill_retries": 0.5,
     "epsilon": 0.1,
     "epsilon_high": 0.3,
+    "early_stopping_patience": 0,
     "eval_steps": 0,
     "eval_temperature": 0.0,
     "groups_per_step": 3,
