@@ -248,9 +248,9 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
                     groups=groups,
                     success_threshold=config.success_threshold,
                 )
-            # Right retries, imitated as first answers; none unless distill_retries is above 0.
-            targets = parts.rollout.right_retries(episodes, groups) if config.distill_retries else []
-            if config.distill_retries:
+            targets = []
+            if config.distill_retries:  # right retries, imitated as first answers
+                targets = parts.rollout.right_retries(episodes, groups)
                 sampled_metrics["distill/num_targets"] = float(sum(len(answers) for _, answers in targets))
             if refresh:
                 counts = failures.summary(failures.file_of(run.folder, done))
@@ -266,12 +266,9 @@ def train(run: RunState, pool: Sequence[Attempt], sample: Sample = sample_episod
             parts.sampler.load_weights(parts.model.state_dict())
             learned = time.perf_counter()
             with distributed.agreement():
-                files.append_jsonl(
-                    current_file(
-                        run.folder, "episodes.jsonl.gz"
-                    ),  # a run that began with a plain file keeps it
-                    *({"step": step, **episode.to_json()} for episode in episodes),
-                )
+                # A run that began with a plain file keeps it.
+                log = current_file(run.folder, "episodes.jsonl.gz")
+                files.append_jsonl(log, *({"step": step, **episode.to_json()} for episode in episodes))
             seconds = {
                 "step_time": time.perf_counter() - start,
                 "rollout_time": sampled - start,
