@@ -33,7 +33,7 @@ from grpo.evaluate.statistics import bootstrap_interval, paired_difference
 from grpo.experiments.outcome import Column, Outcome, Row
 from grpo.experiments.study import ExperimentError, Study, evaluate, wait_for
 from grpo.logprob import linear_logprob
-from grpo.model import lora, weights
+from grpo.model import weights
 from grpo.model.decoder import Decoder
 from grpo.run import build, files
 from grpo.run.progress import Bar
@@ -234,10 +234,9 @@ def hidden_hash(model: Decoder, tokenizer: Any) -> str:
 
 def model_arguments(model: str) -> str:
     """lm-eval's name of a folder of weights; an adapter goes with its base."""
-    if not (adapter := Path(model) / lora.CONFIG).exists():
+    if not weights.is_adapter(folder := Path(model)):
         return f"pretrained={model}"
-    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    return f"pretrained={base},peft={model}"
+    return f"pretrained={weights.base_of(folder)},peft={model}"
 
 
 def lm_eval(model: str, tasks: Sequence[str], output: Path) -> dict[str, Any]:

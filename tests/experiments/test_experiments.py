@@ -589,9 +589,14 @@ def test_weights_that_changed_on_the_disk_are_told(model, tmp_path, monkeypatch)
 
 
 def test_lm_eval_gets_an_adapter_with_its_base(tmp_path):
-    assert retention.model_arguments(str(tmp_path)) == f"pretrained={tmp_path}"
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/models/base"}')
-    assert retention.model_arguments(str(tmp_path)) == f"pretrained=/models/base,peft={tmp_path}"
+    """Also in a run directory that was moved: the adapter names the base by its old path."""
+    run = tmp_path / "moved"
+    adapter = run / "checkpoints/step-000001"
+    adapter.mkdir(parents=True)
+    (run / "config.yaml").touch()
+    assert retention.model_arguments(str(adapter)) == f"pretrained={adapter}"
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "/before/the/move/start"}')
+    assert retention.model_arguments(str(adapter)) == f"pretrained={run / 'start'},peft={adapter}"
 
 
 def test_lm_eval_must_be_installed(model, tmp_path, capsys):
